@@ -1,0 +1,1 @@
+//! The testbed, the comparison with QEMU's own migration, and its report.

@@ -1,0 +1,1 @@
+//! The command migrate: moves running QEMU virtual machines between hosts.

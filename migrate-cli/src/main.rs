@@ -1,0 +1,2 @@
+//! The binary `migrate`.
+fn main() {}

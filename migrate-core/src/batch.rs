@@ -1,0 +1,77 @@
+//! What travels on a lane: a batch of runs of pages with their versions.
+//!
+//! A run is a number of consecutive pages that share a kind and a version. The contents of all raw
+//! runs follow one another in the batch's payload, in run order. All versions of a page travel on
+//! the same lane ([`lane_of`]), so the last one wins; the version proves it (correctness rule 3).
+
+use serde::{Deserialize, Serialize};
+
+use crate::layout::{PAGE_BYTES, PageIndex};
+
+/// Pages in a chunk: all pages of a chunk travel on one lane. 256 KiB keeps writes at the
+/// destination long while a few thousand chunks still spread evenly.
+pub const CHUNK_PAGES: u64 = 64;
+
+/// Most runs in a batch.
+pub const BATCH_RUNS_MAX: usize = 1024;
+
+/// Most bytes of page contents in a batch.
+pub const BATCH_PAYLOAD_BYTES_MAX: usize = 1 << 20;
+
+/// Most pages that one run may cover.
+pub const RUN_PAGES_MAX: u16 = 1 << 15;
+
+/// Most lanes of a session.
+pub const LANES_MAX: usize = 64;
+
+/// How a run's pages travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum RunKind {
+    /// Contents follow in the payload, [`PAGE_BYTES`] a page.
+    Raw,
+    /// The pages read as zeros; the destination makes them holes where it can. Also sent for a page
+    /// that became a hole or unused after an older version was sent (rules 4 and 14).
+    Zero,
+}
+
+/// Consecutive pages of one kind and version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRun {
+    /// First page.
+    pub first: PageIndex,
+    /// Number of pages, at least 1.
+    pub pages: u16,
+    /// How they travel.
+    pub kind: RunKind,
+    /// Version of each of them: 0 is "never sent", the first sending is 1.
+    pub version: u32,
+}
+
+impl PageRun {
+    /// Bytes that this run occupies in the payload.
+    pub fn payload_bytes(&self) -> usize {
+        match self.kind {
+            RunKind::Raw => usize::from(self.pages) * PAGE_BYTES,
+            RunKind::Zero => 0,
+        }
+    }
+}
+
+/// The lane that carries all versions of `page`.
+pub fn lane_of(page: PageIndex, lanes: usize) -> usize {
+    usize::try_from((page.0 / CHUNK_PAGES) % lanes.max(1) as u64).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_stays_on_its_lane() {
+        for page in 0..CHUNK_PAGES {
+            assert_eq!(lane_of(PageIndex(page), 3), 0);
+        }
+        assert_eq!(lane_of(PageIndex(CHUNK_PAGES), 3), 1);
+        assert_eq!(lane_of(PageIndex(CHUNK_PAGES), 0), 0);
+    }
+}

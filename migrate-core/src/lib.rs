@@ -1,0 +1,25 @@
+//! Godwit's engine without I/O.
+//!
+//! Everything in this crate is a pure function of its inputs: no sockets, no clock, no randomness,
+//! no async. Time is a [`Duration`](std::time::Duration) since an origin that the caller chose and
+//! is passed in; decisions come out as values that the caller carries out. That makes the engine
+//! testable with random lists of operations against a model of memory.
+//!
+//! | module | what it decides or holds |
+//! |---|---|
+//! | [`layout`] | RAM blocks and the numbering of their pages |
+//! | [`pageset`] | sets of pages as bitmaps |
+//! | [`batch`] | what travels on a lane: runs of pages with their versions |
+//! | [`page_table`] | what each side knows of every page: version, hash |
+//! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
+//! | [`convergence`] | predictions of downtime and when to stop the guest |
+//! | [`precopy`] | rounds, from arming to the last page, as a state machine |
+//! | [`handover`] | who owns the guest: both ends' state machines and their journal |
+//! | [`error`] | the four bins that every error falls into |
+//!
+//! Architecture invariant: this crate depends on no other crate of the workspace.
+
+pub mod batch;
+pub mod error;
+pub mod layout;
+pub mod pageset;

@@ -1,0 +1,1 @@
+//! LD_PRELOAD library that hands QEMU's userfaultfd to the engine.

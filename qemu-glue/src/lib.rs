@@ -1,0 +1,1 @@
+//! QMP, attaching to a QEMU process, guest RAM access and dirty tracking.

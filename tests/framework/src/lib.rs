@@ -1,0 +1,1 @@
+//! Boots guests, joins namespaces and reads the guest's heartbeat: what tests and bench share.

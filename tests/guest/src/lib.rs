@@ -1,0 +1,1 @@
+//! Static programs that run inside the test guest.

@@ -1,0 +1,1 @@
+//! Identity, sessions and lanes over QUIC, and the wire format.
