@@ -1,1 +1,3 @@
 //! QMP, attaching to a QEMU process, guest RAM access and dirty tracking.
+
+pub mod check;
