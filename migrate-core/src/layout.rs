@@ -69,7 +69,9 @@ pub enum LayoutError {
         count: usize,
     },
     /// A name is empty or longer than [`BLOCK_NAME_BYTES_MAX`].
-    #[error("RAM block {index} has a name of {bytes} bytes; 1 to {BLOCK_NAME_BYTES_MAX} are allowed")]
+    #[error(
+        "RAM block {index} has a name of {bytes} bytes; 1 to {BLOCK_NAME_BYTES_MAX} are allowed"
+    )]
     BadName {
         /// Position in the list.
         index: usize,
@@ -83,7 +85,9 @@ pub enum LayoutError {
         name: String,
     },
     /// A page size that is no power of two or below [`PAGE_BYTES`].
-    #[error("RAM block {name:?} has pages of {page_bytes} bytes; a power of two from {PAGE_BYTES} on is needed")]
+    #[error(
+        "RAM block {name:?} has pages of {page_bytes} bytes; a power of two from {PAGE_BYTES} on is needed"
+    )]
     BadPageSize {
         /// The block.
         name: String,
@@ -245,10 +249,7 @@ mod tests {
     fn pages_are_numbered_through() {
         let layout = RamLayout::new(vec![block("a", 8192), block("b", 4096)]).unwrap();
         assert_eq!(layout.pages(), 3);
-        assert_eq!(
-            layout.locate(PageIndex(2)),
-            Some(Location { block: 1, offset_bytes: 0 })
-        );
+        assert_eq!(layout.locate(PageIndex(2)), Some(Location { block: 1, offset_bytes: 0 }));
         assert_eq!(layout.locate(PageIndex(3)), None);
         assert_eq!(layout.block_pages(1), 2..3);
         assert_eq!(layout.block_pages(2), 0..0);

@@ -10,6 +10,7 @@
 //! | [`layout`] | RAM blocks and the numbering of their pages |
 //! | [`pageset`] | sets of pages as bitmaps |
 //! | [`batch`] | what travels on a lane: runs of pages with their versions |
+//! | [`encode`] | private copies of pages into batches |
 //! | [`page_table`] | what each side knows of every page: version, hash |
 //! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
 //! | [`convergence`] | predictions of downtime and when to stop the guest |
@@ -20,6 +21,11 @@
 //! Architecture invariant: this crate depends on no other crate of the workspace.
 
 pub mod batch;
+pub mod convergence;
+pub mod encode;
 pub mod error;
 pub mod layout;
+pub mod page_table;
 pub mod pageset;
+pub mod precopy;
+pub mod second_look;

@@ -1,0 +1,269 @@
+//! Predictions of downtime and the decision when to stop the guest.
+//!
+//! The downtime of stopping now is the time to carry what is left plus what stopping costs
+//! regardless of memory (stop, device state, two round trips, the journal):
+//!
+//! ```text
+//! downtime(now) = overhead + (bytes in flight + dirty bytes) / goodput
+//! ```
+//!
+//! One more round takes about that long without the overhead, during which the guest dirties pages
+//! at the rate just seen; that gives `downtime(next)`. The rule is to stop at a local minimum under
+//! the target: stop when the target holds and another round would not improve much. Where no such
+//! point comes within [`Config::patience`], the migration is given up with the numbers that explain
+//! it, and the guest runs on at the source.
+//!
+//! Predictions are kept in the report next to what happened.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::layout::PAGE_BYTES;
+
+/// Bytes on the wire per dirty page: its content and its share of a run header.
+const WIRE_BYTES_PER_PAGE: f64 = PAGE_BYTES as f64 + 16.0;
+
+/// Another round must improve the predicted downtime to below this share to be worth it.
+const WORTHWHILE: f64 = 0.9;
+
+/// Rounds under the target after which the guest is stopped even if each still improves a little.
+const POLISH_ROUNDS_MAX: u32 = 6;
+
+/// Window over which goodput is averaged.
+const GOODPUT_WINDOW: Duration = Duration::from_millis(500);
+
+/// What the user allows.
+#[derive(Debug, Clone, Copy)]
+pub struct Config {
+    /// Longest downtime that is acceptable.
+    pub max_downtime: Duration,
+    /// Time without a better prediction after which the migration is given up.
+    pub patience: Duration,
+}
+
+/// Measures the rate at which the destination applies bytes, while there are bytes to apply.
+#[derive(Debug, Default)]
+pub struct Goodput {
+    samples: VecDeque<(Duration, u64)>,
+    last: Option<(Duration, u64)>,
+    was_busy: bool,
+}
+
+impl Goodput {
+    /// Notes that the destination had applied `applied_bytes` in total at `now`, with
+    /// `outstanding_bytes` still under way. Intervals that began idle are not counted.
+    pub fn note(&mut self, now: Duration, applied_bytes: u64, outstanding_bytes: u64) {
+        if let Some((at, bytes)) = self.last
+            && self.was_busy
+            && now > at
+        {
+            self.samples.push_back((now - at, applied_bytes.saturating_sub(bytes)));
+            let mut total: Duration = self.samples.iter().map(|(span, _)| *span).sum();
+            while self.samples.len() > 1 && total > GOODPUT_WINDOW {
+                total -= self.samples.pop_front().map_or(Duration::ZERO, |(span, _)| span);
+            }
+        }
+        self.last = Some((now, applied_bytes));
+        self.was_busy = outstanding_bytes > 0;
+    }
+
+    /// Bytes a second, once at least 20 ms of busy time were seen.
+    pub fn bytes_per_s(&self) -> Option<f64> {
+        let (span, bytes) = self
+            .samples
+            .iter()
+            .fold((Duration::ZERO, 0u64), |(span, bytes), (s, b)| (span + *s, bytes + b));
+        (span >= Duration::from_millis(20) && bytes > 0).then(|| bytes as f64 / span.as_secs_f64())
+    }
+}
+
+/// What is known after a scan.
+#[derive(Debug, Clone, Copy)]
+pub struct Observation {
+    /// Pages waiting to be sent.
+    pub dirty_pages: u64,
+    /// Bytes handed to the lanes and not yet applied at the destination.
+    pub outstanding_bytes: u64,
+    /// Measured goodput; nothing if too little was sent to tell.
+    pub goodput_bytes_per_s: Option<f64>,
+    /// Pages that became dirty within `interval`.
+    pub dirtied_pages: u64,
+    /// Time since the previous scan.
+    pub interval: Duration,
+    /// What stopping costs regardless of memory.
+    pub overhead: Duration,
+}
+
+/// Predicted downtimes in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Prediction {
+    /// If the guest were stopped now.
+    pub now_ms: f64,
+    /// If it were stopped after one more round.
+    pub next_ms: f64,
+    /// The best seen so far.
+    pub best_ms: f64,
+}
+
+/// What to do after a scan.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Decision {
+    /// Send another round.
+    Continue,
+    /// Stop the guest.
+    Stop,
+    /// Waiting longer will not help.
+    GiveUp(Stall),
+}
+
+/// Why no round will reach the target, in the terms the user can change.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stall {
+    /// Bytes a second that the guest dirties.
+    pub dirty_bytes_per_s: f64,
+    /// Bytes a second that the link carries.
+    pub goodput_bytes_per_s: f64,
+    /// Lowest downtime predicted so far, in milliseconds.
+    pub best_ms: f64,
+}
+
+/// Decides after each scan.
+#[derive(Debug)]
+pub struct Convergence {
+    config: Config,
+    best: Option<(f64, Duration)>,
+    polish_rounds: u32,
+    last: Option<Prediction>,
+}
+
+impl Convergence {
+    /// A fresh decision maker.
+    pub fn new(config: Config) -> Self {
+        Self { config, best: None, polish_rounds: 0, last: None }
+    }
+
+    /// The latest prediction.
+    pub fn prediction(&self) -> Option<Prediction> {
+        self.last
+    }
+
+    /// Decides what to do with what a scan at `now` found.
+    pub fn decide(&mut self, seen: &Observation, now: Duration) -> Decision {
+        let pending = seen.dirty_pages as f64 * WIRE_BYTES_PER_PAGE + seen.outstanding_bytes as f64;
+        let Some(goodput) = seen.goodput_bytes_per_s.filter(|rate| *rate > 0.0) else {
+            // Nothing was measured because next to nothing had to be sent.
+            let tiny = pending < 256.0 * 1024.0;
+            return if tiny { Decision::Stop } else { Decision::Continue };
+        };
+        let overhead_ms = seen.overhead.as_secs_f64() * 1e3;
+        let drain_s = pending / goodput;
+        let now_ms = overhead_ms + drain_s * 1e3;
+        let interval_s = seen.interval.as_secs_f64().max(1e-3);
+        let dirty_per_s = seen.dirtied_pages as f64 / interval_s;
+        let next_pages = dirty_per_s * drain_s.min(interval_s)
+            + dirty_per_s * 0.5 * (drain_s - interval_s).max(0.0);
+        let next_ms = overhead_ms + next_pages * WIRE_BYTES_PER_PAGE / goodput * 1e3;
+        let best_ms = self.note_best(now_ms, now);
+        self.last = Some(Prediction { now_ms, next_ms, best_ms });
+        let target_ms = self.config.max_downtime.as_secs_f64() * 1e3;
+        if now_ms <= target_ms {
+            self.polish_rounds += 1;
+            let improves = next_ms < now_ms * WORTHWHILE;
+            if !improves || self.polish_rounds > POLISH_ROUNDS_MAX {
+                return Decision::Stop;
+            }
+            return Decision::Continue;
+        }
+        self.polish_rounds = 0;
+        if self.best.is_some_and(|(_, at)| now.saturating_sub(at) > self.config.patience) {
+            return Decision::GiveUp(Stall {
+                dirty_bytes_per_s: dirty_per_s * PAGE_BYTES as f64,
+                goodput_bytes_per_s: goodput,
+                best_ms,
+            });
+        }
+        Decision::Continue
+    }
+
+    /// Remembers the best prediction; an improvement below 5 % does not count as progress.
+    fn note_best(&mut self, now_ms: f64, now: Duration) -> f64 {
+        match self.best {
+            Some((best, _)) if now_ms > best * 0.95 => best.min(now_ms),
+            _ => {
+                self.best = Some((now_ms, now));
+                now_ms
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: Config =
+        Config { max_downtime: Duration::from_millis(100), patience: Duration::from_secs(20) };
+
+    /// A guest that writes `rate` random pages a second within `hot` pages, over a link of
+    /// `goodput`; returns the decision that ended it, the downtime it would have, and when.
+    fn simulate(rate: f64, hot: f64, goodput: f64, first_pages: f64) -> (Decision, f64, f64) {
+        let mut convergence = Convergence::new(CONFIG);
+        let overhead = Duration::from_millis(20);
+        let (mut now, mut dirty) = (0.0, first_pages);
+        loop {
+            let round_s = dirty * WIRE_BYTES_PER_PAGE / goodput + 0.003;
+            now += round_s;
+            dirty = hot * (1.0 - (-rate * round_s / hot).exp());
+            let seen = Observation {
+                dirty_pages: dirty as u64,
+                outstanding_bytes: 0,
+                goodput_bytes_per_s: Some(goodput),
+                dirtied_pages: dirty as u64,
+                interval: Duration::from_secs_f64(round_s),
+                overhead,
+            };
+            let decision = convergence.decide(&seen, Duration::from_secs_f64(now));
+            if decision != Decision::Continue {
+                return (decision, 20.0 + dirty * WIRE_BYTES_PER_PAGE / goodput * 1e3, now);
+            }
+            assert!(now < 1000.0, "no decision");
+        }
+    }
+
+    #[test]
+    fn an_idle_guest_stops_at_once() {
+        let (decision, downtime_ms, now) = simulate(100.0, 1000.0, 119e6, 25_000.0);
+        assert_eq!(decision, Decision::Stop);
+        assert!(downtime_ms < 25.0 && now < 2.0, "{downtime_ms} ms after {now} s");
+    }
+
+    #[test]
+    fn a_busy_writer_converges_to_its_floor() {
+        // 20,000 pages a second over 200 MiB at 1 Gb/s.
+        let (decision, downtime_ms, _) = simulate(20_000.0, 51_200.0, 119e6, 281_600.0);
+        assert_eq!(decision, Decision::Stop);
+        assert!(downtime_ms < 60.0, "{downtime_ms} ms");
+    }
+
+    #[test]
+    fn a_hopeless_writer_is_given_up_with_its_numbers() {
+        let (decision, _, now) = simulate(100_000.0, 51_200.0, 12e6, 281_600.0);
+        let Decision::GiveUp(stall) = decision else { panic!("{decision:?}") };
+        assert!(stall.goodput_bytes_per_s < 13e6 && stall.best_ms > 100.0);
+        assert!(now < 400.0);
+    }
+
+    #[test]
+    fn goodput_counts_busy_time_only() {
+        let mut goodput = Goodput::default();
+        let at = Duration::from_millis;
+        goodput.note(at(0), 0, 1000);
+        goodput.note(at(100), 100_000, 0);
+        goodput.note(at(900), 100_000, 1000);
+        goodput.note(at(1000), 200_000, 0);
+        let rate = goodput.bytes_per_s().unwrap();
+        assert!((rate - 1e6).abs() < 1.0, "{rate}");
+    }
+}
