@@ -24,6 +24,7 @@ pub mod batch;
 pub mod convergence;
 pub mod encode;
 pub mod error;
+pub mod handover;
 pub mod layout;
 pub mod page_table;
 pub mod pageset;

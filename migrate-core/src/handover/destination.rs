@@ -1,0 +1,145 @@
+//! The destination's side of the hand-over; see [`super`] for the drawing and the invariant.
+
+use super::{DestinationRecord, DestinationState, Outcome};
+
+/// The destination's state. Consumed by [`Destination::handle`], which returns the next one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Destination {
+    /// Pages and device state come in; the guest belongs to the source.
+    Receiving,
+    /// Everything is loaded, the guest is paused; waits for the commit until its lease ends.
+    Ready,
+    /// `owned` is being written; the guest does not run yet.
+    Owning,
+    /// The guest belongs here and is being resumed.
+    Owned,
+    /// The guest runs here.
+    Running,
+    /// `refused` is being written; nobody was told yet.
+    Refusing,
+    /// The guest will never run here.
+    Refused,
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// All pages are in place, the device state is loaded and the guest is paused.
+    Loaded,
+    /// Loading failed, or what arrived does not agree with what was sent.
+    LoadFailed,
+    /// The record last asked for is durable.
+    Recorded,
+    /// The record last asked for could not be written.
+    RecordFailed,
+    /// The source says: run the guest.
+    Commit,
+    /// The guest was resumed and its run state read back.
+    Resumed,
+    /// The guest cannot be resumed: its QEMU is gone or refuses.
+    ResumeFailed,
+    /// The source asks what was done.
+    Asked,
+    /// Contact with the source was lost.
+    Lost,
+    /// The source gave up.
+    PeerAborted,
+    /// No commit came within the lease.
+    LeaseEnded,
+    /// An operator made sure that the source does not and will not run the guest.
+    OperatorRunHere,
+}
+
+/// What to do about it, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// Write this durably, then report [`Input::Recorded`] or [`Input::RecordFailed`].
+    Record(DestinationRecord),
+    /// Tell the source that everything is loaded.
+    SayReady,
+    /// Let the guest run, read its state back, then report [`Input::Resumed`].
+    ResumeGuest,
+    /// Answer the source, if it is listening.
+    Say(DestinationState),
+    /// The guest here is not needed: its memory can go.
+    DiscardGuest,
+}
+
+impl Destination {
+    /// The state to start from with what a journal holds after a crash, and the first things to do.
+    ///
+    /// A crash while receiving ends in a refusal: what was loaded cannot be vouched for, and the
+    /// source either still owns the guest or is about to ask.
+    pub fn recovered(record: DestinationRecord) -> (Self, Vec<Output>) {
+        match record {
+            DestinationRecord::Receiving => Self::refuse(),
+            DestinationRecord::Owned => (Self::Owned, vec![Output::ResumeGuest]),
+            DestinationRecord::Refused => (Self::Refused, vec![Output::DiscardGuest]),
+        }
+    }
+
+    /// How it ended here, once it has.
+    pub fn outcome(self) -> Option<Outcome> {
+        match self {
+            Self::Running => Some(Outcome::Completed),
+            Self::Refused => Some(Outcome::RolledBack),
+            _ => None,
+        }
+    }
+
+    /// Advances by one input. Inputs that mean nothing in a state change nothing.
+    #[must_use]
+    pub fn handle(self, input: Input) -> (Self, Vec<Output>) {
+        match self {
+            Self::Receiving => match input {
+                Input::Loaded => (Self::Ready, vec![Output::SayReady]),
+                Input::OperatorRunHere | Input::Recorded | Input::Resumed => (self, vec![]),
+                _ => Self::refuse(),
+            },
+            Self::Ready => match input {
+                Input::Commit | Input::OperatorRunHere => {
+                    (Self::Owning, vec![Output::Record(DestinationRecord::Owned)])
+                }
+                Input::Asked => (self, vec![Output::Say(DestinationState::Ready)]),
+                Input::LeaseEnded | Input::PeerAborted | Input::ResumeFailed => Self::refuse(),
+                _ => (self, vec![]),
+            },
+            Self::Owning => match input {
+                Input::Recorded => (Self::Owned, vec![Output::ResumeGuest]),
+                // Whether it reached the disk is unknown: write the refusal over it.
+                Input::RecordFailed => Self::refuse(),
+                _ => (self, vec![]),
+            },
+            Self::Owned => match input {
+                Input::Resumed => (Self::Running, vec![Output::Say(DestinationState::Running)]),
+                Input::Asked => (self, vec![Output::Say(DestinationState::Owned)]),
+                _ => (self, vec![]),
+            },
+            Self::Running => match input {
+                Input::Asked | Input::Commit => {
+                    (self, vec![Output::Say(DestinationState::Running)])
+                }
+                _ => (self, vec![]),
+            },
+            Self::Refusing => match input {
+                Input::Recorded => {
+                    let told = Output::Say(DestinationState::Refused);
+                    (Self::Refused, vec![told, Output::DiscardGuest])
+                }
+                // Not durable: say nothing, try again when somebody asks.
+                Input::Asked | Input::Commit => Self::refuse(),
+                _ => (self, vec![]),
+            },
+            Self::Refused => match input {
+                Input::Asked | Input::Commit => {
+                    (self, vec![Output::Say(DestinationState::Refused)])
+                }
+                _ => (self, vec![]),
+            },
+        }
+    }
+
+    fn refuse() -> (Self, Vec<Output>) {
+        (Self::Refusing, vec![Output::Record(DestinationRecord::Refused)])
+    }
+}
