@@ -1,3 +1,4 @@
 //! QMP, attaching to a QEMU process, guest RAM access and dirty tracking.
 
 pub mod check;
+pub mod qmp;
