@@ -1,2 +1,60 @@
-//! Project tasks.
-fn main() {}
+//! Project tasks: `cargo xtask setup | demo | test | bench | ci | tidy`.
+//!
+//! Everything that needs more than cargo starts here. `setup` fetches and builds what guests need
+//! and is run by all others; it does nothing when all is there.
+
+mod apt;
+mod checks;
+mod initrd;
+mod kernel;
+mod qemu;
+mod run;
+mod setup;
+mod tests;
+mod tidy;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const HELP: &str = "\
+Usage: cargo xtask TASK [ARGUMENTS]
+
+  setup   install and unpack what is missing: QEMU 7.2 and 10.0, a guest kernel, the initramfs
+  demo    migrate a guest on this machine and show it; arguments go to `migrate demo`
+  test    all tests; those with guests run one at a time. Arguments filter tests by name
+  bench   the comparison and the reports; arguments go to the bench program
+  ci      format, lints, dependencies, documentation, then all tests
+  tidy    only the style lints that rustfmt and clippy do not have";
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let Some((task, arguments)) = words.split_first() else {
+        eprintln!("{HELP}");
+        return ExitCode::from(2);
+    };
+    match dispatch(task, arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask {task}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(task: &str, arguments: &[String]) -> Result<()> {
+    let root = run::repository()?;
+    match task {
+        "setup" => run::step("setup", || setup::setup(&root)).map(drop),
+        "demo" => checks::demo(&root, arguments),
+        "test" => tests::test(&root, arguments),
+        "bench" => checks::bench(&root, arguments),
+        "ci" => checks::ci(&root),
+        "tidy" => run::step("tidy", || tidy::tidy(&root)),
+        "help" | "--help" | "-h" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        other => bail!("Unknown task {other:?}\n\n{HELP}"),
+    }
+}

@@ -1,0 +1,60 @@
+//! The programs inside the test guest, in one static binary that runs as PID 1.
+//!
+//! ```text
+//! init (PID 1) ── ttyS0 console: GUEST READY, CHECKER FAIL ...
+//!   │          ── ttyS2 commands: "#7 writer stop" -> "#7 = ..." -> "#7 . ok"
+//!   ├─ heartbeat ── ttyS1: HB <sequence> <guest monotonic us> <nonce>
+//!   ├─ writer     dirties memory at a rate
+//!   ├─ checker    owns memory and verifies every byte of it
+//!   └─ diskread   reads /dev/vda with O_DIRECT and verifies every block
+//! ```
+//! A program is a process of its own: it prints `ready ...` as its first line on stdout, then reads
+//! commands from stdin and answers each with one line.
+
+mod checker;
+mod console;
+mod diskread;
+mod heartbeat;
+mod init;
+mod memory;
+mod shell;
+mod writer;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use guest_programs::options::Options;
+
+fn run(program: &str, options: &str) -> Result<()> {
+    let options = Options::parse(options)?;
+    match program {
+        "heartbeat" => heartbeat::run(options),
+        "writer" => writer::run(options),
+        "checker" => checker::run(options),
+        "diskread" => diskread::run(options),
+        other => bail!("Unknown program {other}; there are heartbeat, writer, checker, diskread"),
+    }
+}
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        let error = init::run();
+        // PID 1 must not return: the kernel would panic with a less useful text.
+        console::tell(&format!("GUEST FAIL init: {error:#}"));
+        loop {
+            std::thread::park();
+        }
+    }
+    let words: Vec<String> = std::env::args().collect();
+    let [_, program, rest @ ..] = words.as_slice() else {
+        eprintln!("Usage: guest-programs PROGRAM [OPTIONS]");
+        return ExitCode::from(2);
+    };
+    match run(program, rest.first().map_or("", String::as_str)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            console::tell(&format!("GUEST FAIL {program}: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! `setup`: everything under target/godwit that guests need.
+//!
+//! ```text
+//! target/godwit/vmlinuz  modules/  initrd.gz  qemu-10.0/  env.json
+//! ```
+//! Idempotent; without a network it works as long as everything was fetched once.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::{self, PrivateApt};
+use crate::qemu::Qemu;
+use crate::{initrd, kernel, qemu};
+
+/// From the system's own package sources. libclang is what the userfaultfd bindings are made with;
+/// libc6-dev has the static C library of the guest's programs.
+const PACKAGES: [&str; 7] = [
+    "qemu-system-x86",
+    "busybox-static",
+    "iproute2",
+    "util-linux",
+    "gcc",
+    "libc6-dev",
+    "libclang-dev",
+];
+
+/// What tests are told, also written to env.json.
+#[derive(Debug)]
+pub(crate) struct Environment {
+    pub(crate) file: PathBuf,
+    pub(crate) kernel: PathBuf,
+    pub(crate) initrd: PathBuf,
+    pub(crate) qemu_7_2: Qemu,
+    pub(crate) qemu_10_0: Qemu,
+}
+
+impl Environment {
+    /// Names everything to a program that is started.
+    pub(crate) fn pass_to(&self, command: &mut Command) {
+        command
+            .env("GODWIT_ENV", &self.file)
+            .env("GODWIT_QEMU_7_2", &self.qemu_7_2.bin)
+            .env("GODWIT_QEMU_10_0", &self.qemu_10_0.bin)
+            .env("GODWIT_QEMU_10_0_DATA", &self.qemu_10_0.data);
+    }
+
+    fn json(&self) -> String {
+        let quote = |path: &Path| quoted(&path.to_string_lossy());
+        let qemu = |qemu: &Qemu| {
+            format!("{{\"bin\": {}, \"data\": {}}}", quote(&qemu.bin), quote(&qemu.data))
+        };
+        format!(
+            "{{\n  \"kernel\": {},\n  \"initrd\": {},\n  \"qemu\": {{\n    \"7.2\": {},\n    \
+             \"10.0\": {}\n  }}\n}}\n",
+            quote(&self.kernel),
+            quote(&self.initrd),
+            qemu(&self.qemu_7_2),
+            qemu(&self.qemu_10_0),
+        )
+    }
+}
+
+/// A JSON string.
+fn quoted(text: &str) -> String {
+    let mut out = String::from("\"");
+    for character in text.chars() {
+        match character {
+            '"' | '\\' => out.extend(['\\', character]),
+            control if control < ' ' => out.push_str(&format!("\\u{:04x}", control as u32)),
+            plain => out.push(plain),
+        }
+    }
+    out.push('"');
+    out
+}
+
+/// Provides everything. Two setups at the same time wait for each other.
+pub(crate) fn setup(root: &Path) -> Result<Environment> {
+    if !apt::is_debian() {
+        bail!("dpkg is missing: the setup is written for Debian 12 (see docs for a container)");
+    }
+    let godwit = root.join("target/godwit");
+    fs::create_dir_all(&godwit).with_context(|| format!("Cannot create {godwit:?}"))?;
+    let lock = File::create(godwit.join("setup.lock")).context("Cannot create the lock file")?;
+    lock.lock().context("Cannot lock the setup")?;
+    apt::install(&PACKAGES)?;
+    let folder = godwit.join("apt");
+    let mut open = || PrivateApt::open(&folder);
+    let qemu_7_2 = qemu::system()?;
+    let qemu_10_0 = qemu::backport(&godwit, &mut open)?;
+    let kernel = kernel::provide(&godwit, &mut open)?;
+    let initrd = initrd::provide(root, &godwit, &kernel)?;
+    let file = godwit.join("env.json");
+    let environment = Environment { file, kernel: kernel.image, initrd, qemu_7_2, qemu_10_0 };
+    let json = environment.json();
+    if fs::read_to_string(&environment.file).ok().as_deref() != Some(json.as_str()) {
+        fs::write(&environment.file, json).context("Cannot write env.json")?;
+    }
+    Ok(environment)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_for_json() {
+        assert_eq!(quoted("a\"b\\c\n"), "\"a\\\"b\\\\c\\u000a\"");
+    }
+}
