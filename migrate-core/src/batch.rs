@@ -24,6 +24,17 @@ pub const RUN_PAGES_MAX: u16 = 1 << 15;
 /// Most lanes of a session.
 pub const LANES_MAX: usize = 64;
 
+/// Bytes of a batch's header on the wire.
+pub const BATCH_HEADER_BYTES: usize = 32;
+
+/// Bytes of a run's description on the wire.
+pub const RUN_BYTES: usize = 16;
+
+/// Bytes that a batch occupies on its lane. Both ends count with it what is under way.
+pub fn wire_bytes(runs: usize, payload_bytes: usize) -> u64 {
+    (BATCH_HEADER_BYTES + runs * RUN_BYTES + payload_bytes) as u64
+}
+
 /// How a run's pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RunKind {

@@ -209,6 +209,23 @@ impl RamLayout {
         Some(Location { block, offset_bytes: (page.0 - first) * PAGE_BYTES as u64 })
     }
 
+    /// Cuts `pages` pages from `first` on where a block ends, as (first, count) pairs; pages outside
+    /// the layout are left out.
+    pub fn split(&self, first: PageIndex, pages: u64) -> impl Iterator<Item = (PageIndex, u64)> {
+        let end = first.0.saturating_add(pages).min(self.pages());
+        let mut next = first.0;
+        std::iter::from_fn(move || {
+            if next >= end {
+                return None;
+            }
+            let block = self.locate(PageIndex(next))?.block;
+            let stop = self.block_pages(block).end.min(end);
+            let part = (PageIndex(next), stop - next);
+            next = stop;
+            Some(part)
+        })
+    }
+
     /// Compares the two ends' layouts.
     ///
     /// # Errors
@@ -253,6 +270,14 @@ mod tests {
         assert_eq!(layout.locate(PageIndex(3)), None);
         assert_eq!(layout.block_pages(1), 2..3);
         assert_eq!(layout.block_pages(2), 0..0);
+    }
+
+    #[test]
+    fn runs_are_cut_where_a_block_ends() {
+        let layout = RamLayout::new(vec![block("a", 8192), block("b", 8192)]).unwrap();
+        let parts: Vec<_> = layout.split(PageIndex(1), 9).collect();
+        assert_eq!(parts, [(PageIndex(1), 1), (PageIndex(2), 2)]);
+        assert_eq!(layout.split(PageIndex(4), u64::MAX).count(), 0);
     }
 
     #[test]

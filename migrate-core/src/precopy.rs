@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::convergence::{Config, Convergence, Decision, Goodput, Observation, Prediction, Stall};
+use crate::convergence::{Config, Convergence, Decision, Observation, Prediction, Stall};
 use crate::error::{Classify, ErrorBin};
 use crate::pageset::PageSet;
 use crate::second_look::SecondLook;
@@ -108,6 +108,8 @@ impl State {
 pub struct LinkState {
     /// Bytes handed to the lanes and not yet applied at the destination.
     pub outstanding_bytes: u64,
+    /// Measured goodput, if enough was sent to tell.
+    pub goodput_bytes_per_s: Option<f64>,
     /// What stopping costs regardless of memory.
     pub overhead: Duration,
 }
@@ -118,7 +120,6 @@ pub struct Precopy {
     state: State,
     pages: u64,
     convergence: Convergence,
-    goodput: Goodput,
     second_look: Option<SecondLook>,
     /// Before this time the guest is not stopped: reads that were in flight when tracking was armed
     /// have to pass first, so that only recent pages are left to look at during the stop.
@@ -133,7 +134,6 @@ impl Precopy {
             state: State::Idle,
             pages,
             convergence: Convergence::new(config.convergence),
-            goodput: Goodput::default(),
             second_look: config.direct_io_window.map(|window| SecondLook::new(pages, window)),
             earliest_stop: Duration::ZERO,
             last_scan: Duration::ZERO,
@@ -162,17 +162,6 @@ impl Precopy {
             look: PageSet::new(self.pages),
             not_before: now,
         }))
-    }
-
-    /// The destination reported what it applied. Returns the goodput in bytes a second, if known.
-    pub fn progress(
-        &mut self,
-        now: Duration,
-        applied_bytes: u64,
-        outstanding_bytes: u64,
-    ) -> Option<f64> {
-        self.goodput.note(now, applied_bytes, outstanding_bytes);
-        self.goodput.bytes_per_s()
     }
 
     /// All pages of the round are on the lanes: scan next and call [`Self::scanned`].
@@ -205,7 +194,7 @@ impl Precopy {
         let seen = Observation {
             dirty_pages: dirtied_pages,
             outstanding_bytes: link.outstanding_bytes,
-            goodput_bytes_per_s: self.goodput.bytes_per_s(),
+            goodput_bytes_per_s: link.goodput_bytes_per_s,
             dirtied_pages,
             interval: now.saturating_sub(self.last_scan),
             overhead: link.overhead,
@@ -279,11 +268,6 @@ impl Precopy {
         self.convergence.prediction()
     }
 
-    /// Goodput in bytes a second, if enough was sent to tell.
-    pub fn goodput_bytes_per_s(&self) -> Option<f64> {
-        self.goodput.bytes_per_s()
-    }
-
     fn out_of_turn(&self, call: &'static str) -> OutOfTurn {
         OutOfTurn { call, state: self.state.name() }
     }
@@ -309,7 +293,11 @@ mod tests {
         }
     }
 
-    const LINK: LinkState = LinkState { outstanding_bytes: 0, overhead: Duration::from_millis(10) };
+    const LINK: LinkState = LinkState {
+        outstanding_bytes: 0,
+        goodput_bytes_per_s: None,
+        overhead: Duration::from_millis(10),
+    };
 
     fn at(ms: u64) -> Duration {
         Duration::from_millis(ms)

@@ -124,9 +124,8 @@ impl World {
             }
             Some(FromSource::SendCommit) => self.send_to_destination(ToPeer::Commit),
             Some(FromSource::SendAbort) => {
-                if self.link_up && self.destination.alive.is_some() {
-                    self.to_destination.push_back(ToPeer::Abort);
-                }
+                let reachable = self.link_up && self.destination.alive.is_some();
+                self.to_destination.extend(reachable.then_some(ToPeer::Abort));
             }
             Some(FromSource::Ask) => self.send_to_destination(ToPeer::Ask),
             Some(FromSource::ResumeGuest) => self.source_guest_runs = true,
