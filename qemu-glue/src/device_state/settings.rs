@@ -1,0 +1,190 @@
+//! QEMU's migration settings while a transfer of ours uses them.
+//!
+//! What is changed is remembered twice: in memory, and in QEMU itself as the value of
+//! `max-bandwidth`, whose low bits say which capabilities were on. So an engine that was killed
+//! leaves enough behind for the next one. Only the bandwidth limit itself is not kept there: the
+//! next engine sets QEMU's default.
+
+use serde_json::{Value, json};
+use tracing::{debug, info, warn};
+
+use super::{DeviceStateError, refuse_active};
+use crate::qmp::Client;
+
+/// Capabilities that matter, with what saving and loading need; `None` leaves one as it is. The
+/// order is part of [`MARK`]: append only.
+const CAPABILITIES: [(&str, Option<bool>, Option<bool>); 19] = [
+    ("x-ignore-shared", Some(true), Some(true)),
+    ("events", Some(true), Some(true)),
+    ("late-block-activate", None, Some(true)),
+    ("xbzrle", Some(false), Some(false)),
+    ("compress", Some(false), Some(false)),
+    ("postcopy-ram", Some(false), Some(false)),
+    ("postcopy-preempt", Some(false), Some(false)),
+    ("release-ram", Some(false), Some(false)),
+    ("return-path", Some(false), Some(false)),
+    ("switchover-ack", Some(false), Some(false)),
+    ("pause-before-switchover", Some(false), Some(false)),
+    ("multifd", Some(false), Some(false)),
+    ("zero-copy-send", Some(false), Some(false)),
+    ("dirty-bitmaps", Some(false), Some(false)),
+    ("validate-uuid", Some(false), Some(false)),
+    ("background-snapshot", Some(false), Some(false)),
+    ("mapped-ram", Some(false), Some(false)),
+    ("block", Some(false), Some(false)),
+    ("x-colo", Some(false), Some(false)),
+];
+
+/// `max-bandwidth` in bytes per second while a transfer runs, without the bits: far above any
+/// memory's speed, and a value that nobody else uses.
+const MARK: u64 = 0x6f_6477 << 24;
+
+/// Bits of [`MARK`] that say which capabilities were on.
+const MARK_BITS: u64 = (1 << 24) - 1;
+
+/// QEMU's default of `max-bandwidth` in bytes per second (migration/options.c, `MAX_THROTTLE`).
+const BANDWIDTH_DEFAULT: u64 = 128 << 20;
+
+/// What the settings are needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Save,
+    Load,
+}
+
+/// Settings as they were. Must be given back.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Borrowed {
+    capabilities: Vec<(String, bool)>,
+    bandwidth: u64,
+    tls_creds: Option<String>,
+}
+
+impl Borrowed {
+    /// Notes the settings and changes them to what the role needs.
+    pub(super) async fn take(client: &Client, role: Role) -> Result<Self, DeviceStateError> {
+        restore_capabilities(client).await?;
+        let known = client.capabilities().await?;
+        let (mut mark, mut wanted, mut before) = (MARK, Vec::new(), Vec::new());
+        for (bit, (name, save, load)) in CAPABILITIES.into_iter().enumerate() {
+            let Some(&on) = known.get(name) else { continue };
+            mark |= u64::from(on) << bit;
+            let want = if role == Role::Save { save } else { load };
+            if let Some(want) = want.filter(|want| *want != on) {
+                wanted.push((name, want));
+                before.push((name.to_owned(), on));
+            }
+        }
+        if !known.contains_key("x-ignore-shared") {
+            let detail = "this QEMU has no capability x-ignore-shared".to_owned();
+            return Err(DeviceStateError::Failed { detail });
+        }
+        let parameters = client.migrate_parameters().await?;
+        let bandwidth = parameters.get("max-bandwidth").and_then(Value::as_u64);
+        let tls_creds = parameters.get("tls-creds").and_then(Value::as_str);
+        let borrowed = Self {
+            capabilities: before,
+            bandwidth: bandwidth.unwrap_or(BANDWIDTH_DEFAULT),
+            tls_creds: tls_creds.filter(|creds| !creds.is_empty()).map(str::to_owned),
+        };
+        let mut changes = json!({ "max-bandwidth": mark });
+        if let (Some(fields), Some(_)) = (changes.as_object_mut(), &borrowed.tls_creds) {
+            fields.insert("tls-creds".to_owned(), json!(""));
+        }
+        let changed = async {
+            client.set_migrate_parameters(changes).await?;
+            client.set_capabilities(&wanted).await
+        };
+        if let Err(error) = changed.await {
+            if let Err(second) = borrowed.give_back(client).await {
+                warn!(error = %second, "migration settings could not be put back");
+            }
+            return Err(error.into());
+        }
+        Ok(borrowed)
+    }
+
+    /// Puts everything back. Every step is tried; the first error is returned.
+    pub(super) async fn give_back(self, client: &Client) -> Result<(), DeviceStateError> {
+        let list: Vec<(&str, bool)> =
+            self.capabilities.iter().map(|(name, on)| (name.as_str(), *on)).collect();
+        let capabilities = client.set_capabilities(&list).await;
+        if capabilities.is_err() {
+            // The mark stays: the next engine finds it.
+            return Ok(capabilities?);
+        }
+        let mut changes = json!({ "max-bandwidth": self.bandwidth });
+        if let (Some(fields), Some(creds)) = (changes.as_object_mut(), self.tls_creds) {
+            fields.insert("tls-creds".to_owned(), json!(creds));
+        }
+        Ok(client.set_migrate_parameters(changes).await?)
+    }
+}
+
+/// The capabilities that were on, if `bandwidth` is a mark of ours.
+fn read_mark(bandwidth: u64) -> Option<Vec<(&'static str, bool)>> {
+    if bandwidth & !MARK_BITS != MARK {
+        return None;
+    }
+    let was_on = |bit: usize| bandwidth >> bit & 1 == 1;
+    let names = CAPABILITIES.iter().enumerate();
+    Some(names.map(|(bit, (name, ..))| (*name, was_on(bit))).collect())
+}
+
+/// Puts QEMU's migration settings back after an engine was killed while it used them. Does nothing
+/// to a QEMU in which no transfer of ours was interrupted.
+///
+/// The capabilities come back as they were; `max-bandwidth` gets QEMU's default; a TLS setting
+/// that the VM's manager had made has to be made again.
+///
+/// # Errors
+/// [`DeviceStateError::MigrationActive`] while a migration runs, or what QMP says.
+pub async fn restore_capabilities(client: &Client) -> Result<(), DeviceStateError> {
+    refuse_active(client).await?;
+    let parameters = client.migrate_parameters().await?;
+    let bandwidth = parameters.get("max-bandwidth").and_then(Value::as_u64).unwrap_or(0);
+    let Some(before) = read_mark(bandwidth) else {
+        debug!("no migration settings of an earlier engine");
+        return Ok(());
+    };
+    let known = client.capabilities().await?;
+    let changes: Vec<(&str, bool)> = before
+        .into_iter()
+        .filter(|(name, on)| known.get(*name).is_some_and(|now| now != on))
+        .collect();
+    client.set_capabilities(&changes).await?;
+    client.set_migrate_parameters(json!({ "max-bandwidth": BANDWIDTH_DEFAULT })).await?;
+    info!(?changes, "restored migration settings that an earlier engine had left changed");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_says_what_was_on() {
+        let before = read_mark(MARK | 0b10).unwrap();
+        assert_eq!(before.len(), CAPABILITIES.len());
+        for (name, on) in before {
+            assert_eq!(on, name == "events", "{name}");
+        }
+    }
+
+    #[test]
+    fn ordinary_limits_are_no_marks() {
+        for bandwidth in [0, BANDWIDTH_DEFAULT, 1 << 40, u64::MAX, MARK - 1, MARK + MARK_BITS + 1] {
+            assert_eq!(read_mark(bandwidth), None, "{bandwidth:#x}");
+        }
+    }
+
+    #[test]
+    fn the_mark_has_room_for_every_capability() {
+        const {
+            assert!(CAPABILITIES.len() <= 24);
+            assert!(MARK & MARK_BITS == 0);
+            assert!(MARK > 100 << 40, "it must not slow a transfer down");
+        }
+    }
+}
