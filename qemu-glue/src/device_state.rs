@@ -113,8 +113,8 @@ pub enum DeviceStateError {
     Header(#[from] HeaderError),
     /// The destination's QEMU ended while it loaded.
     #[error(
-        "The destination's QEMU exited while it loaded the device state: it does not match this \
-         VM's configuration; QEMU's own log names the device"
+        "The destination's QEMU exited while it loaded the device state: its configuration differs \
+         from the source's or its RAM is not complete; QEMU's own log names the device"
     )]
     QemuExited,
     /// The guest executed after loading although it came paused. It has been stopped.
