@@ -1,1 +1,55 @@
 //! Identity, sessions and lanes over QUIC, and the wire format.
+//!
+//! A **session** joins two hosts that hold certificates of the same authority. It consists of one
+//! control connection, which carries typed [`Message`]s both ways, and of up to
+//! [`LANES_MAX`](migrate_core::batch::LANES_MAX) lane connections, each of which carries
+//! [`Batch`]es of pages from the client (the source) to the server (the destination).
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`pki`] | making a certificate authority and host identities |
+//! | [`identity`] | loading one's own identity; what a peer must present |
+//! | [`messages`] | the control messages, their limits and their validation |
+//! | [`wire`] | control frames: header, sequence, encoding |
+//! | [`lane_wire`] | lane frames: the greeting and batches of pages |
+//! | [`options`] | what can be tuned, with the reasons |
+//! | [`control`], [`lane`] | the two kinds of streams of a session |
+//! | [`session`] | the session, and connecting as a client |
+//! | [`listener`] | accepting sessions |
+//! | [`error`] | everything that can go wrong, in four bins |
+//! | [`fuzz`] | entry points for fuzzers |
+//!
+//! `docs/PROTOCOL.md` is the specification of what travels; a test compares its fingerprint with
+//! [`messages`], [`wire`] and [`lane_wire`].
+//!
+//! Invariants: nothing that a peer sends is believed before it is checked against a named limit;
+//! what a decoder would refuse, the encoder refuses too; a peer that breaks the protocol loses its
+//! own session and disturbs no other.
+
+pub mod control;
+pub mod error;
+pub mod fuzz;
+pub mod identity;
+pub mod lane;
+pub mod lane_wire;
+pub mod listener;
+pub mod messages;
+pub mod options;
+pub mod pki;
+pub mod session;
+pub mod wire;
+
+mod closer;
+mod socket;
+mod tls;
+
+pub use closer::{Closer, SessionStats, WireBytes};
+pub use control::{ControlReceiver, ControlSender};
+pub use error::{TransportError, WireError, close_code};
+pub use identity::{Identity, IdentityError};
+pub use lane::{LaneReceiver, LaneSender};
+pub use lane_wire::Batch;
+pub use listener::Listener;
+pub use messages::{Message, MigrationId, Offer};
+pub use options::Options;
+pub use session::{DestinationSession, PeerInfo, Selection, Session, SourceSession, connect};

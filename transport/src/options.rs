@@ -1,0 +1,199 @@
+//! What can be tuned about sessions, with the reasons for the defaults.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_core::batch::LANES_MAX;
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
+
+use crate::error::TransportError;
+use crate::pki::check_name;
+
+/// Largest UDP payload in bytes that may be asked for. quinn hands the kernel up to ten datagrams
+/// in one call; the call fails without a word when they exceed 65,507 bytes together.
+pub const UDP_PAYLOAD_BYTES_MAX: u16 = 6000;
+
+/// Smallest UDP payload that QUIC allows.
+pub const UDP_PAYLOAD_BYTES_MIN: u16 = 1200;
+
+/// Most sockets that a listener opens.
+pub const SERVER_SOCKETS_MAX: usize = 16;
+
+/// Largest window of a lane in bytes. Larger ones make quinn close connections under loss (more
+/// than 1,024 gaps in a stream).
+pub const LANE_WINDOW_BYTES_MAX: u32 = 32 << 20;
+
+/// Smallest window of a lane in bytes.
+pub const LANE_WINDOW_BYTES_MIN: u32 = 64 << 10;
+
+/// Tuning of a session, for both ends.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Lanes that a client asks for, and the most that a listener grants; 1 to `LANES_MAX`. A lane
+    /// is one task on each end, so more lanes than cores bring nothing.
+    pub lanes: usize,
+    /// How long a silent peer counts as alive. Keep-alives are sent five times as often. The
+    /// smaller value of both ends holds.
+    pub dead_peer: Duration,
+    /// How long all of making a session may take, from the first packet to the last lane.
+    pub handshake_timeout: Duration,
+    /// UDP buffers to ask for, in bytes; what the kernel grants is in
+    /// [`SessionStats`](crate::SessionStats). The kernel's default of 208 KiB loses packets at
+    /// 4 Gb/s and above; it grants at most `net.core.rmem_max` and `wmem_max`.
+    pub udp_buffer_bytes: usize,
+    /// Bytes that may be under way on a lane before the receiver must have read some; the sender
+    /// buffers as much. What is buffered when the guest is stopped adds to its pause: 4 MiB are
+    /// 3 ms at 10 Gb/s and 34 ms at 1 Gb/s.
+    pub lane_window_bytes: u32,
+    /// Largest UDP payload to probe for, 1200 to [`UDP_PAYLOAD_BYTES_MAX`]. Larger packets cost
+    /// less CPU; where the path does not carry them, discovery settles for what it does.
+    pub udp_payload_bytes_max: u16,
+    /// Round-trip time to assume before one was measured. QUIC's default of 333 ms delays the
+    /// first retransmission by a second; hosts that migrate guests are near one another.
+    pub initial_rtt: Duration,
+    /// Sockets (and so tasks) that a listener shares its port among, by `SO_REUSEPORT`.
+    pub server_sockets: usize,
+    /// Local address that a client binds to; any if not given.
+    pub bind: Option<IpAddr>,
+    /// Name that the server's certificate must carry; any host of the authority if not given.
+    pub expected_peer: Option<String>,
+    /// Optional features that this end can use, as bits of [`Offer`](crate::Offer)'s field; a
+    /// session uses what both ends can.
+    pub features: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            lanes: cores.clamp(2, 8),
+            dead_peer: Duration::from_secs(5),
+            handshake_timeout: Duration::from_secs(5),
+            udp_buffer_bytes: 8 << 20,
+            lane_window_bytes: 4 << 20,
+            udp_payload_bytes_max: UDP_PAYLOAD_BYTES_MAX,
+            initial_rtt: Duration::from_millis(20),
+            server_sockets: cores.clamp(2, 8),
+            bind: None,
+            expected_peer: None,
+            features: 0,
+        }
+    }
+}
+
+impl Options {
+    /// Checks every option.
+    ///
+    /// # Errors
+    /// [`TransportError::Option`] with the first that is out of range.
+    pub fn check(&self) -> Result<(), TransportError> {
+        let ms = |duration: Duration| duration.as_millis();
+        ranged("lanes", self.lanes, 1, LANES_MAX, "1 to 64 are allowed")?;
+        ranged("dead_peer (ms)", ms(self.dead_peer), 50, 600_000, "50 to 600000 are allowed")?;
+        let timeout = ms(self.handshake_timeout);
+        ranged("handshake_timeout (ms)", timeout, 1, 600_000, "1 to 600000 are allowed")?;
+        let rule = "64 KiB to 1 GiB are allowed";
+        ranged("udp_buffer_bytes", self.udp_buffer_bytes, 64 << 10, 1 << 30, rule)?;
+        ranged(
+            "lane_window_bytes",
+            self.lane_window_bytes,
+            LANE_WINDOW_BYTES_MIN,
+            LANE_WINDOW_BYTES_MAX,
+            "64 KiB to 32 MiB are allowed",
+        )?;
+        ranged(
+            "udp_payload_bytes_max",
+            self.udp_payload_bytes_max,
+            UDP_PAYLOAD_BYTES_MIN,
+            UDP_PAYLOAD_BYTES_MAX,
+            "1200 to 6000 are allowed",
+        )?;
+        ranged("initial_rtt (ms)", ms(self.initial_rtt), 1, 10_000, "1 to 10000 are allowed")?;
+        let sockets = self.server_sockets;
+        ranged("server_sockets", sockets, 1, SERVER_SOCKETS_MAX, "1 to 16 are allowed")?;
+        match &self.expected_peer {
+            Some(name) if check_name(name).is_err() => Err(TransportError::Option {
+                option: "expected_peer",
+                value: format!("{name:?}"),
+                rule: "it must be a host name as `migrate pki issue` takes it",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// quinn's settings of a connection that takes `streams` streams of each direction.
+    pub(crate) fn transport(&self, streams: u32) -> Result<Arc<TransportConfig>, TransportError> {
+        let idle = IdleTimeout::try_from(self.dead_peer).map_err(|_| TransportError::Option {
+            option: "dead_peer",
+            value: format!("{:?}", self.dead_peer),
+            rule: "QUIC cannot carry it",
+        })?;
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(self.udp_payload_bytes_max);
+        let mut config = TransportConfig::default();
+        config
+            .max_concurrent_bidi_streams(VarInt::from_u32(streams))
+            .max_concurrent_uni_streams(VarInt::from_u32(streams))
+            .max_idle_timeout(Some(idle))
+            .keep_alive_interval(Some(self.dead_peer / 5))
+            .stream_receive_window(VarInt::from_u32(self.lane_window_bytes))
+            .receive_window(VarInt::from_u32(self.lane_window_bytes))
+            .send_window(u64::from(self.lane_window_bytes))
+            .send_fairness(false)
+            .initial_rtt(self.initial_rtt)
+            .mtu_discovery_config(Some(mtu))
+            .datagram_receive_buffer_size(None);
+        Ok(Arc::new(config))
+    }
+
+    pub(crate) fn endpoint(&self) -> Result<EndpointConfig, TransportError> {
+        let mut config = EndpointConfig::default();
+        let bytes = self.udp_payload_bytes_max;
+        config.max_udp_payload_size(bytes).map_err(|_| TransportError::Option {
+            option: "udp_payload_bytes_max",
+            value: bytes.to_string(),
+            rule: "QUIC cannot carry it",
+        })?;
+        Ok(config)
+    }
+}
+
+fn ranged<T: PartialOrd + ToString + Copy>(
+    option: &'static str,
+    value: T,
+    min: T,
+    max: T,
+    rule: &'static str,
+) -> Result<(), TransportError> {
+    if value < min || value > max {
+        return Err(TransportError::Option { option, value: value.to_string(), rule });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_in_range_and_what_is_not_is_named() {
+        Options::default().check().unwrap();
+        let bad = [
+            Options { lanes: 0, ..Options::default() },
+            Options { lanes: LANES_MAX + 1, ..Options::default() },
+            Options { dead_peer: Duration::ZERO, ..Options::default() },
+            Options { udp_payload_bytes_max: 9000, ..Options::default() },
+            Options { lane_window_bytes: 1, ..Options::default() },
+            Options { expected_peer: Some("a/b".into()), ..Options::default() },
+        ];
+        for options in bad {
+            assert!(matches!(options.check(), Err(TransportError::Option { .. })), "{options:?}");
+        }
+    }
+
+    #[test]
+    fn ten_datagrams_fit_one_system_call() {
+        assert!(10 * u32::from(UDP_PAYLOAD_BYTES_MAX) <= 65_507);
+    }
+}

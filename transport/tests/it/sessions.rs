@@ -1,0 +1,216 @@
+//! Sessions between two honest ends, over real sockets on the loopback interface.
+
+use std::time::{Duration, Instant};
+
+use crate::common::{Pki, any_port, batch, listen, offer, options, pair};
+use migrate_core::error::{Classify, ErrorBin};
+use transport::messages::{Ask, DestinationState, Intent, Progress, Sync, Synced, Verdict};
+use transport::{Listener, Message, Options, TransportError, close_code, connect};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_and_batches_arrive_in_order() {
+    let pki = Pki::new();
+    let (mut source, mut destination, _listener) = pair(&pki).await;
+    assert_eq!(source.peer.name, "b");
+    assert_eq!(destination.peer.name, "a");
+    assert_eq!((source.selected.version, destination.selected.version), (1, 1));
+    assert_eq!((source.lanes.len(), destination.lanes.len()), (3, 3));
+    assert_eq!(destination.engine, "test 1");
+
+    let mut sending = Vec::new();
+    for (index, mut lane) in source.lanes.drain(..).enumerate() {
+        sending.push(tokio::spawn(async move {
+            assert_eq!(lane.index(), index);
+            for round in 0..50u64 {
+                lane.send(batch(round * 300, 200, index as u8)).await.unwrap();
+            }
+            lane.finish().await.unwrap();
+        }));
+    }
+    let mut receiving = Vec::new();
+    for (index, mut lane) in destination.lanes.drain(..).enumerate() {
+        receiving.push(tokio::spawn(async move {
+            for round in 0..50u64 {
+                let got = lane.recv().await.unwrap().unwrap();
+                assert_eq!(got, batch(round * 300, 200, index as u8));
+            }
+            assert!(lane.recv().await.unwrap().is_none());
+            assert_eq!(lane.batches(), 50);
+        }));
+    }
+    let sync = Sync { sequence: 9, batches: vec![50; 3] };
+    source.control_sender.send(&Message::Sync(sync.clone())).await.unwrap();
+    assert_eq!(destination.control_receiver.recv().await.unwrap(), Message::Sync(sync));
+    for task in sending.into_iter().chain(receiving) {
+        task.await.unwrap();
+    }
+    let synced = Message::Synced(Synced { sequence: 9, version_digest: 1 });
+    destination.control_sender.send(&synced).await.unwrap();
+    assert_eq!(source.control_receiver.recv().await.unwrap(), synced);
+
+    let payload = 3 * 50 * 200 * 4096u64;
+    let wire = source.wire_bytes();
+    assert!(wire.sent > payload && wire.sent < payload * 11 / 10, "{wire:?} for {payload}");
+    let there = destination.wire_bytes();
+    assert!(there.received > payload && there.received <= wire.sent, "{there:?} for {wire:?}");
+    let stats = source.closer.stats();
+    assert!(stats.udp_payload_bytes_min > 1200 && stats.rtt < Duration::from_millis(100));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_has_no_lanes_and_its_answer_arrives_before_the_close() {
+    let pki = Pki::new();
+    let mut listener = listen(&pki);
+    let addr = listener.local_addr();
+    let answering = tokio::spawn(async move {
+        let mut session = listener.accept().await.unwrap();
+        assert_eq!(session.intent, Intent::Ask);
+        assert!(session.lanes.is_empty());
+        let Message::Ask(Ask { migration }) = session.control_receiver.recv().await.unwrap() else {
+            panic!("no question");
+        };
+        let verdict = Verdict { state: DestinationState::Running, text: migration.to_string() };
+        session.control_sender.send(&Message::Verdict(verdict)).await.unwrap();
+        session.control_sender.finish(Duration::from_secs(1)).await.unwrap();
+        session.close(close_code::DONE, "answered").await;
+    });
+    let identity = pki.identity("a");
+    let mut session = connect(addr, &identity, &options(), offer(Intent::Ask)).await.unwrap();
+    let ask = Message::Ask(Ask { migration: session.migration });
+    session.control_sender.send(&ask).await.unwrap();
+    let Message::Verdict(verdict) = session.control_receiver.recv().await.unwrap() else {
+        panic!("no verdict");
+    };
+    assert_eq!(verdict.state, DestinationState::Running);
+    assert_eq!(verdict.text, "07".repeat(16));
+    answering.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_reason_of_a_close_arrives_everywhere() {
+    let pki = Pki::new();
+    let (mut source, mut destination, _listener) = pair(&pki).await;
+    let lane = source.lanes.first_mut().unwrap();
+    destination.closer.close_now(close_code::ABORTED, "the disk is full");
+    let is_reason = |error: &TransportError| {
+        matches!(error, TransportError::Closed { code: close_code::ABORTED, text, .. }
+            if text == "the disk is full")
+    };
+    let error = source.control_receiver.recv().await.unwrap_err();
+    assert!(is_reason(&error), "{error}");
+    assert_eq!(error.bin(), ErrorBin::System);
+    let error = source.control_receiver.recv().await.unwrap_err();
+    assert!(is_reason(&error), "again: {error}");
+    // The lane's connection hears of it by itself, a moment later.
+    let error = loop {
+        match lane.send(batch(0, 1, 0)).await {
+            Ok(()) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(error) => break error,
+        }
+    };
+    assert!(is_reason(&error), "{error}");
+    let error = lane.send(batch(0, 1, 0)).await.unwrap_err();
+    assert!(is_reason(&error), "again: {error}");
+    let error = destination.control_receiver.recv().await.unwrap_err();
+    assert!(matches!(error, TransportError::ClosedHere { code: close_code::ABORTED, .. }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_receive_loses_no_message() {
+    let pki = Pki::new();
+    let (source, mut destination, _listener) = pair(&pki).await;
+    let sending = tokio::spawn(async move {
+        for applied_bytes in 0..200 {
+            let progress = Progress { applied_bytes, applied_batches: vec![1, 2, 3] };
+            source.control_sender.send(&Message::Progress(progress)).await.unwrap();
+            if applied_bytes % 7 == 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+        source
+    });
+    let mut next = 0;
+    while next < 200 {
+        let received = destination.control_receiver.recv();
+        let Ok(message) = tokio::time::timeout(Duration::from_micros(50), received).await else {
+            continue;
+        };
+        let Message::Progress(progress) = message.unwrap() else { panic!("another message") };
+        assert_eq!(progress.applied_bytes, next);
+        next += 1;
+    }
+    sending.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_accepted_session_outlives_its_listener() {
+    let pki = Pki::new();
+    let (mut source, mut destination, listener) = pair(&pki).await;
+    let addr = listener.local_addr();
+    drop(listener);
+    let identity = pki.identity("a");
+    let refused = connect(addr, &identity, &options(), offer(Intent::Ask)).await;
+    assert!(refused.is_err());
+    for (source, destination) in source.lanes.iter_mut().zip(&mut destination.lanes) {
+        for _ in 0..20 {
+            source.send(batch(0, 200, 1)).await.unwrap();
+            assert_eq!(destination.recv().await.unwrap().unwrap(), batch(0, 200, 1));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_listener_on_the_port_is_refused() {
+    let pki = Pki::new();
+    let listener = listen(&pki);
+    let addr = listener.local_addr();
+    let error = Listener::bind(addr, &pki.identity("b"), &options()).unwrap_err();
+    assert!(matches!(error, TransportError::AddressInUse { addr: used } if used == addr));
+    assert_eq!(error.bin(), ErrorBin::CallerMisuse);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_can_be_asked_for_by_name() {
+    let pki = Pki::new();
+    let mut listener = listen(&pki);
+    let addr = listener.local_addr();
+    let identity = pki.identity("a");
+    let wanted = |name: &str| Options { expected_peer: Some(name.into()), ..options() };
+    let error = connect(addr, &identity, &wanted("c"), offer(Intent::Migrate)).await.unwrap_err();
+    assert!(matches!(error, TransportError::Tls { .. }), "{error}");
+    let wanted = wanted("b");
+    let (source, destination) =
+        tokio::join!(connect(addr, &identity, &wanted, offer(Intent::Migrate)), listener.accept());
+    assert_eq!(source.unwrap().peer.name, "b");
+    destination.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_smaller_number_of_lanes_and_the_common_features_hold() {
+    let pki = Pki::new();
+    let few = Options { lanes: 1, features: 0b011, ..options() };
+    let mut listener = Listener::bind(any_port(), &pki.identity("b"), &few).unwrap();
+    let addr = listener.local_addr();
+    let identity = pki.identity("a");
+    let many = Options { lanes: 5, features: 0b110, ..options() };
+    let mut offer = offer(Intent::Migrate);
+    offer.features = u64::MAX;
+    let (source, destination) =
+        tokio::join!(connect(addr, &identity, &many, offer), listener.accept());
+    let (source, destination) = (source.unwrap(), destination.unwrap());
+    assert_eq!((source.lanes.len(), destination.lanes.len()), (1, 1));
+    assert_eq!((source.selected.features, destination.selected.features), (0b010, 0b010));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_there_is_found_out_in_time() {
+    let pki = Pki::new();
+    let silent = std::net::UdpSocket::bind(any_port()).unwrap();
+    let addr = silent.local_addr().unwrap();
+    let begin = Instant::now();
+    let identity = pki.identity("a");
+    let quick = Options { handshake_timeout: Duration::from_millis(300), ..options() };
+    let error = connect(addr, &identity, &quick, offer(Intent::Migrate)).await.unwrap_err();
+    assert!(matches!(error, TransportError::HandshakeTimeout { .. }), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(1));
+}
