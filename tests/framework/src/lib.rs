@@ -1,1 +1,39 @@
 //! Boots guests, joins namespaces and reads the guest's heartbeat: what tests and bench share.
+//!
+//! ```text
+//!  Vm ──┬─ console.log (ttyS0) ─ Console: GUEST READY, assert_clean
+//!       ├─ heartbeat.sock (ttyS1) ─ Heartbeat: host time of every beat, gaps, two guests at once
+//!       ├─ command.sock (ttyS2) ─ Guest: "checker report", "writer stop", ...
+//!       ├─ qmp-test.sock ─ Qmp, for the test
+//!       └─ qmp-engine.sock ─ for the engine, since a QMP socket takes one client at a time
+//! ```
+//! Blocking code and threads, no async runtime. Everything that is started or created here is
+//! stopped or removed by `Drop`, processes by their ids; and by the kernel if the test itself dies.
+
+pub mod cpu;
+pub mod disk;
+pub mod engine;
+pub mod env;
+pub mod guest;
+pub mod heartbeat;
+pub mod hugepages;
+pub mod netns;
+pub mod process;
+pub mod pulse;
+pub mod qmp;
+pub mod spec;
+pub mod vm;
+pub mod wait;
+
+mod console;
+
+pub use console::Console;
+pub use engine::{Engine, EngineOutput, Pki};
+pub use env::{Env, QemuKind};
+pub use guest::Guest;
+pub use heartbeat::{Beat, Heartbeat};
+pub use netns::NetnsPair;
+pub use pulse::Pulse;
+pub use qmp::Qmp;
+pub use spec::{Backend, Disk, Nic, VmSpec};
+pub use vm::Vm;
