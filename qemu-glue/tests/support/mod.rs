@@ -77,7 +77,12 @@ impl Qemu {
     }
 
     /// A QEMU with `MACHINE`, 256 MiB in one shared file of the folder, and more arguments.
-    pub(crate) fn start_shared(program: &Program, folder: &Path, name: &str, more: &[&str]) -> Self {
+    pub(crate) fn start_shared(
+        program: &Program,
+        folder: &Path,
+        name: &str,
+        more: &[&str],
+    ) -> Self {
         let memory = shared_file(folder, name, "ram0", 256);
         let machine = format!("{MACHINE},memory-backend=ram0");
         let mut arguments = vec!["-m", "256", "-machine", &machine, "-object", &memory];
