@@ -19,6 +19,7 @@ use quinn::{Connection, Endpoint, Incoming, RecvStream, ServerConfig, TokioRunti
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
 
 use crate::closer::Closer;
 use crate::control::{Reader, StreamError, Writer, read_exact};
@@ -202,33 +203,51 @@ fn admit(shared: &Arc<Shared>, incoming: Incoming, tasks: &mut JoinSet<()>) {
     tasks.spawn(async move {
         // The semaphore is never closed; without a permit the connection is dropped.
         let Ok(_permit) = shared.handshakes.try_acquire() else { return };
-        let mut waiting_for = "the end of the TLS handshake";
-        let after = shared.options.handshake_timeout;
-        let handled = handle(&shared, incoming, &mut waiting_for);
-        let result = match tokio::time::timeout(after, handled).await {
-            Ok(result) => result,
-            Err(_elapsed) => Err(TransportError::HandshakeTimeout { peer, after, waiting_for }),
-        };
-        if let Err(error) = result {
+        if let Err(error) = handle(&shared, incoming).await {
             tracing::warn!(%peer, error = chain(&error), "A connection came to nothing");
         }
     });
 }
 
-async fn handle(
+/// Takes a connection up to where it is part of a session, within the time allowed.
+async fn handle(shared: &Shared, incoming: Incoming) -> Result<(), TransportError> {
+    let peer = incoming.remote_address();
+    let after = shared.options.handshake_timeout;
+    let deadline = Instant::now() + after;
+    let late = |waiting_for| TransportError::HandshakeTimeout { peer, after, waiting_for };
+    let lost = |error| connection_error(peer, error, None);
+    let connecting = incoming.accept().map_err(lost)?;
+    let connection = timeout_at(deadline, connecting)
+        .await
+        .map_err(|_elapsed| late("the end of the TLS handshake"))?
+        .map_err(lost)?;
+
+    let mut waiting_for = "a stream";
+    let served = serve(shared, &connection, &mut waiting_for);
+    let served = timeout_at(deadline, served).await.unwrap_or_else(|_elapsed| {
+        let error = late(waiting_for);
+        let code = VarInt::from_u32(close_code::TIMEOUT);
+        connection.close(code, format!("{waiting_for} did not come in time").as_bytes());
+        Err(error)
+    });
+    // Where the reason was not given yet, this one is.
+    if served.is_err() {
+        connection.close(VarInt::from_u32(close_code::INTERNAL), b"The session could not be made");
+    }
+    served
+}
+
+async fn serve(
     shared: &Shared,
-    incoming: Incoming,
+    connection: &Connection,
     waiting_for: &mut &'static str,
 ) -> Result<(), TransportError> {
-    let peer = incoming.remote_address();
-    let lost = |error| connection_error(peer, error, None);
-    let connection = incoming.accept().map_err(lost)?.await.map_err(lost)?;
-    *waiting_for = "a stream";
+    let lost = |error| connection_error(connection.remote_address(), error, None);
     tokio::select! {
         control = connection.accept_bi() => {
             let (send, receive) = control.map_err(lost)?;
             let (writer, reader) = (Writer::new(send), Reader::new(receive));
-            serve_control(shared, &connection, writer, reader, waiting_for).await
+            serve_control(shared, connection, writer, reader, waiting_for).await
         }
         lane = connection.accept_uni() => {
             *waiting_for = "a lane's greeting";

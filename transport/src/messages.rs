@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use migrate_core::batch::LANES_MAX;
+pub use migrate_core::handover::DestinationState;
 use migrate_core::layout::{BLOCKS_MAX, BlockSpec, PAGE_BYTES, RamLayout};
 use serde::{Deserialize, Serialize};
 
@@ -308,6 +309,8 @@ pub struct Ready {
 pub struct Commit {
     /// The migration, repeated so that a commit can never be taken for another one's.
     pub migration: MigrationId,
+    /// Whether the guest is to run: it does not if it was paused at the source.
+    pub resume: bool,
 }
 
 /// Destination, answer to [`Commit`]: the guest runs here.
@@ -352,23 +355,6 @@ pub struct Abort {
 pub struct Ask {
     /// The migration asked about.
     pub migration: MigrationId,
-}
-
-/// What a destination knows of a migration, from its journal.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum DestinationState {
-    /// It never heard of it, or discarded it: the guest never ran here and never will.
-    Unknown,
-    /// It receives pages.
-    Receiving,
-    /// The guest is complete and paused, waiting for [`Commit`].
-    Ready,
-    /// It took the guest over; the guest is being resumed.
-    Owned,
-    /// The guest runs here.
-    Running,
-    /// It refused or gave up: the guest never ran here and never will.
-    Refused,
 }
 
 /// Server, answer to [`Ask`].

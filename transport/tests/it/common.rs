@@ -34,6 +34,12 @@ impl Pki {
         self.dir.path().join("one")
     }
 
+    /// An identity of the first authority that expired five days ago.
+    pub(crate) fn issue_expired(&self, name: &str) -> PathBuf {
+        let old = IssueOptions { days: 5, backdate_days: 10, out_dir: None };
+        issue(&self.ca(), name, &old).unwrap()
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         let authority = if name == "stranger" { "two" } else { "one" };
         self.dir.path().join(authority).join(name)

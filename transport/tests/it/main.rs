@@ -3,4 +3,12 @@
 #[cfg(test)]
 mod common;
 #[cfg(test)]
+mod handshake;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod relay;
+#[cfg(test)]
+mod rogue;
+#[cfg(test)]
 mod sessions;
