@@ -1,1 +1,31 @@
-//! The command migrate: moves running QEMU virtual machines between hosts.
+//! The command `migrate`: wires the engine's parts together.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`args`] | what can be typed |
+//! | [`commands`] | what each command does |
+//! | [`source`], [`destination`] | the two ends of a migration |
+//! | [`journal`] | the durable record of who owns the guest |
+//! | [`report`], [`progress`] | what the user sees |
+//! | [`attaching`], [`verify`] | the descriptor of QEMU's memory; digests of all pages |
+//! | [`error`] | everything that ends a migration early |
+//! | [`failpoint`] | places where the failure tests stop the engine |
+//!
+//! Architecture invariant: decisions are in `migrate-core`; this crate carries them out.
+
+pub mod args;
+pub mod attaching;
+pub mod cancel;
+pub mod commands;
+pub mod destination;
+pub mod error;
+pub mod failpoint;
+pub mod journal;
+pub mod progress;
+pub mod random;
+pub mod report;
+pub mod source;
+pub mod verify;
+
+/// Name and version of this engine, as it introduces itself.
+pub const ENGINE: &str = concat!("godwit ", env!("CARGO_PKG_VERSION"));

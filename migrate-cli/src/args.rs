@@ -1,0 +1,285 @@
+//! What can be typed, and its help. What it means is in [`crate::commands`].
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Moves running QEMU virtual machines between hosts.
+#[derive(Debug, Parser)]
+#[command(
+    name = "migrate",
+    version,
+    about = "Moves running QEMU virtual machines between hosts",
+    after_help = "A first migration:\n  \
+        migrate pki init /etc/godwit/pki             once, on one machine\n  \
+        migrate pki issue /etc/godwit/pki host-a     an identity a host; copy host-a/ there\n  \
+        migrate check --qmp vm.qmp                   on the source: will it work?\n  \
+        migrate receive --listen 0.0.0.0:7700 --identity host-b --qmp new.qmp --once\n  \
+        migrate send --qmp vm.qmp --to host-b:7700 --identity host-a\n\n\
+        `migrate demo` does all of this with a small guest on this machine."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// Log more: once for decisions, twice for messages. RUST_LOG overrides it.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Says what this host and VM can do, and what is missing. Exits with 1 if a migration would fail.
+    Check(CheckArgs),
+    /// Makes the certificates by which hosts know each other.
+    #[command(subcommand)]
+    Pki(PkiCommand),
+    /// Receives a guest into a QEMU that was started with `-incoming defer`.
+    Receive(ReceiveArgs),
+    /// Sends a running guest to a host where `migrate receive` waits.
+    Send(SendArgs),
+    /// Ends a migration that an engine or a link left unfinished.
+    Resolve(ResolveArgs),
+    /// Boots a guest on this machine, migrates it over loopback and prints a report.
+    Demo(DemoArgs),
+}
+
+/// `migrate check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// QMP socket of the VM to look at; without it only the host is checked.
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: Option<PathBuf>,
+    /// Socket of the preloaded library, where ptrace is not wanted.
+    #[arg(long, value_name = "SOCK")]
+    pub preload_socket: Option<PathBuf>,
+}
+
+/// `migrate pki`.
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Creates a certificate authority in DIR. Keep its key (ca.key) safe and off the hosts.
+    Init {
+        /// Directory to create it in.
+        dir: PathBuf,
+        /// Days until the authority expires.
+        #[arg(long, default_value_t = 3650)]
+        days: u32,
+    },
+    /// Issues an identity for a host into DIR/NAME: cert.pem, key.pem and ca.pem.
+    Issue {
+        /// Directory of the authority.
+        dir: PathBuf,
+        /// The host's name.
+        name: String,
+        /// Days until the identity expires.
+        #[arg(long, default_value_t = 825)]
+        days: u32,
+    },
+}
+
+/// What sender and receiver have in common.
+#[derive(Debug, Clone, Args)]
+pub struct CommonArgs {
+    /// QMP socket of the VM. It must be free: a QMP socket serves one client at a time.
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: PathBuf,
+    /// Directory of this host's identity, made by `migrate pki issue`.
+    #[arg(long, value_name = "DIR")]
+    pub identity: PathBuf,
+    /// Where unfinished migrations are recorded [default: /var/lib/godwit/journal, or under
+    /// ~/.local/state for ordinary users].
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
+    /// Take the peer only if its identity has this name.
+    #[arg(long, value_name = "NAME")]
+    pub peer: Option<String>,
+    /// Seconds of silence after which the peer counts as dead.
+    #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=300))]
+    pub dead_peer_s: u64,
+}
+
+/// `migrate receive`.
+#[derive(Debug, Clone, Args)]
+pub struct ReceiveArgs {
+    /// Address and UDP port to listen on.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: SocketAddr,
+    /// Common options.
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// End after the first guest has arrived.
+    #[arg(long)]
+    pub once: bool,
+    /// Seconds that a loaded guest waits for the source's commit before it is refused for ever.
+    #[arg(long, value_name = "S", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_s: u64,
+}
+
+/// How memory is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// Chosen from measurements; today always pre-copy.
+    Auto,
+    /// All memory first, then the guest.
+    PreCopy,
+    /// The guest first, its memory on demand (not built yet).
+    PostCopy,
+    /// Pre-copy, then post-copy for the rest (not built yet).
+    Hybrid,
+}
+
+/// How the guest is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PathChoice {
+    /// Chosen by what `migrate check` finds; today always direct.
+    Auto,
+    /// Through the shared file that holds its RAM.
+    Direct,
+    /// Through QEMU's own stream (not built yet).
+    Stream,
+}
+
+/// `migrate send`.
+#[derive(Debug, Clone, Args)]
+pub struct SendArgs {
+    /// Common options.
+    #[command(flatten)]
+    pub common: CommonArgs,
+    /// Address and port where `migrate receive` listens.
+    #[arg(long, value_name = "ADDR")]
+    pub to: String,
+    /// How memory is moved.
+    #[arg(long, value_enum, default_value_t = Mode::Auto)]
+    pub mode: Mode,
+    /// How the guest is reached.
+    #[arg(long, value_enum, default_value_t = PathChoice::Auto)]
+    pub path: PathChoice,
+    /// Longest acceptable downtime, in milliseconds. The guest is stopped at the lowest predicted
+    /// downtime below it; if none comes, the guest stays here.
+    #[arg(long, value_name = "N", default_value_t = 150, value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub max_downtime_ms: u64,
+    /// Seconds without a better prediction after which a guest counts as not converging.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub patience_s: u64,
+    /// Most bits a second to send, with an optional suffix k, M or G (500M).
+    #[arg(long, value_name = "BITS", value_parser = parse_bits)]
+    pub max_bandwidth: Option<u64>,
+    /// Compare every page of both sides while both are stopped. Lengthens the downtime.
+    #[arg(long)]
+    pub verify: bool,
+    /// Print one JSON object on stdout at the end.
+    #[arg(long)]
+    pub json: bool,
+    /// Leave the source's QEMU paused after success instead of quitting it.
+    #[arg(long)]
+    pub keep_source: bool,
+    /// Lanes: QUIC connections that carry pages side by side [default: one a core, at most 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub lanes: Option<u16>,
+    /// Longest plausible direct I/O of the guest's disks, in milliseconds: pages that one may have
+    /// filled unseen are compared again after this time. Only with disks that use O_DIRECT.
+    #[arg(long, value_name = "N", default_value_t = 3000, value_parser = clap::value_parser!(u64).range(100..=120_000))]
+    pub direct_io_window_ms: u64,
+    /// Socket of the preloaded library, to attach without ptrace.
+    #[arg(long, value_name = "SOCK")]
+    pub preload_socket: Option<PathBuf>,
+    /// Seconds to keep asking the destination after the commit before the outcome is called in
+    /// doubt.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub ask_s: u64,
+}
+
+/// `migrate resolve`.
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Run it where an engine died or a `send` ended in doubt (exit code 3). It reads the \
+    journal, asks the other end where that is possible, and resumes, releases or discards the guest \
+    accordingly. Only with --run-here or --runs-there does it act on your word: use them after you made \
+    sure (fencing, a look at the other host) that they are true.")]
+pub struct ResolveArgs {
+    /// QMP socket of the VM, as it was given to the command that was interrupted.
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: PathBuf,
+    /// Where unfinished migrations are recorded.
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
+    /// The destination's address, if it changed.
+    #[arg(long, value_name = "ADDR")]
+    pub to: Option<String>,
+    /// Directory of this host's identity, if it moved.
+    #[arg(long, value_name = "DIR")]
+    pub identity: Option<PathBuf>,
+    /// The other end does not run the guest and never will: run it here.
+    #[arg(long, conflicts_with = "runs_there")]
+    pub run_here: bool,
+    /// The other end has the guest: release it here.
+    #[arg(long)]
+    pub runs_there: bool,
+    /// Print one JSON object on stdout at the end.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `migrate demo`.
+#[derive(Debug, Clone, Args)]
+pub struct DemoArgs {
+    /// Kernel to boot [made by `cargo xtask setup`].
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Its initial RAM disk with the guest's programs.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: PathBuf,
+    /// QEMU binary to run.
+    #[arg(long, value_name = "BIN", default_value = "qemu-system-x86_64")]
+    pub qemu: PathBuf,
+    /// Directory of QEMU's firmware, if it is not where the binary expects it.
+    #[arg(long, value_name = "DIR")]
+    pub qemu_data: Option<PathBuf>,
+    /// Memory of the guest in MiB.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(256..=1 << 20))]
+    pub memory_mib: u64,
+    /// Times to migrate it there and back.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub moves: u32,
+    /// Print one JSON object a move on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn parse_bits(text: &str) -> Result<u64, String> {
+    let (digits, factor) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (text.get(..at), 1_000),
+        Some((at, 'm' | 'M')) => (text.get(..at), 1_000_000),
+        Some((at, 'g' | 'G')) => (text.get(..at), 1_000_000_000),
+        _ => (Some(text), 1),
+    };
+    digits
+        .and_then(|digits| digits.parse::<u64>().ok())
+        .and_then(|number| number.checked_mul(factor))
+        .filter(|bits| *bits >= 100_000)
+        .ok_or_else(|| "a rate of at least 100k is needed, such as 500M or 1G".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn rates_have_suffixes() {
+        assert_eq!(parse_bits("500M"), Ok(500_000_000));
+        assert_eq!(parse_bits("1G"), Ok(1_000_000_000));
+        assert_eq!(parse_bits("250000"), Ok(250_000));
+        for bad in ["", "M", "1", "-5M", "99999999999G", "1T"] {
+            assert!(parse_bits(bad).is_err(), "{bad}");
+        }
+    }
+}

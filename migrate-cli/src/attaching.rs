@@ -1,0 +1,48 @@
+//! Getting a userfaultfd of QEMU's address space, and saying beforehand whether that will work.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use qemu_glue::attach::{self, CloseRemote, Way};
+use qemu_glue::check::Finding;
+
+use crate::error::EngineError;
+
+/// A userfaultfd of QEMU's address space.
+#[derive(Debug)]
+pub struct Attached {
+    /// The descriptor; the only one.
+    pub uffd: OwnedFd,
+    /// Time that a thread of QEMU was stopped, in microseconds; nothing with the preloaded library.
+    pub stopped_us: Option<u64>,
+}
+
+/// Whether attaching will work, without touching QEMU.
+pub fn probe(pid: i32, preload_socket: Option<&Path>) -> Vec<Finding> {
+    match preload_socket {
+        Some(socket) if !socket.exists() => vec![Finding::blocker(
+            format!("There is no socket of the preloaded library at {}", socket.display()),
+            "start QEMU with LD_PRELOAD=libgodwit_preload.so and GODWIT_PRELOAD_SOCKET set, or \
+             leave --preload-socket out",
+        )],
+        Some(_) => vec![],
+        None => attach::probe(pid),
+    }
+}
+
+/// Attaches. QEMU keeps no copy, so that the death of this process undoes everything (rule 12).
+///
+/// # Errors
+/// What [`attach::userfaultfd`] says.
+pub async fn attach(pid: i32, preload_socket: Option<&Path>) -> Result<Attached, EngineError> {
+    let socket: Option<PathBuf> = preload_socket.map(Path::to_owned);
+    let attached = tokio::task::spawn_blocking(move || {
+        attach::userfaultfd(pid, socket.as_deref(), CloseRemote::Yes)
+    });
+    let attached = attached.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+    let stopped_us = match attached.way {
+        Way::Injection(report) => Some(report.stopped_us),
+        Way::Preload { .. } => None,
+    };
+    Ok(Attached { uffd: attached.uffd, stopped_us })
+}

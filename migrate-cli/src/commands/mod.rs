@@ -1,0 +1,75 @@
+//! What each command does, and its exit code.
+
+mod check;
+mod demo;
+mod pki;
+mod resolve;
+
+use std::process::ExitCode;
+
+use migrate_core::handover::Outcome;
+
+use crate::args::{Command, ReceiveArgs, SendArgs};
+use crate::report::{Report, ReportOutcome};
+use crate::{destination, source};
+
+/// Runs a command; errors are told on stderr.
+pub async fn run(command: Command) -> ExitCode {
+    match command {
+        Command::Check(args) => check::run(&args).await,
+        Command::Pki(command) => pki::run(&command),
+        Command::Receive(args) => receive(&args).await,
+        Command::Send(args) => send(&args).await,
+        Command::Resolve(args) => resolve::run(&args).await,
+        Command::Demo(args) => demo::run(&args).await,
+    }
+}
+
+async fn send(args: &SendArgs) -> ExitCode {
+    let report = source::send(args).await;
+    if args.json {
+        print_json(&report);
+    }
+    tell(&report);
+    ExitCode::from(report.outcome.exit_code())
+}
+
+fn print_json(report: &impl serde::Serialize) {
+    match serde_json::to_string(report) {
+        Ok(text) => println!("{text}"),
+        Err(error) => eprintln!("error: the report cannot be written: {error}"),
+    }
+}
+
+/// The report for people.
+fn tell(report: &Report) {
+    if let Some(error) = &report.error {
+        eprintln!("error: {}", error.message);
+        eprintln!("guest: {} at the source, {} at the destination", error.source_vm, error.destination_vm);
+    }
+    if let Some(verify) = report.verify {
+        eprintln!("verify: {} pages compared, {} differ", verify.pages, verify.mismatches);
+    }
+    if report.outcome == ReportOutcome::Completed {
+        eprintln!(
+            "{} moved in {:.2} s, downtime {:.1} ms, {:.1} MB over the wire for {:.1} MB of memory in use",
+            report.vm,
+            report.total_ms / 1e3,
+            report.downtime_ms,
+            report.bytes.wire as f64 / 1e6,
+            report.bytes.populated as f64 / 1e6,
+        );
+    }
+}
+
+async fn receive(args: &ReceiveArgs) -> ExitCode {
+    match destination::receive(args).await {
+        Ok(Outcome::Completed) => ExitCode::SUCCESS,
+        Ok(Outcome::RolledBack) => ExitCode::from(1),
+        Ok(Outcome::InDoubt) => ExitCode::from(3),
+        Err(error) => {
+            eprintln!("error: {}", error.tell());
+            ExitCode::from(1)
+        }
+    }
+}

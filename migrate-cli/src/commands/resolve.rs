@@ -1,0 +1,119 @@
+//! `migrate resolve`: ends what an engine or a link left unfinished, at either end.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_core::handover::source::Input;
+use migrate_core::handover::{Outcome, SourceRecord};
+use migrate_core::error::GuestPlace;
+use qemu_glue::qmp::Client;
+use serde::Serialize;
+use transport::Identity;
+
+use crate::args::ResolveArgs;
+use crate::destination::answer::Archive;
+use crate::error::EngineError;
+use crate::journal::{Journal, Record, default_dir};
+use crate::report::ReportOutcome;
+use crate::source::handover::place;
+use crate::source::recover;
+
+/// How long an unreachable destination is asked.
+const ASK_FOR: Duration = Duration::from_secs(3);
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Resolution {
+    v: u32,
+    outcome: ReportOutcome,
+    migration: Option<String>,
+    role: &'static str,
+    vm: GuestPlace,
+    message: String,
+}
+
+pub(super) async fn run(args: &ResolveArgs) -> ExitCode {
+    let resolution = match resolve(args).await {
+        Ok(resolution) => resolution,
+        Err(error) => {
+            eprintln!("error: {}", error.tell());
+            return ExitCode::from(1);
+        }
+    };
+    if args.json {
+        super::print_json(&resolution);
+    }
+    eprintln!("{}; the guest here is {}", resolution.message, resolution.vm);
+    ExitCode::from(resolution.outcome.exit_code())
+}
+
+async fn resolve(args: &ResolveArgs) -> Result<Resolution, EngineError> {
+    let client = Client::connect(&args.qmp).await.ok();
+    let mut unfinished = recover::unfinished(args.journal.as_deref(), &args.qmp);
+    match unfinished.pop() {
+        Some(journal) => resolve_source(args, client.as_ref(), journal).await,
+        None => resolve_destination(args, client.as_ref()).await,
+    }
+}
+
+async fn resolve_source(
+    args: &ResolveArgs,
+    client: Option<&Client>,
+    mut journal: Journal,
+) -> Result<Resolution, EngineError> {
+    let entry = journal.entry().clone();
+    let client = client.filter(|_| recover::is_same_qemu(&entry));
+    let addr = args.to.as_deref().unwrap_or(&entry.peer);
+    let identity = args.identity.as_ref().unwrap_or(&entry.identity);
+    let identity = Identity::load(identity)
+        .map_err(|error| EngineError::Transport(transport::TransportError::Identity(error)))?;
+    let mut contact = recover::contact(&entry, Arc::new(identity), addr).await?;
+    let operator = match (args.run_here, args.runs_there, entry.record) {
+        (true, _, _) => Some(Input::OperatorRunHere),
+        (_, true, Record::Source(SourceRecord::HandedOver)) => Some(Input::OperatorRunThere),
+        _ => None,
+    };
+    let outcome =
+        recover::finish(client, &mut journal, &mut contact, operator, ASK_FOR).await;
+    contact.close("resolved").await;
+    let vm = place(client).await;
+    let (outcome, message) = match outcome {
+        Outcome::Completed => (ReportOutcome::Completed, "the guest runs at the destination".into()),
+        Outcome::RolledBack => (ReportOutcome::Failed, "the guest belongs to this host".into()),
+        Outcome::InDoubt => {
+            let text = format!(
+                "still in doubt: {addr} does not say what became of the guest. Start `migrate \
+                 receive` there, or decide with --run-here or --runs-there"
+            );
+            (ReportOutcome::InDoubt, text)
+        }
+    };
+    if outcome != ReportOutcome::InDoubt {
+        journal.remove();
+    }
+    let migration = Some(entry.migration);
+    Ok(Resolution { v: 1, outcome, migration, role: "source", vm, message })
+}
+
+async fn resolve_destination(
+    args: &ResolveArgs,
+    client: Option<&Client>,
+) -> Result<Resolution, EngineError> {
+    let dir = args.journal.clone().unwrap_or_else(default_dir);
+    let mut archive = Archive::open(&dir, &args.qmp);
+    if args.run_here {
+        archive.operator_run_here(client).await?;
+    }
+    archive.recover(client).await;
+    let vm = place(client).await;
+    let (outcome, message) = match archive.latest() {
+        None => (ReportOutcome::Completed, "nothing is unfinished here".to_owned()),
+        Some((_, true)) => (ReportOutcome::Completed, "the guest belongs to this host".to_owned()),
+        Some((_, false)) => {
+            (ReportOutcome::Failed, "the guest belongs to its source".to_owned())
+        }
+    };
+    let migration = archive.latest().map(|(id, _)| id);
+    Ok(Resolution { v: 1, outcome, migration, role: "destination", vm, message })
+}

@@ -1,0 +1,196 @@
+//! What the destination's journal knows of migrations that are over, and answers about them.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use migrate_core::handover::destination::{Input, Output};
+use migrate_core::handover::{Destination, DestinationRecord, DestinationState};
+use qemu_glue::qmp::{Client, RunState};
+use transport::messages::{Message, Verdict};
+use transport::{DestinationSession, close_code};
+
+use super::owner::{discard, resume_guest};
+use crate::error::EngineError;
+use crate::journal::{Entry, Journal, Record};
+use crate::source::recover::is_same_qemu;
+
+/// Longest wait for the question, and for the answer to be taken.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Journals older than this are not kept: their sources have stopped asking.
+const KEEP: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The journals of one VM's arrivals.
+#[derive(Debug)]
+pub struct Archive {
+    journals: Vec<Journal>,
+    qmp: PathBuf,
+}
+
+impl Archive {
+    /// Reads the journals in `dir` that are about the VM at `qmp`.
+    pub fn open(dir: &Path, qmp: &Path) -> Self {
+        let qmp = std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned());
+        let mut journals = vec![];
+        for journal in Journal::list(dir) {
+            let mine = journal.entry().qmp == qmp
+                && matches!(journal.entry().record, Record::Destination(_));
+            match mine {
+                true if journal.age() > KEEP => journal.remove(),
+                true => journals.push(journal),
+                false => {}
+            }
+        }
+        Self { journals, qmp }
+    }
+
+    /// Ends what a killed engine left unfinished: an arrival is refused for ever, an owned guest is
+    /// resumed.
+    pub async fn recover(&mut self, client: Option<&Client>) {
+        for journal in &mut self.journals {
+            let Record::Destination(record) = journal.entry().record else { continue };
+            let client = client.filter(|_| is_same_qemu(journal.entry()));
+            recover_one(journal, record, client).await;
+        }
+    }
+
+    /// Whether somebody may ask about a migration that ended here without the source's knowledge.
+    pub fn is_asked_for(&self) -> bool {
+        self.journals.iter().any(|journal| !journal.entry().heard)
+    }
+
+    /// Whether the latest arrival's source is known to know how it ended.
+    pub fn source_knows(&self) -> bool {
+        self.journals.last().is_none_or(|journal| journal.entry().heard)
+    }
+
+    /// Id of the latest arrival, and whether the guest belongs here.
+    pub fn latest(&self) -> Option<(String, bool)> {
+        let entry = self.journals.last()?.entry();
+        let owned = entry.record == Record::Destination(DestinationRecord::Owned);
+        Some((entry.migration.clone(), owned))
+    }
+
+    /// An operator made sure that the source does not and will not run the latest guest: it belongs
+    /// here if it was loaded completely.
+    ///
+    /// # Errors
+    /// If there is no loaded guest, it was refused already, or the decision cannot be recorded.
+    pub async fn operator_run_here(&mut self, client: Option<&Client>) -> Result<(), EngineError> {
+        let misuse = |what: &str, remedy: &str| EngineError::Misuse {
+            what: what.to_owned(),
+            remedy: remedy.to_owned(),
+        };
+        let Some(journal) = self.journals.last_mut() else {
+            return Err(misuse("No migration to this VM is recorded", "Check --qmp and --journal"));
+        };
+        if journal.entry().record != Record::Destination(DestinationRecord::Receiving) {
+            return Ok(());
+        }
+        let client = client.filter(|_| is_same_qemu(journal.entry()));
+        let status = match client {
+            Some(client) => client.query_status().await?,
+            None => return Err(misuse("Its QEMU is gone", "Resume the guest at its source")),
+        };
+        if status.state != RunState::Paused {
+            return Err(misuse(
+                "The guest did not arrive completely",
+                "Resume it at its source: migrate resolve --run-here there",
+            ));
+        }
+        Ok(journal.record(Record::Destination(DestinationRecord::Owned))?)
+    }
+
+    /// Keeps the journal of an arrival that is over.
+    pub fn add(&mut self, journal: Journal) {
+        self.journals.push(journal);
+    }
+
+    /// Answers one question.
+    pub async fn answer(&mut self, client: Option<&Client>, mut session: DestinationSession) {
+        let asked = tokio::time::timeout(PATIENCE, session.control_receiver.recv()).await;
+        let Ok(Ok(Message::Ask(ask))) = asked else {
+            session.close(close_code::PROTOCOL, "a question is due").await;
+            return;
+        };
+        let id = ask.migration.to_string();
+        let known = self.journals.iter_mut().find(|journal| journal.entry().migration == id);
+        let (state, text) = match known {
+            Some(journal) => {
+                let verdict = state_of(journal, client).await;
+                journal.mark_heard();
+                verdict
+            }
+            None => {
+                let text = format!("no journal about {} knows it", self.qmp.display());
+                (DestinationState::Unknown, text)
+            }
+        };
+        eprintln!("{} asks about {id}: {state:?}", session.peer.name);
+        let verdict = Message::Verdict(Verdict { state, text });
+        if let Err(error) = session.control_sender.send(&verdict).await {
+            tracing::info!(%error, "not answered");
+        }
+        // The asker closes when it has heard.
+        let _closed = tokio::time::timeout(PATIENCE, session.control_receiver.recv()).await;
+        session.close(close_code::DONE, "answered").await;
+    }
+}
+
+async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: Option<&Client>) {
+    let (mut state, outputs) = Destination::recovered(record);
+    let mut todo = std::collections::VecDeque::from(outputs);
+    while let Some(output) = todo.pop_front() {
+        let input = match (output, client) {
+            (Output::Record(record), _) => {
+                match journal.record(Record::Destination(record)) {
+                    Ok(()) => Input::Recorded,
+                    Err(error) => {
+                        tracing::error!(%error, "refusal not recorded");
+                        Input::RecordFailed
+                    }
+                }
+            }
+            (Output::ResumeGuest, Some(client)) => {
+                eprintln!("the guest of migration {} belongs here", journal.entry().migration);
+                match resume_guest(client, journal.entry().was_running).await {
+                    Ok(()) => Input::Resumed,
+                    Err(error) => {
+                        tracing::error!(error = %error.tell(), "the guest could not be resumed");
+                        Input::ResumeFailed
+                    }
+                }
+            }
+            (Output::DiscardGuest, Some(client)) => {
+                discard(client, None).await;
+                continue;
+            }
+            _ => continue,
+        };
+        let (next, more) = state.handle(input);
+        state = next;
+        todo.extend(more);
+    }
+}
+
+async fn state_of(journal: &Journal, client: Option<&Client>) -> (DestinationState, String) {
+    match journal.entry().record {
+        Record::Destination(DestinationRecord::Refused) => {
+            (DestinationState::Refused, "it never ran here and never will".into())
+        }
+        Record::Destination(DestinationRecord::Owned) => owned_state(journal.entry(), client).await,
+        _ => (DestinationState::Unknown, "its arrival is not over".into()),
+    }
+}
+
+async fn owned_state(entry: &Entry, client: Option<&Client>) -> (DestinationState, String) {
+    let client = client.filter(|_| is_same_qemu(entry));
+    let Some(client) = client else {
+        return (DestinationState::Owned, "it belongs here, but its QEMU is gone".into());
+    };
+    match client.query_status().await {
+        Ok(status) if status.running || !entry.was_running => (DestinationState::Running, "it runs here".into()),
+        Ok(status) => (DestinationState::Owned, format!("it belongs here and is {}", status.state)),
+        Err(error) => (DestinationState::Owned, format!("it belongs here; {error}")),
+    }
+}

@@ -1,0 +1,201 @@
+//! Decoder threads: from the lanes into guest memory.
+//!
+//! Invariants: batches of a lane are applied in the order in which they came, by one thread; a page
+//! is written only if its version is the next one (correctness rule 3); what waits is bounded by the
+//! queues, and QUIC's flow control holds the source back when they are full.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use migrate_core::batch::{RunKind, wire_bytes};
+use migrate_core::error::{Classify, ErrorBin};
+use migrate_core::page_table::{DestinationPages, VersionError};
+use qemu_glue::ram::{GuestRam, RamError};
+use thiserror::Error;
+use tokio::sync::{Notify, mpsc};
+use transport::Batch;
+
+/// Batches that may wait for each decoder thread.
+const QUEUE: usize = 4;
+
+/// Why a batch could not be applied.
+#[derive(Debug, Error)]
+pub enum ApplyError {
+    /// The page or its version is wrong.
+    #[error("The source sent a wrong page")]
+    Version(#[from] VersionError),
+    /// Guest memory could not be written.
+    #[error("The guest's memory cannot be written")]
+    Ram(#[from] RamError),
+    /// A run is longer than the contents that came with it.
+    #[error("A batch holds fewer bytes than its runs describe")]
+    Short,
+}
+
+impl Classify for ApplyError {
+    fn bin(&self) -> ErrorBin {
+        match self {
+            Self::Version(error) => error.bin(),
+            Self::Ram(error) => error.bin(),
+            Self::Short => ErrorBin::PeerMisbehaved,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    ram: Arc<GuestRam>,
+    pages: Arc<DestinationPages>,
+    applied_bytes: AtomicU64,
+    /// Batches applied of each lane.
+    batches: Vec<AtomicU64>,
+    failure: Mutex<Option<ApplyError>>,
+    changed: Notify,
+}
+
+/// The entrance for one lane's batches.
+#[derive(Debug, Clone)]
+pub struct LaneInlet {
+    lane: usize,
+    queue: mpsc::Sender<(usize, Batch)>,
+}
+
+impl LaneInlet {
+    /// Hands a batch to the lane's thread; `false` once the decoder has failed or ended.
+    pub async fn push(&self, batch: Batch) -> bool {
+        self.queue.send((self.lane, batch)).await.is_ok()
+    }
+}
+
+/// The decoder threads.
+#[derive(Debug)]
+pub struct Applier {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Applier {
+    /// Starts up to `threads` threads for `lanes` lanes; returns the entrances in lane order.
+    pub fn start(
+        ram: Arc<GuestRam>,
+        pages: Arc<DestinationPages>,
+        lanes: usize,
+        threads: usize,
+    ) -> (Self, Vec<LaneInlet>) {
+        let shared = Arc::new(Shared {
+            ram,
+            pages,
+            applied_bytes: AtomicU64::new(0),
+            batches: (0..lanes).map(|_| AtomicU64::new(0)).collect(),
+            failure: Mutex::new(None),
+            changed: Notify::new(),
+        });
+        let (queues, threads): (Vec<_>, Vec<_>) = (0..threads.clamp(1, lanes.max(1)))
+            .map(|_| {
+                let (queue, inbox) = mpsc::channel(QUEUE);
+                let shared = Arc::clone(&shared);
+                (queue, thread::spawn(move || apply_all(&shared, inbox)))
+            })
+            .unzip();
+        let inlets = queues
+            .iter()
+            .cycle()
+            .take(lanes)
+            .enumerate()
+            .map(|(lane, queue)| LaneInlet { lane, queue: queue.clone() })
+            .collect();
+        (Self { shared, threads: Mutex::new(threads) }, inlets)
+    }
+
+    /// Bytes applied since the start, and batches applied of each lane.
+    pub fn applied(&self) -> (u64, Vec<u64>) {
+        let batches = self.shared.batches.iter().map(|count| count.load(Ordering::Acquire));
+        (self.shared.applied_bytes.load(Ordering::Acquire), batches.collect())
+    }
+
+    /// Waits until at least `batches` of each lane are applied.
+    ///
+    /// # Errors
+    /// The [`ApplyError`] of a thread that failed.
+    pub async fn reach(&self, batches: &[u64]) -> Result<(), ApplyError> {
+        loop {
+            let changed = self.shared.changed.notified();
+            self.check()?;
+            let (_, applied) = self.applied();
+            if applied.iter().zip(batches).all(|(have, want)| have >= want) {
+                return Ok(());
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits for a failure of a thread.
+    pub async fn failed(&self) -> ApplyError {
+        loop {
+            let changed = self.shared.changed.notified();
+            if let Err(error) = self.check() {
+                return error;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits for the threads, which end when all inlets are gone: nothing writes guest memory after.
+    /// Blocks.
+    pub fn join(&self) {
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a decoder thread panicked");
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), ApplyError> {
+        lock(&self.shared.failure).take().map_or(Ok(()), Err)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn apply_all(shared: &Shared, mut inbox: mpsc::Receiver<(usize, Batch)>) {
+    while let Some((lane, batch)) = inbox.blocking_recv() {
+        if let Err(error) = apply(shared, &batch) {
+            *lock(&shared.failure) = Some(error);
+            shared.changed.notify_waiters();
+            return;
+        }
+        let bytes = wire_bytes(batch.runs.len(), batch.payload.len());
+        shared.applied_bytes.fetch_add(bytes, Ordering::Release);
+        if let Some(count) = shared.batches.get(lane) {
+            count.fetch_add(1, Ordering::Release);
+        }
+        shared.changed.notify_waiters();
+    }
+}
+
+fn apply(shared: &Shared, batch: &Batch) -> Result<(), ApplyError> {
+    let mut payload: &[u8] = &batch.payload;
+    for run in &batch.runs {
+        shared.pages.accept(run)?;
+        let (mut content, rest) =
+            payload.split_at_checked(run.payload_bytes()).ok_or(ApplyError::Short)?;
+        payload = rest;
+        for (first, pages) in shared.ram.layout().split(run.first, u64::from(run.pages)) {
+            match run.kind {
+                RunKind::Zero => shared.ram.discard(first, pages)?,
+                RunKind::Raw => {
+                    let bytes = pages as usize * migrate_core::layout::PAGE_BYTES;
+                    let (part, rest) =
+                        content.split_at_checked(bytes).ok_or(ApplyError::Short)?;
+                    shared.ram.write(first, part)?;
+                    content = rest;
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! The destination: waits for sources, takes one guest at a time, answers questions about the past.
+//!
+//! ```text
+//!   listen ─► session ─► Migrate: describe ─► journal ─► pages ─► load ─► ready ─► own ─► running
+//!                └─────► Ask: what the journal says
+//! ```
+//!
+//! Invariant: this process runs a guest only after `owned` is durable in its journal, which needs the
+//! source's commit (see [`migrate_core::handover`]).
+
+pub mod answer;
+pub mod apply;
+pub mod arrival;
+pub mod owner;
+
+use std::path::PathBuf;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_core::handover::Outcome;
+use qemu_glue::check::Severity;
+use qemu_glue::qmp::{Client, RunState};
+use qemu_glue::vm::{self, VmInventory};
+use tokio::sync::mpsc;
+use transport::messages::Intent;
+use transport::{DestinationSession, Identity, Listener, Options, TransportError, close_code};
+
+use self::answer::Archive;
+use crate::args::ReceiveArgs;
+use crate::error::EngineError;
+use crate::{cancel, journal};
+
+/// How long `--once` stays after the guest has arrived, to answer a source that lost contact.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Questions about an arriving guest that may wait for it to answer.
+const ASKS_WAITING: usize = 4;
+
+/// What is the same for every session.
+#[derive(Debug)]
+pub struct Place {
+    /// QEMU's monitor.
+    pub client: Client,
+    /// The waiting VM.
+    pub vm: VmInventory,
+    /// Where journals lie.
+    pub journal_dir: PathBuf,
+    /// The identity's directory, for the journal.
+    pub identity_dir: PathBuf,
+    /// The QMP socket, for the journal.
+    pub qmp: PathBuf,
+    /// How long a loaded guest waits for its commit.
+    pub lease: Duration,
+}
+
+/// Receives guests as asked.
+///
+/// # Errors
+/// What kept it from listening, or ended the only migration under `--once`.
+pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
+    let journal_dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
+    let identity = Identity::load(&args.common.identity)
+        .map_err(|error| EngineError::Transport(TransportError::Identity(error)))?;
+    let options = Options {
+        dead_peer: Duration::from_secs(args.common.dead_peer_s),
+        expected_peer: args.common.peer.clone(),
+        ..Options::default()
+    };
+    let mut archive = Archive::open(&journal_dir, &args.common.qmp);
+    let client = Client::connect(&args.common.qmp).await;
+    archive.recover(client.as_ref().ok()).await;
+    let vm = match client {
+        Ok(client) => waiting_vm(&client).await.map(|vm| (client, vm)),
+        Err(error) => Err(error.into()),
+    };
+    let (client, vm) = match vm {
+        Ok(found) => found,
+        // A source may still ask about a guest that never came to run here.
+        Err(error) if archive.is_asked_for() => {
+            let mut listener = Listener::bind(args.listen, &identity, &options)?;
+            eprintln!(
+                "{}; answering questions about earlier migrations only, on {}",
+                error.tell(),
+                listener.local_addr()
+            );
+            return answer_only(&mut listener, &mut archive, args.once, error).await;
+        }
+        Err(error) => return Err(error),
+    };
+    let mut listener = Listener::bind(args.listen, &identity, &options)?;
+    // Scripts wait for this line.
+    eprintln!("listening on {}", listener.local_addr());
+    let place = Arc::new(Place {
+        client,
+        vm,
+        journal_dir,
+        identity_dir: args.common.identity.clone(),
+        qmp: std::path::absolute(&args.common.qmp).unwrap_or_else(|_| args.common.qmp.clone()),
+        lease: Duration::from_secs(args.lease_s),
+    });
+    tokio::select! {
+        outcome = serve(&mut listener, &place, &mut archive) => outcome,
+        () = cancel::requested() => Err(EngineError::Cancelled),
+    }
+}
+
+async fn waiting_vm(client: &Client) -> Result<VmInventory, EngineError> {
+    check_waiting(client).await?;
+    let vm = vm::inventory(client).await?;
+    check_vm(&vm)?;
+    Ok(vm)
+}
+
+/// Answers questions until Ctrl-C, or the first one under `--once`.
+async fn answer_only(
+    listener: &mut Listener,
+    archive: &mut Archive,
+    once: bool,
+    why: EngineError,
+) -> Result<Outcome, EngineError> {
+    loop {
+        let session = tokio::select! {
+            session = listener.accept() => session?,
+            () = cancel::requested() => return Err(EngineError::Cancelled),
+        };
+        if session.intent == Intent::Migrate {
+            session.close(close_code::REJECTED, &why.tell()).await;
+            continue;
+        }
+        archive.answer(None, session).await;
+        if once {
+            return Ok(Outcome::RolledBack);
+        }
+    }
+}
+
+async fn serve(
+    listener: &mut Listener,
+    place: &Arc<Place>,
+    archive: &mut Archive,
+) -> Result<Outcome, EngineError> {
+    loop {
+        let session = match listener.accept().await {
+            Err(TransportError::ListenerEnded) => return Err(TransportError::ListenerEnded.into()),
+            Err(error) => {
+                eprintln!("refused: {}", EngineError::from(error).tell());
+                continue;
+            }
+            Ok(session) if session.intent == Intent::Ask => {
+                archive.answer(Some(&place.client), session).await;
+                continue;
+            }
+            Ok(session) => session,
+        };
+        match take(listener, place, archive, session).await {
+            Ok(outcome) => eprintln!("{}", describe(outcome)),
+            Err(error) => eprintln!("refused: {}", error.tell()),
+        }
+        // QEMU takes one guest; after that, or after a failure half-way, it is of no more use.
+        let Err(over) = check_waiting(&place.client).await else { continue };
+        let arrived = place.client.query_status().await.is_ok_and(|status| status.running);
+        if !archive.source_knows() {
+            linger(listener, place, archive).await;
+        }
+        return if arrived { Ok(Outcome::Completed) } else { Err(over) };
+    }
+}
+
+fn describe(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Completed => "the guest runs here",
+        Outcome::RolledBack => "the guest stays at its source",
+        Outcome::InDoubt => "the outcome is in doubt",
+    }
+}
+
+/// Takes a guest in, and answers questions meanwhile: those about this guest go to its arrival.
+async fn take(
+    listener: &mut Listener,
+    place: &Arc<Place>,
+    archive: &mut Archive,
+    session: DestinationSession,
+) -> Result<Outcome, EngineError> {
+    let migration = session.migration;
+    let (forward, mut asks) = mpsc::channel(ASKS_WAITING);
+    let (journal, outcome) = {
+        let mut arrival = pin!(arrival::take_guest(Arc::clone(place), session, &mut asks));
+        loop {
+            tokio::select! {
+                done = &mut arrival => break done,
+                other = listener.accept() => match other {
+                    Ok(other) if other.intent == Intent::Migrate => {
+                        other.close(close_code::REJECTED, "another guest is arriving here").await;
+                    }
+                    Ok(other) if other.migration == migration => {
+                        if let Err(full) = forward.try_send(other) {
+                            full.into_inner().close(close_code::REJECTED, "asked already").await;
+                        }
+                    }
+                    Ok(other) => archive.answer(Some(&place.client), other).await,
+                    Err(error) => tracing::info!(%error, "session refused"),
+                },
+            }
+        }
+    };
+    if let Some(journal) = journal {
+        archive.add(journal);
+    }
+    outcome
+}
+
+/// Stays a while to answer a source that lost contact after its commit.
+async fn linger(listener: &mut Listener, place: &Arc<Place>, archive: &mut Archive) {
+    let asked = async {
+        loop {
+            match listener.accept().await {
+                Ok(session) if session.intent == Intent::Ask => {
+                    archive.answer(Some(&place.client), session).await;
+                    return;
+                }
+                Ok(session) => session.close(close_code::SHUTDOWN, "the guest has arrived").await,
+                Err(_) => return,
+            }
+        }
+    };
+    let _nobody_asked = tokio::time::timeout(LINGER, asked).await;
+}
+
+/// A guest can come in only while QEMU waits for one.
+async fn check_waiting(client: &Client) -> Result<(), EngineError> {
+    let status = client.query_status().await?;
+    if status.state == RunState::InMigrate {
+        return Ok(());
+    }
+    Err(EngineError::Misuse {
+        what: format!("QEMU is {} and does not wait for a guest", status.state),
+        remedy: "Start it with -incoming defer and otherwise the source's options".into(),
+    })
+}
+
+fn check_vm(vm: &VmInventory) -> Result<(), EngineError> {
+    let blockers: Vec<_> =
+        vm.blockers.iter().filter(|found| found.severity == Severity::Blocker).cloned().collect();
+    if blockers.is_empty() { Ok(()) } else { Err(EngineError::Blocked(blockers)) }
+}

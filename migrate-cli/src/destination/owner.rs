@@ -1,0 +1,269 @@
+//! Carries out the destination's side of the hand-over: journal, messages, QEMU.
+//!
+//! The decisions are [`migrate_core::handover::Destination`]'s; this module only does what it says.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migrate_core::handover::destination::{Input, Output};
+use migrate_core::handover::{Destination, DestinationState, Outcome};
+use qemu_glue::qmp::{Client, RunState};
+use qemu_glue::ram::GuestRam;
+use tokio::sync::mpsc;
+use transport::messages::{self, Message, Ready, Running, Verdict};
+use transport::{
+    Closer, ControlReceiver, ControlSender, DestinationSession, MigrationId, TransportError,
+    close_code,
+};
+
+use super::arrival::empty;
+use crate::error::EngineError;
+use crate::failpoint;
+use crate::journal::{Journal, Record};
+
+/// How long the source has to close the session after it was told that the guest runs.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// A session to talk to the source over.
+#[derive(Debug)]
+pub struct Voice {
+    /// Our words.
+    pub control: ControlSender,
+    /// The source's.
+    pub receiver: ControlReceiver,
+    /// Ends it.
+    pub closer: Closer,
+}
+
+/// What the source said with its commit.
+#[derive(Debug, Clone, Copy)]
+pub struct Committed {
+    /// Whether the guest is to run.
+    resume: bool,
+    at: Instant,
+}
+
+/// Everything that the hand-over acts on.
+#[derive(Debug)]
+pub struct Owner<'a> {
+    /// QEMU's monitor.
+    pub client: &'a Client,
+    /// The migration's journal.
+    pub journal: &'a mut Journal,
+    /// The session in use.
+    pub voice: Voice,
+    /// Sessions opened to ask about this migration.
+    pub asks: &'a mut mpsc::Receiver<DestinationSession>,
+    /// The migration.
+    pub migration: MigrationId,
+    /// How long a loaded guest waits for its commit.
+    pub lease: Duration,
+    /// What to tell the source when everything is loaded.
+    pub ready: Option<Ready>,
+    /// Guest memory.
+    pub ram: &'a Arc<GuestRam>,
+    /// The source's commit, once it came.
+    pub commit: Option<Committed>,
+}
+
+impl Owner<'_> {
+    /// Drives the hand-over from `state`, which `input` has just reached, to its end.
+    pub async fn drive(&mut self, state: Destination, input: Input) -> Outcome {
+        let (mut state, outputs) = state.handle(input);
+        let mut todo = VecDeque::from(outputs);
+        let lease_ends = Instant::now() + self.lease;
+        loop {
+            let input = match todo.pop_front() {
+                Some(output) => self.carry_out(output).await,
+                None => match state.outcome() {
+                    Some(outcome) => {
+                        self.say_goodbye(outcome).await;
+                        return outcome;
+                    }
+                    None => Some(self.hear(lease_ends).await),
+                },
+            };
+            if let Some(input) = input {
+                let (next, more) = state.handle(input);
+                tracing::debug!(?state, ?input, ?next, "hand-over");
+                state = next;
+                todo.extend(more);
+            }
+        }
+    }
+
+    async fn carry_out(&mut self, output: Output) -> Option<Input> {
+        match output {
+            Output::Record(record) => {
+                failpoint::hit("destination-recording").await;
+                if let Some(commit) = self.commit {
+                    self.journal.set_was_running(commit.resume);
+                }
+                let written = self.journal.record(Record::Destination(record));
+                failpoint::hit("destination-recorded").await;
+                Some(match written {
+                    Ok(()) => Input::Recorded,
+                    Err(error) => {
+                        tracing::error!(%error, "hand-over not recorded");
+                        // Not in a busy loop, should the source keep asking.
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        Input::RecordFailed
+                    }
+                })
+            }
+            Output::SayReady => {
+                if let Some(ready) = self.ready.clone() {
+                    self.tell(Message::Ready(ready)).await;
+                }
+                failpoint::hit("destination-ready").await;
+                None
+            }
+            Output::ResumeGuest => Some(self.resume().await),
+            Output::Say(DestinationState::Running) => {
+                let resume_us = self.commit.map_or(0, |commit| commit.at.elapsed().as_micros());
+                let resume_us = u64::try_from(resume_us).unwrap_or(u64::MAX);
+                self.tell(Message::Running(Running { resume_us })).await;
+                // QEMU announces when loading ends; a guest that was resumed later is announced
+                // again, so that no switch forgot it meanwhile.
+                if let Err(error) = self.client.announce_self().await {
+                    tracing::debug!(%error, "addresses not announced");
+                }
+                None
+            }
+            Output::Say(state) => {
+                self.tell(Message::Verdict(Verdict { state, text: String::new() })).await;
+                None
+            }
+            Output::DiscardGuest => {
+                discard(self.client, Some(self.ram)).await;
+                None
+            }
+        }
+    }
+
+    async fn resume(&mut self) -> Input {
+        let wanted = self.commit.is_none_or(|commit| commit.resume);
+        match resume_guest(self.client, wanted).await {
+            Ok(()) => {
+                failpoint::hit("destination-resumed").await;
+                Input::Resumed
+            }
+            Err(error) => {
+                tracing::error!(error = %error.tell(), "the guest could not be resumed");
+                Input::ResumeFailed
+            }
+        }
+    }
+
+    /// The next thing that the source, or time, says.
+    async fn hear(&mut self, lease_ends: Instant) -> Input {
+        loop {
+            tokio::select! {
+                message = self.voice.receiver.recv() => match message {
+                    Ok(Message::Commit(commit)) if commit.migration == self.migration => {
+                        failpoint::hit("destination-committed").await;
+                        self.commit = Some(Committed { resume: commit.resume, at: Instant::now() });
+                        return Input::Commit;
+                    }
+                    Ok(Message::Ask(ask)) if ask.migration == self.migration => return Input::Asked,
+                    Ok(Message::Abort(abort)) => {
+                        eprintln!("the source gave up: {}", abort.text);
+                        return Input::PeerAborted;
+                    }
+                    Ok(other) => tracing::warn!(message = other.name(), "out of place"),
+                    Err(error) => {
+                        eprintln!("{error}; waiting for the source to come back");
+                        match self.wait_for_ask(lease_ends).await {
+                            Some(voice) => self.voice = voice,
+                            None => return Input::LeaseEnded,
+                        }
+                    }
+                },
+                Some(session) = self.asks.recv() => self.voice = Voice::of(session),
+                () = tokio::time::sleep_until(lease_ends.into()) => return Input::LeaseEnded,
+            }
+        }
+    }
+
+    async fn wait_for_ask(&mut self, lease_ends: Instant) -> Option<Voice> {
+        let asked = tokio::time::timeout_at(lease_ends.into(), self.asks.recv()).await;
+        asked.ok().flatten().map(Voice::of)
+    }
+
+    async fn tell(&self, message: Message) {
+        if let Err(error) = self.voice.control.send(&message).await {
+            tracing::info!(%error, message = message.name(), "not told");
+        }
+    }
+
+    /// Waits for the source to end the session, so that it has heard the last word.
+    async fn say_goodbye(&mut self, outcome: Outcome) {
+        if outcome == Outcome::Completed {
+            let closed = async {
+                loop {
+                    match self.voice.receiver.recv().await {
+                        Err(TransportError::Closed { code, .. }) => return code == close_code::DONE,
+                        Err(_) => return false,
+                        Ok(_) => {}
+                    }
+                }
+            };
+            let heard = tokio::time::timeout(GOODBYE, closed).await.unwrap_or(false);
+            if heard {
+                self.journal.mark_heard();
+            }
+        }
+        self.voice.closer.close_now(close_code::DONE, &messages::text("done"));
+    }
+}
+
+impl Voice {
+    /// The control stream of a session that was opened to ask.
+    pub fn of(session: DestinationSession) -> Self {
+        Self {
+            control: session.control_sender,
+            receiver: session.control_receiver,
+            closer: session.closer,
+        }
+    }
+}
+
+/// Lets the guest run if that is `wanted`, and reads its state back.
+///
+/// # Errors
+/// If QEMU is gone, refuses or does not come to the state wanted.
+pub async fn resume_guest(client: &Client, wanted: bool) -> Result<(), EngineError> {
+    if !wanted {
+        return Ok(());
+    }
+    if !client.query_status().await?.running {
+        client.cont().await?;
+    }
+    let status = client.query_status().await?;
+    if status.running {
+        return Ok(());
+    }
+    Err(EngineError::RunState { found: status.state.to_string(), wanted: "running" })
+}
+
+/// Makes sure that a guest that belongs to its source does not stay here: memory of a QEMU that still
+/// waits is given back; a QEMU that holds a loaded guest is quit, so that nobody resumes it.
+pub async fn discard(client: &Client, ram: Option<&Arc<GuestRam>>) {
+    let waiting =
+        client.query_status().await.is_ok_and(|status| status.state == RunState::InMigrate);
+    if !waiting {
+        eprintln!("the guest stays at its source; this QEMU, which holds a copy, is quit");
+        if let Err(error) = client.quit().await {
+            tracing::info!(%error, "QEMU not quit");
+        }
+        return;
+    }
+    if let Some(ram) = ram.map(Arc::clone) {
+        match tokio::task::spawn_blocking(move || empty(&ram)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = %error.tell(), "memory not given back"),
+            Err(error) => tracing::warn!(%error, "memory not given back"),
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Everything that can end a migration early, in the four bins, and how it is told.
+
+use std::error::Error as _;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use migrate_core::convergence::Stall;
+use migrate_core::error::{Classify, ErrorBin};
+use migrate_core::layout::LayoutError;
+use migrate_core::precopy::OutOfTurn;
+use qemu_glue::check::Finding;
+use qemu_glue::device_state::DeviceStateError;
+use qemu_glue::error::{AttachError, ProcError, RamError, TrackError};
+use qemu_glue::qmp::QmpError;
+use qemu_glue::vm::VmError;
+use thiserror::Error;
+use transport::TransportError;
+use transport::messages::{AbortCode, RefuseCode, RejectCode};
+
+use crate::destination::apply::ApplyError;
+use crate::journal::JournalError;
+use crate::source::pump::PumpError;
+
+/// What ended a migration, or kept it from starting.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// QEMU's monitor failed.
+    #[error("QEMU's monitor failed")]
+    Qmp(#[from] QmpError),
+    /// The VM could not be described.
+    #[error("The VM cannot be described")]
+    Vm(#[from] VmError),
+    /// The QEMU process could not be looked at.
+    #[error("QEMU's process cannot be looked at")]
+    Process(#[from] ProcError),
+    /// The engine could not attach.
+    #[error("Cannot attach to QEMU")]
+    Attach(#[from] AttachError),
+    /// Guest RAM could not be used.
+    #[error("The guest's memory cannot be used")]
+    Ram(#[from] RamError),
+    /// Writes could not be tracked.
+    #[error("The guest's writes cannot be tracked")]
+    Track(#[from] TrackError),
+    /// Device state could not be saved or loaded.
+    #[error("The device state cannot be moved")]
+    DeviceState(#[from] DeviceStateError),
+    /// The session failed.
+    #[error("The session failed")]
+    Transport(#[from] TransportError),
+    /// Pages could not be sent.
+    #[error("Pages cannot be sent")]
+    Pump(#[from] PumpError),
+    /// Pages could not be applied.
+    #[error("Pages cannot be applied")]
+    Apply(#[from] ApplyError),
+    /// The journal could not be kept.
+    #[error("The migration cannot be recorded")]
+    Journal(#[from] JournalError),
+    /// RAM cannot be numbered, or differs.
+    #[error("The guest's RAM does not fit")]
+    Layout(#[from] LayoutError),
+    /// A bug: a state machine was called out of turn.
+    #[error("The engine lost its way; please report this")]
+    OutOfTurn(#[from] OutOfTurn),
+    /// `migrate check` would have said so.
+    #[error("{}", blockers(.0))]
+    Blocked(Vec<Finding>),
+    /// The destination does not take the guest.
+    #[error("The destination refuses the guest ({code:?}): {text}")]
+    Refused {
+        /// Why, for programs.
+        code: RefuseCode,
+        /// Why, in words.
+        text: String,
+    },
+    /// The other end gave up.
+    #[error("The other end gave up ({code:?}): {text}")]
+    PeerAborted {
+        /// Why, for programs.
+        code: AbortCode,
+        /// Why, in words.
+        text: String,
+    },
+    /// A message came that does not belong here.
+    #[error("The peer sent {got} while {wanted} was due")]
+    OutOfPlace {
+        /// What came.
+        got: &'static str,
+        /// What was due.
+        wanted: &'static str,
+    },
+    /// Nothing came in time.
+    #[error("The peer did not send {wanted} within {seconds} s")]
+    TooSlow {
+        /// What was due.
+        wanted: &'static str,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// A message that contradicts what is known.
+    #[error("The peer says {0}")]
+    Contradiction(String),
+    /// No round will reach the target.
+    #[error("{}", stall(.0))]
+    NotConverging(Stall),
+    /// Ctrl-C.
+    #[error("Cancelled")]
+    Cancelled,
+    /// The run state read back is not the one that should be.
+    #[error("QEMU is {found} where it should be {wanted}")]
+    RunState {
+        /// What QEMU says.
+        found: String,
+        /// What it should say.
+        wanted: &'static str,
+    },
+    /// RAM changed its shape during the migration.
+    #[error("The guest's RAM blocks changed during the migration; migrate it again once that is over")]
+    RamChanged,
+    /// Mismatches under `--verify`.
+    #[error("{mismatches} of {pages} pages differ at the destination; please report this")]
+    Mismatch {
+        /// Pages that differ.
+        mismatches: u64,
+        /// Pages compared.
+        pages: u64,
+    },
+    /// Something asked for that cannot be had.
+    #[error("{what}. {remedy}")]
+    Misuse {
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        remedy: String,
+    },
+    /// An earlier migration is unfinished.
+    #[error(
+        "An earlier migration of this VM is in doubt ({migration}); end it with \
+         `migrate resolve --qmp {qmp}` first"
+    )]
+    Unresolved {
+        /// Its id.
+        migration: String,
+        /// The VM's QMP socket.
+        qmp: PathBuf,
+    },
+    /// It is not known which end has the guest.
+    #[error(
+        "The outcome is in doubt: the guest was handed over, and the destination does not answer. \
+         The guest here stays stopped. Make the destination reachable and run `migrate resolve \
+         --qmp {qmp}`, or, after making sure that the guest does not run there, add --run-here"
+    )]
+    InDoubt {
+        /// The VM's QMP socket.
+        qmp: PathBuf,
+    },
+    /// A task of the engine ended unexpectedly.
+    #[error("A part of the engine ended unexpectedly: {0}")]
+    Internal(String),
+}
+
+impl Classify for EngineError {
+    fn bin(&self) -> ErrorBin {
+        match self {
+            Self::Qmp(error) => error.bin(),
+            Self::Vm(error) => error.bin(),
+            Self::Process(error) => error.bin(),
+            Self::Attach(error) => error.bin(),
+            Self::Ram(error) => error.bin(),
+            Self::Track(error) => error.bin(),
+            Self::DeviceState(error) => error.bin(),
+            Self::Transport(error) => error.bin(),
+            Self::Apply(error) => error.bin(),
+            Self::Journal(error) => error.bin(),
+            Self::Layout(error) => error.bin(),
+            Self::OutOfPlace { .. } | Self::Contradiction(_) => ErrorBin::PeerMisbehaved,
+            Self::Refused { .. } => ErrorBin::PeerIncompatible,
+            Self::Blocked(_)
+            | Self::NotConverging(_)
+            | Self::Cancelled
+            | Self::Misuse { .. }
+            | Self::Unresolved { .. } => ErrorBin::CallerMisuse,
+            Self::PeerAborted { code, .. } => match code {
+                AbortCode::Protocol => ErrorBin::PeerMisbehaved,
+                _ => ErrorBin::System,
+            },
+            Self::OutOfTurn(_)
+            | Self::Pump(_)
+            | Self::TooSlow { .. }
+            | Self::RunState { .. }
+            | Self::RamChanged
+            | Self::Mismatch { .. }
+            | Self::InDoubt { .. }
+            | Self::Internal(_) => ErrorBin::System,
+        }
+    }
+}
+
+impl EngineError {
+    /// The error and its causes in one line.
+    pub fn tell(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let next = error.to_string();
+            if !text.ends_with(&next) {
+                let _infallible = write!(text, ": {next}");
+            }
+            cause = error.source();
+        }
+        text
+    }
+
+    /// What the other end is told.
+    pub fn abort_code(&self) -> AbortCode {
+        match self {
+            Self::Cancelled => AbortCode::Cancelled,
+            Self::NotConverging(_) => AbortCode::NotConverging,
+            Self::Qmp(_) | Self::Vm(_) | Self::DeviceState(_) | Self::RunState { .. } => {
+                AbortCode::Qemu
+            }
+            Self::Ram(_) | Self::Track(_) | Self::Attach(_) | Self::RamChanged => AbortCode::Memory,
+            Self::Mismatch { .. } => AbortCode::Mismatch,
+            Self::TooSlow { .. } => AbortCode::Timeout,
+            Self::OutOfPlace { .. } | Self::Contradiction(_) | Self::Apply(_) => AbortCode::Protocol,
+            _ => AbortCode::Internal,
+        }
+    }
+
+    /// Whether contact with the peer is gone, so that telling it anything is in vain.
+    pub fn is_lost_contact(&self) -> bool {
+        matches!(
+            self,
+            Self::Transport(error) if !matches!(error, TransportError::Rejected { .. })
+        )
+    }
+
+    /// Whether another attempt at the same may succeed without a change.
+    pub fn is_busy(&self) -> bool {
+        matches!(
+            self,
+            Self::Transport(TransportError::Rejected { code: RejectCode::Busy, .. })
+        )
+    }
+}
+
+fn blockers(findings: &[Finding]) -> String {
+    let mut text = String::from("This VM cannot be migrated");
+    for finding in findings {
+        let _infallible = write!(text, "; {}", finding.what);
+        if let Some(remedy) = &finding.remedy {
+            let _infallible = write!(text, " ({remedy})");
+        }
+    }
+    text
+}
+
+fn stall(stall: &Stall) -> String {
+    format!(
+        "The guest does not converge: it dirties {:.1} MB/s, the link carries {:.1} MB/s, and the \
+         lowest downtime predicted was {:.0} ms. Allow that with --max-downtime-ms {:.0}, use a \
+         faster link, or migrate when the guest is less busy",
+        stall.dirty_bytes_per_s / 1e6,
+        stall.goodput_bytes_per_s / 1e6,
+        stall.best_ms,
+        (stall.best_ms * 1.2).ceil(),
+    )
+}

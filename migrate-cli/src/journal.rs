@@ -1,0 +1,299 @@
+//! The durable record of a migration at one end.
+//!
+//! One file a migration and role. Two slots of [`SLOT_BYTES`] are written in turn with a sequence
+//! number and a checksum, so that an update is one `pwrite` and one `fdatasync` within blocks that
+//! exist already, and a torn write leaves the previous record valid. The file and its directory are
+//! synced once, on creation, before the guest is touched.
+//!
+//! ```text
+//!   slot 0: magic, sequence, length, checksum, JSON     slot 1: the same
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use migrate_core::error::{Classify, ErrorBin};
+use migrate_core::handover::{DestinationRecord, SourceRecord};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Size of one of the two slots in bytes. An entry is a few hundred bytes.
+const SLOT_BYTES: usize = 8192;
+const HEADER_BYTES: usize = 32;
+const MAGIC: &[u8; 8] = b"GODWIT-J";
+
+/// What a journal says about a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Identity of the migration, in hexadecimal.
+    pub migration: String,
+    /// Which end, and how far it came.
+    pub record: Record,
+    /// The VM's QMP socket.
+    pub qmp: PathBuf,
+    /// The VM's name.
+    pub vm: String,
+    /// Process of the VM's QEMU.
+    pub qemu_pid: i32,
+    /// Start time of that process in clock ticks since boot: tells a reused pid.
+    pub qemu_start_ticks: u64,
+    /// The other end's address.
+    pub peer: String,
+    /// Directory of the identity in use.
+    pub identity: PathBuf,
+    /// Whether the guest ran when the migration began.
+    pub was_running: bool,
+    /// Whether the other end is known to know how it ended.
+    pub heard: bool,
+}
+
+/// Which end a journal belongs to, and its record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Record {
+    /// This end is the source.
+    Source(SourceRecord),
+    /// This end is the destination.
+    Destination(DestinationRecord),
+}
+
+impl Record {
+    fn role(self) -> &'static str {
+        match self {
+            Self::Source(_) => "source",
+            Self::Destination(_) => "destination",
+        }
+    }
+}
+
+/// A journal cannot be kept.
+#[derive(Debug, Error)]
+#[error("The journal {path} cannot be {action}; free space there or choose another place with --journal DIR")]
+pub struct JournalError {
+    path: PathBuf,
+    action: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+impl Classify for JournalError {
+    fn bin(&self) -> ErrorBin {
+        ErrorBin::System
+    }
+}
+
+/// An open journal.
+#[derive(Debug)]
+pub struct Journal {
+    file: File,
+    path: PathBuf,
+    sequence: u64,
+    entry: Entry,
+}
+
+/// Where journals lie unless the user says otherwise.
+pub fn default_dir() -> PathBuf {
+    if nix::unistd::geteuid().is_root() {
+        return PathBuf::from("/var/lib/godwit/journal");
+    }
+    std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/state")))
+        .unwrap_or_else(|| PathBuf::from("/tmp"))
+        .join("godwit/journal")
+}
+
+impl Journal {
+    /// Creates the journal of a new migration and makes it durable.
+    ///
+    /// # Errors
+    /// [`JournalError`] with the path and the remedy, for example when the disk is full.
+    pub fn create(dir: &Path, entry: Entry) -> Result<Self, JournalError> {
+        let path = dir.join(format!("{}-{}.journal", entry.record.role(), entry.migration));
+        let fail = |action, source| JournalError { path: path.clone(), action, source };
+        fs::create_dir_all(dir).map_err(|error| fail("created", error))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|error| fail("created", error))?;
+        let mut journal = Self { file, path: path.clone(), sequence: 0, entry };
+        journal
+            .file
+            .write_all_at(&[0; 2 * SLOT_BYTES], 0)
+            .map_err(|error| fail("written", error))?;
+        journal.write()?;
+        journal.file.sync_all().map_err(|error| fail("synced", error))?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| fail("synced", error))?;
+        Ok(journal)
+    }
+
+    /// Opens an existing journal; nothing if the file holds no valid entry.
+    ///
+    /// # Errors
+    /// [`JournalError`] if the file cannot be read.
+    pub fn open(path: &Path) -> Result<Option<Self>, JournalError> {
+        let fail = |source| JournalError { path: path.to_owned(), action: "read", source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
+        let mut newest: Option<(u64, Entry)> = None;
+        for slot in 0..2 {
+            let mut bytes = vec![0; SLOT_BYTES];
+            if file.read_exact_at(&mut bytes, slot * SLOT_BYTES as u64).is_err() {
+                continue;
+            }
+            if let Some(found) = decode(&bytes)
+                && newest.as_ref().is_none_or(|(sequence, _)| found.0 > *sequence)
+            {
+                newest = Some(found);
+            }
+        }
+        Ok(newest.map(|(sequence, entry)| Self { file, path: path.to_owned(), sequence, entry }))
+    }
+
+    /// All journals in a directory; files that are none are skipped.
+    pub fn list(dir: &Path) -> Vec<Self> {
+        let Ok(files) = fs::read_dir(dir) else { return vec![] };
+        files
+            .flatten()
+            .map(|file| file.path())
+            .filter(|path| path.extension().is_some_and(|ending| ending == "journal"))
+            .filter_map(|path| Self::open(&path).ok().flatten())
+            .collect()
+    }
+
+    /// What the journal says.
+    pub fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    /// Writes a new record durably.
+    ///
+    /// # Errors
+    /// [`JournalError`]; whether the record reached the disk is then unknown.
+    pub fn record(&mut self, record: Record) -> Result<(), JournalError> {
+        self.entry.record = record;
+        self.write()
+    }
+
+    /// Notes whether the guest is to run; durable with the next record.
+    pub fn set_was_running(&mut self, was_running: bool) {
+        self.entry.was_running = was_running;
+    }
+
+    /// Notes that the other end knows how it ended. Losing this note does no harm.
+    pub fn mark_heard(&mut self) {
+        if !self.entry.heard {
+            self.entry.heard = true;
+            if let Err(error) = self.write() {
+                tracing::debug!(%error, "not noted");
+            }
+        }
+    }
+
+    /// Time since the last change.
+    pub fn age(&self) -> std::time::Duration {
+        let changed = self.file.metadata().and_then(|data| data.modified());
+        changed.ok().and_then(|at| at.elapsed().ok()).unwrap_or_default()
+    }
+
+    /// Removes the journal: the migration is over and nobody will ask.
+    pub fn remove(self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "journal not removed");
+        }
+    }
+
+    fn write(&mut self) -> Result<(), JournalError> {
+        let fail =
+            |source| JournalError { path: self.path.clone(), action: "written", source };
+        self.sequence += 1;
+        let bytes = encode(self.sequence, &self.entry).map_err(fail)?;
+        let offset = (self.sequence % 2) * SLOT_BYTES as u64;
+        self.file.write_all_at(&bytes, offset).map_err(fail)?;
+        self.file.sync_data().map_err(fail)
+    }
+}
+
+fn encode(sequence: u64, entry: &Entry) -> io::Result<Vec<u8>> {
+    let body = serde_json::to_vec(entry)?;
+    if body.len() + HEADER_BYTES > SLOT_BYTES {
+        return Err(io::Error::other("the entry does not fit its slot: its paths are too long"));
+    }
+    let mut bytes = Vec::with_capacity(SLOT_BYTES);
+    bytes.extend_from_slice(MAGIC);
+    bytes.extend_from_slice(&sequence.to_le_bytes());
+    bytes.extend_from_slice(&(body.len() as u64).to_le_bytes());
+    let mut summed = bytes.clone();
+    summed.extend_from_slice(&body);
+    bytes.extend_from_slice(&xxh3_64(&summed).to_le_bytes());
+    bytes.extend_from_slice(&body);
+    Ok(bytes)
+}
+
+fn decode(slot: &[u8]) -> Option<(u64, Entry)> {
+    let (head, rest) = slot.split_at_checked(24)?;
+    let (sum, rest) = rest.split_at_checked(8)?;
+    if head.get(..8)? != MAGIC {
+        return None;
+    }
+    let sequence = u64::from_le_bytes(head.get(8..16)?.try_into().ok()?);
+    let length = usize::try_from(u64::from_le_bytes(head.get(16..24)?.try_into().ok()?)).ok()?;
+    let body = rest.get(..length)?;
+    let summed = [head, body].concat();
+    (xxh3_64(&summed).to_le_bytes() == sum).then_some(())?;
+    Some((sequence, serde_json::from_slice(body).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> Entry {
+        Entry {
+            migration: "00ff".into(),
+            record: Record::Source(SourceRecord::Moving),
+            qmp: "/run/vm.qmp".into(),
+            vm: "vm".into(),
+            qemu_pid: 1,
+            qemu_start_ticks: 2,
+            peer: "127.0.0.1:1".into(),
+            identity: "/etc/godwit".into(),
+            was_running: true,
+            heard: false,
+        }
+    }
+
+    #[test]
+    fn the_newest_record_survives_and_a_torn_one_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::create(dir.path(), entry()).unwrap();
+        journal.record(Record::Source(SourceRecord::HandedOver)).unwrap();
+        let path = journal.path.clone();
+        let read = || Journal::open(&path).unwrap().unwrap().entry().record;
+        assert_eq!(read(), Record::Source(SourceRecord::HandedOver));
+        // Sequence 2 lies in slot 0: tear it.
+        journal.file.write_all_at(b"torn", 40).unwrap();
+        assert_eq!(read(), Record::Source(SourceRecord::Moving));
+        journal.file.write_all_at(&[0xff; 2 * SLOT_BYTES], 0).unwrap();
+        assert!(Journal::open(&path).unwrap().is_none());
+        assert!(Journal::list(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_full_disk_is_told_with_the_remedy() {
+        let error = Journal::create(Path::new("/proc/nowhere"), entry()).unwrap_err();
+        assert!(error.to_string().contains("--journal"), "{error}");
+    }
+
+    #[test]
+    fn an_entry_too_long_for_its_slot_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = Entry { vm: "v".repeat(SLOT_BYTES), ..entry() };
+        assert!(Journal::create(dir.path(), long).is_err());
+    }
+}

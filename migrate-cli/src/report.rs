@@ -1,0 +1,194 @@
+//! The report that `migrate send --json` prints: one object, the shape of docs/ARCHITECTURE.md's
+//! command-line contract. Scripts and measurements rely on its fields.
+
+use std::collections::BTreeMap;
+
+use migrate_core::convergence::Prediction;
+use migrate_core::encode::PageCounts;
+use migrate_core::error::{ErrorBin, GuestPlace};
+use serde::Serialize;
+
+/// Version of the report's shape.
+pub const REPORT_VERSION: u32 = 1;
+
+/// How a migration ended, as the user sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportOutcome {
+    /// The guest runs at the destination. Exit code 0.
+    Completed,
+    /// The guest runs at the source, as before. Exit code 1.
+    Failed,
+    /// It is not known who has the guest; none runs at the source. Exit code 3.
+    InDoubt,
+}
+
+impl ReportOutcome {
+    /// The process's exit code.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Completed => 0,
+            Self::Failed => 1,
+            Self::InDoubt => 3,
+        }
+    }
+}
+
+/// One round as it happened.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct RoundReport {
+    /// Number, from 1.
+    pub round: u32,
+    /// Pages found written before the round.
+    pub dirty: u64,
+    /// Pages looked at a second time.
+    pub looked: u64,
+    /// Pages that travelled.
+    pub sent: u64,
+    /// Time from its first page to the scan that ended it, in milliseconds.
+    pub ms: f64,
+    /// Prediction made by that scan; nothing for the rounds after the stop.
+    pub predicted: Option<Prediction>,
+}
+
+/// Bytes, by what they were.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ByteReport {
+    /// The guest's RAM.
+    pub ram: u64,
+    /// RAM that was populated (no hole) when tracking was armed.
+    pub populated: u64,
+    /// UDP or TCP payload in both directions, all of the session.
+    pub wire: u64,
+    /// Device state.
+    pub device_state: u64,
+}
+
+/// Pages, by what became of them.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct PageReport {
+    /// All pages of the guest.
+    pub total: u64,
+    /// Never populated.
+    pub hole: u64,
+    /// Sent as zero, or found zero and never sent.
+    pub zero: u64,
+    /// Skipped as unused by the guest.
+    pub unused: u64,
+    /// Sent as a reference to equal content.
+    pub duplicate: u64,
+    /// Sent as a difference.
+    pub delta: u64,
+    /// Sent with their content.
+    pub raw: u64,
+    /// Held back because they were about to be rewritten.
+    pub deferred: u64,
+    /// Sent more than once: sendings beyond a page's first.
+    pub resent: u64,
+}
+
+impl PageReport {
+    /// Adds what a round did.
+    pub fn add(&mut self, counts: &PageCounts) {
+        self.zero += counts.zero;
+        self.raw += counts.raw;
+        self.resent += counts.resent;
+    }
+}
+
+/// Faults served after the hand-over; only with post-copy.
+#[derive(Debug, Clone, Serialize)]
+pub struct FaultReport {
+    /// How many.
+    pub count: u64,
+    /// Median service time in microseconds.
+    pub p50_us: u64,
+    /// 99th percentile in microseconds.
+    pub p99_us: u64,
+    /// Longest in microseconds.
+    pub max_us: u64,
+}
+
+/// What `--verify` found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct VerifyReport {
+    /// Pages compared.
+    pub pages: u64,
+    /// Pages that differed.
+    pub mismatches: u64,
+}
+
+/// Why a migration did not complete.
+#[derive(Debug, Clone, Serialize)]
+pub struct ErrorReport {
+    /// Who is at fault.
+    pub kind: ErrorBin,
+    /// In words, with the remedy.
+    pub message: String,
+    /// The source's guest, as read back.
+    pub source_vm: GuestPlace,
+    /// The destination's guest, as far as is known.
+    pub destination_vm: GuestPlace,
+}
+
+/// The whole report.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// [`REPORT_VERSION`].
+    pub v: u32,
+    /// How it ended.
+    pub outcome: ReportOutcome,
+    /// The VM's name.
+    pub vm: String,
+    /// Mode used.
+    pub mode: &'static str,
+    /// Path used.
+    pub path: &'static str,
+    /// From the command's start to its end, in milliseconds.
+    pub total_ms: f64,
+    /// From the stop of the guest here to the word that it runs there, in milliseconds.
+    pub downtime_ms: f64,
+    /// Its parts, in milliseconds.
+    pub downtime_parts_ms: BTreeMap<&'static str, f64>,
+    /// The rounds in order.
+    pub rounds: Vec<RoundReport>,
+    /// Bytes.
+    pub bytes: ByteReport,
+    /// Pages.
+    pub pages: PageReport,
+    /// Faults; nothing without post-copy.
+    pub faults: Option<FaultReport>,
+    /// What `--verify` found; nothing without it.
+    pub verify: Option<VerifyReport>,
+    /// Time that a thread of QEMU was stopped to attach, in microseconds; nothing with the
+    /// preloaded library.
+    pub attach_stopped_us: Option<u64>,
+    /// Memory of the engine for its tables, in bytes a guest page.
+    pub table_bytes_per_page: f64,
+    /// Why it did not complete.
+    pub error: Option<ErrorReport>,
+}
+
+impl Report {
+    /// A report of a migration that is just beginning.
+    pub fn begin(vm: &str) -> Self {
+        Self {
+            v: REPORT_VERSION,
+            outcome: ReportOutcome::Failed,
+            vm: vm.to_owned(),
+            mode: "pre-copy",
+            path: "direct",
+            total_ms: 0.0,
+            downtime_ms: 0.0,
+            downtime_parts_ms: BTreeMap::new(),
+            rounds: vec![],
+            bytes: ByteReport::default(),
+            pages: PageReport::default(),
+            faults: None,
+            verify: None,
+            attach_stopped_us: None,
+            table_bytes_per_page: 0.0,
+            error: None,
+        }
+    }
+}

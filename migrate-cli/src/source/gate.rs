@@ -1,0 +1,151 @@
+//! Back-pressure from end to end: bounds what is under way and how fast it leaves.
+//!
+//! What was handed to the lanes and not yet applied at the destination waits in queues that the
+//! last pages have to queue behind, so it is bounded by a window that follows the measured goodput.
+//! `--max-bandwidth` is a token bucket in front of it.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Time that the bytes under way may take at the measured goodput.
+const WINDOW: Duration = Duration::from_millis(60);
+const WINDOW_BYTES_MIN: u64 = 2 << 20;
+const WINDOW_BYTES_MAX: u64 = 64 << 20;
+
+/// Time whose tokens the bucket holds at most.
+const BURST: Duration = Duration::from_millis(20);
+
+#[derive(Debug)]
+struct Inner {
+    entered_bytes: u64,
+    applied_bytes: u64,
+    window_bytes: u64,
+    /// When the bucket will have paid for all that entered.
+    paid_until: Instant,
+    closed: bool,
+}
+
+/// Lets batches through as the destination keeps up.
+#[derive(Debug)]
+pub struct Gate {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    bytes_per_s_max: Option<f64>,
+}
+
+impl Gate {
+    /// An open gate; `bits_per_s_max` is the user's limit.
+    pub fn new(bits_per_s_max: Option<u64>) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                entered_bytes: 0,
+                applied_bytes: 0,
+                window_bytes: WINDOW_BYTES_MIN,
+                paid_until: Instant::now(),
+                closed: false,
+            }),
+            changed: Condvar::new(),
+            bytes_per_s_max: bits_per_s_max.map(|bits| bits.max(8) as f64 / 8.0),
+        }
+    }
+
+    /// Waits until `bytes` may leave, and counts them. Blocks. A batch larger than the window passes
+    /// when nothing else is under way.
+    pub fn enter(&self, bytes: u64) {
+        let mut inner = self.lock();
+        while !inner.closed {
+            let under_way = inner.entered_bytes - inner.applied_bytes;
+            if under_way != 0 && under_way + bytes > inner.window_bytes {
+                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let now = Instant::now();
+            let early = inner.paid_until.saturating_duration_since(now);
+            if self.bytes_per_s_max.is_some() && early > BURST {
+                let wait = self.changed.wait_timeout(inner, early - BURST);
+                inner = wait.unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
+            if let Some(rate) = self.bytes_per_s_max {
+                let cost = Duration::from_secs_f64(bytes as f64 / rate);
+                inner.paid_until = inner.paid_until.max(now) + cost;
+            }
+            break;
+        }
+        inner.entered_bytes += bytes;
+    }
+
+    /// The destination applied `applied_bytes` in total. Returns what is still under way, or nothing
+    /// if more was applied than ever left: the peer misbehaves.
+    pub fn applied(&self, applied_bytes: u64) -> Option<u64> {
+        let mut inner = self.lock();
+        let under_way = inner.entered_bytes.checked_sub(applied_bytes)?;
+        inner.applied_bytes = inner.applied_bytes.max(applied_bytes);
+        self.changed.notify_all();
+        Some(under_way)
+    }
+
+    /// Adapts the window to the measured goodput.
+    pub fn set_goodput(&self, bytes_per_s: f64) {
+        let window = (bytes_per_s * WINDOW.as_secs_f64()) as u64;
+        self.lock().window_bytes = window.clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
+        self.changed.notify_all();
+    }
+
+    /// Bytes that left in total, and those of them not yet applied.
+    pub fn bytes(&self) -> (u64, u64) {
+        let inner = self.lock();
+        (inner.entered_bytes, inner.entered_bytes - inner.applied_bytes)
+    }
+
+    /// Lets everything through from now on: the session is over.
+    pub fn close(&self) {
+        self.lock().closed = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn what_is_under_way_is_bounded() {
+        let gate = Arc::new(Gate::new(None));
+        gate.enter(WINDOW_BYTES_MIN);
+        let passed = Arc::new(AtomicBool::new(false));
+        let thread = std::thread::spawn({
+            let (gate, passed) = (Arc::clone(&gate), Arc::clone(&passed));
+            move || {
+                gate.enter(1);
+                passed.store(true, Ordering::SeqCst);
+            }
+        });
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(!passed.load(Ordering::SeqCst));
+        assert_eq!(gate.applied(WINDOW_BYTES_MIN), Some(0));
+        thread.join().unwrap();
+        assert!(passed.load(Ordering::SeqCst));
+        assert_eq!(gate.applied(u64::MAX), None, "more applied than sent");
+    }
+
+    #[test]
+    fn the_rate_is_kept() {
+        let gate = Gate::new(Some(80_000_000));
+        let start = Instant::now();
+        for _ in 0..20 {
+            gate.enter(100_000);
+            let (entered, _) = gate.bytes();
+            gate.applied(entered);
+        }
+        // 2 MB at 10 MB/s are 200 ms, less the burst.
+        assert!(start.elapsed() >= Duration::from_millis(160), "{:?}", start.elapsed());
+    }
+}

@@ -1,0 +1,154 @@
+//! Carries out the source's side of the hand-over: journal, messages, QEMU.
+//!
+//! The decisions are [`migrate_core::handover::Source`]'s; this module only does what it says. It
+//! serves the ordinary hand-over, the recovery of an interrupted one, and `migrate resolve`.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use migrate_core::error::GuestPlace;
+use migrate_core::handover::source::{Input, Output};
+use migrate_core::handover::{Outcome, Source};
+use qemu_glue::device_state;
+use qemu_glue::qmp::Client;
+
+use super::contact::Contact;
+use crate::error::EngineError;
+use crate::failpoint;
+use crate::journal::{Journal, Record};
+
+/// Time that QEMU may take to wind up a migration of its own.
+const WIND_UP: Duration = Duration::from_secs(5);
+
+/// Everything that the hand-over acts on.
+#[derive(Debug)]
+pub struct Owner<'a> {
+    /// QEMU's monitor; nothing if QEMU is gone.
+    pub client: Option<&'a Client>,
+    /// The migration's journal.
+    pub journal: &'a mut Journal,
+    /// The destination.
+    pub contact: &'a mut Contact,
+    /// How long to ask before the outcome is in doubt.
+    pub ask_for: Duration,
+    /// Leave QEMU paused after success instead of quitting it.
+    pub keep_source: bool,
+    /// Why the migration is undone, to tell the destination.
+    pub why: Option<&'a EngineError>,
+}
+
+impl Owner<'_> {
+    /// Drives the hand-over from `state`, which `input` has just reached, to its end.
+    pub async fn drive(&mut self, state: Source, input: Input) -> Outcome {
+        let (mut state, outputs) = state.handle(input);
+        let mut todo = VecDeque::from(outputs);
+        let mut asking_since = None;
+        loop {
+            let input = match (todo.pop_front(), state) {
+                (Some(output), _) => self.carry_out(output, &mut asking_since).await,
+                (None, Source::Ended(outcome)) => return outcome,
+                (None, _) => Some(self.contact.hear().await),
+            };
+            if let Some(input) = input {
+                let (next, more) = state.handle(input);
+                tracing::debug!(?state, ?input, ?next, "hand-over");
+                state = next;
+                todo.extend(more);
+            }
+        }
+    }
+
+    async fn carry_out(
+        &mut self,
+        output: Output,
+        asking_since: &mut Option<Instant>,
+    ) -> Option<Input> {
+        match output {
+            Output::Record(record) => {
+                failpoint::hit("source-recording").await;
+                let written = self.journal.record(Record::Source(record));
+                failpoint::hit("source-recorded").await;
+                Some(match written {
+                    Ok(()) => Input::Recorded,
+                    Err(error) => {
+                        tracing::error!(%error, "hand-over not recorded");
+                        Input::RecordFailed
+                    }
+                })
+            }
+            Output::SendCommit => {
+                let lost = self.contact.commit().await;
+                failpoint::hit("source-committed").await;
+                lost
+            }
+            Output::SendAbort => {
+                let cancelled = EngineError::Cancelled;
+                self.contact.abort(self.why.unwrap_or(&cancelled)).await;
+                None
+            }
+            Output::Ask => {
+                let since = *asking_since.get_or_insert_with(Instant::now);
+                Some(self.contact.ask(since + self.ask_for).await)
+            }
+            Output::ResumeGuest => {
+                if let Some(client) = self.client
+                    && let Err(error) = take_back(client, self.journal.entry().was_running).await
+                {
+                    tracing::error!(error = %error.tell(), "the guest could not be resumed here");
+                }
+                None
+            }
+            Output::ReleaseGuest => {
+                if let Some(client) = self.client
+                    && !self.keep_source
+                    && let Err(error) = client.quit().await
+                {
+                    tracing::warn!(%error, "the source's QEMU was not quit");
+                }
+                None
+            }
+        }
+    }
+}
+
+/// Brings the guest back to what it was: no migration in QEMU, capabilities restored, running if it
+/// ran, its addresses announced, and the run state read back.
+///
+/// # Errors
+/// If QEMU refuses or does not come to the state wanted.
+pub async fn take_back(client: &Client, was_running: bool) -> Result<(), EngineError> {
+    let since = Instant::now();
+    while client.query_migrate().await?.is_under_way() && since.elapsed() < WIND_UP {
+        let _may_be_over_already = client.migrate_cancel().await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    if let Err(error) = device_state::restore_capabilities(client).await {
+        tracing::warn!(%error, "migration settings not restored");
+    }
+    if !was_running {
+        return Ok(());
+    }
+    let mut status = client.query_status().await?;
+    if !status.running {
+        client.cont().await?;
+        status = client.query_status().await?;
+        if let Err(error) = client.announce_self().await {
+            tracing::debug!(%error, "addresses not announced");
+        }
+    }
+    if !status.running {
+        let found = status.state.to_string();
+        return Err(EngineError::RunState { found, wanted: "running" });
+    }
+    Ok(())
+}
+
+/// What the source's guest is doing, as read back from QEMU.
+pub async fn place(client: Option<&Client>) -> GuestPlace {
+    let Some(client) = client else { return GuestPlace::Gone };
+    match client.query_status().await {
+        Ok(status) => status.place(),
+        Err(error) if error.is_closed() => GuestPlace::Gone,
+        Err(_) => GuestPlace::Unknown,
+    }
+}

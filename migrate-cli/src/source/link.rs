@@ -1,0 +1,144 @@
+//! The source's side of the control stream: progress is taken care of, the rest is queued.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use migrate_core::convergence::Goodput;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use transport::messages::Message;
+use transport::{ControlReceiver, ControlSender};
+
+use super::gate::Gate;
+use crate::error::EngineError;
+
+/// Messages that may wait for the engine. It waits for one at a time.
+const INBOX: usize = 16;
+
+/// How far the destination is.
+#[derive(Debug, Default)]
+struct Applied {
+    bytes: u64,
+    goodput: Goodput,
+}
+
+/// The control stream of a migration.
+#[derive(Debug)]
+pub struct Link {
+    sender: ControlSender,
+    inbox: mpsc::Receiver<Result<Message, EngineError>>,
+    applied: Arc<Mutex<Applied>>,
+    task: JoinHandle<()>,
+}
+
+impl Link {
+    /// Takes over a session's control stream; `clock` is the migration's origin of time.
+    pub fn start(
+        sender: ControlSender,
+        mut receiver: ControlReceiver,
+        gate: Arc<Gate>,
+        clock: Instant,
+    ) -> Self {
+        let (queue, inbox) = mpsc::channel(INBOX);
+        let applied = Arc::new(Mutex::new(Applied::default()));
+        let task = tokio::spawn({
+            let applied = Arc::clone(&applied);
+            async move {
+                loop {
+                    let message = match receiver.recv().await {
+                        Ok(Message::Progress(progress)) => {
+                            match note(&applied, &gate, progress.applied_bytes, clock.elapsed()) {
+                                Ok(()) => continue,
+                                Err(error) => Err(error),
+                            }
+                        }
+                        Ok(Message::Abort(abort)) => Err(EngineError::PeerAborted {
+                            code: abort.code,
+                            text: abort.text,
+                        }),
+                        Ok(message) => Ok(message),
+                        Err(error) => Err(error.into()),
+                    };
+                    let over = message.is_err();
+                    if over {
+                        gate.close();
+                    }
+                    if queue.send(message).await.is_err() || over {
+                        return;
+                    }
+                }
+            }
+        });
+        Self { sender, inbox, applied, task }
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// If the session is over.
+    pub async fn send(&self, message: Message) -> Result<(), EngineError> {
+        Ok(self.sender.send(&message).await?)
+    }
+
+    /// Waits for the next message that is no progress. Cancel-safe.
+    ///
+    /// # Errors
+    /// If the session is over or the destination gave up.
+    pub async fn recv(&mut self) -> Result<Message, EngineError> {
+        self.inbox.recv().await.unwrap_or_else(|| {
+            Err(EngineError::Internal("the control stream's reader is gone".into()))
+        })
+    }
+
+    /// Waits for a message for at most `within`.
+    ///
+    /// # Errors
+    /// As [`Self::recv`], and [`EngineError::TooSlow`].
+    pub async fn recv_within(
+        &mut self,
+        wanted: &'static str,
+        within: Duration,
+    ) -> Result<Message, EngineError> {
+        tokio::time::timeout(within, self.recv())
+            .await
+            .map_err(|_| EngineError::TooSlow { wanted, seconds: within.as_secs() })?
+    }
+
+    /// Goodput in bytes a second, if enough was sent to tell.
+    pub fn goodput_bytes_per_s(&self) -> Option<f64> {
+        self.lock().goodput.bytes_per_s()
+    }
+
+    /// Bytes that the destination applied.
+    pub fn applied_bytes(&self) -> u64 {
+        self.lock().bytes
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Applied> {
+        self.applied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn note(
+    applied: &Mutex<Applied>,
+    gate: &Gate,
+    bytes: u64,
+    now: Duration,
+) -> Result<(), EngineError> {
+    let under_way = gate.applied(bytes).ok_or_else(|| {
+        EngineError::Contradiction(format!("that it applied {bytes} bytes, more than were sent"))
+    })?;
+    let mut applied = applied.lock().unwrap_or_else(PoisonError::into_inner);
+    applied.bytes = bytes;
+    applied.goodput.note(now, bytes, under_way);
+    if let Some(rate) = applied.goodput.bytes_per_s() {
+        gate.set_goodput(rate);
+    }
+    Ok(())
+}

@@ -1,0 +1,353 @@
+//! The source of a migration: from the command to the report.
+//!
+//! ```text
+//!   prepare ─► session, describe ─► journal ─► attach ─► rounds ─► switch ─► hand over ─► report
+//!      │               │               │          └────────┴─────────┴─► take back ─────► report
+//!      └───────────────┴───────────────┴──► nothing was touched ────────────────────────► report
+//! ```
+
+pub mod contact;
+pub mod gate;
+pub mod handover;
+pub mod link;
+pub mod prepare;
+pub mod pump;
+pub mod recover;
+pub mod rounds;
+pub mod switch;
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use migrate_core::convergence::Config;
+use migrate_core::error::{Classify, GuestPlace};
+use migrate_core::handover::source::Input;
+use migrate_core::handover::{Outcome, Source};
+use migrate_core::layout::PAGE_BYTES;
+use migrate_core::page_table::SourcePages;
+use migrate_core::pageset::PageSet;
+use migrate_core::precopy::{Precopy, PrecopyConfig};
+use qemu_glue::qmp::Client;
+use qemu_glue::track::DirtyTracker;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use transport::{Batch, Closer, Identity, LaneSender, MigrationId};
+
+use self::contact::Contact;
+use self::gate::Gate;
+use self::handover::{Owner, place};
+use self::link::Link;
+use self::prepare::Guest;
+use self::pump::{LANE_QUEUE, LaneQueue, Pump};
+use self::rounds::Mover;
+use crate::args::SendArgs;
+use crate::error::EngineError;
+use crate::journal::Journal;
+use crate::progress::Progress;
+use crate::report::{ErrorReport, Report, ReportOutcome};
+use crate::{attaching, cancel, failpoint, random};
+
+/// Migrates a guest as asked; everything that happens is in the report.
+pub async fn send(args: &SendArgs) -> Report {
+    let began = Instant::now();
+    let mut report = Report::begin(&args.common.qmp.display().to_string());
+    if let Err(error) = Box::pin(run(args, &mut report, began)).await {
+        // Nothing was touched: the guest is as it was.
+        let client = Client::connect(&args.common.qmp).await.ok();
+        fail(&mut report, &error, place(client.as_ref()).await, GuestPlace::Unknown);
+    }
+    report.total_ms = began.elapsed().as_secs_f64() * 1e3;
+    report
+}
+
+fn fail(report: &mut Report, error: &EngineError, source: GuestPlace, destination: GuestPlace) {
+    report.outcome = match error {
+        EngineError::InDoubt { .. } | EngineError::Unresolved { .. } => ReportOutcome::InDoubt,
+        _ => ReportOutcome::Failed,
+    };
+    report.error = Some(ErrorReport {
+        kind: error.bin(),
+        message: error.tell(),
+        source_vm: source,
+        destination_vm: destination,
+    });
+}
+
+/// Everything up to the journal; errors from here mean that nothing was touched.
+async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(), EngineError> {
+    prepare::check_asked(args)?;
+    let identity = Arc::new(Identity::load(&args.common.identity).map_err(|error| {
+        EngineError::Transport(transport::TransportError::Identity(error))
+    })?);
+    let addr = prepare::resolve_address(&args.to).await?;
+    recover::before_sending(args).await?;
+    let guest = prepare::guest(args).await?;
+    report.vm = guest.vm.label();
+    let migration = prepare::new_migration()?;
+    let options = prepare::options(&args.common, prepare::lanes(args.lanes));
+    let mut session = prepare::connect(addr, &identity, &options, migration).await?;
+    let closer = session.closer.clone();
+    let accepted = prepare::describe(&mut session, &guest, args.verify).await;
+    let journal = match accepted {
+        Ok(_) => prepare::journal(args, &guest, migration),
+        Err(error) => Err(error),
+    };
+    let journal = match journal {
+        Ok(journal) => journal,
+        Err(error) => {
+            session.close(transport::close_code::ABORTED, &error.tell()).await;
+            return Err(error);
+        }
+    };
+    let gate = Arc::new(Gate::new(args.max_bandwidth));
+    let link = Link::start(
+        session.control_sender,
+        session.control_receiver,
+        Arc::clone(&gate),
+        clock,
+    );
+    let contact = Contact {
+        addr,
+        identity,
+        options,
+        migration,
+        session: Some((link, closer.clone())),
+        resume: guest.vm.status.running,
+        running_at: None,
+    };
+    let migration = Migration {
+        args,
+        guest,
+        contact,
+        journal,
+        gate,
+        closer,
+        clock,
+        lanes: LaneTasks::start(session.lanes),
+    };
+    migration.run(report).await;
+    Ok(())
+}
+
+/// A migration that has left traces: a journal, a session.
+struct Migration<'a> {
+    args: &'a SendArgs,
+    guest: Guest,
+    contact: Contact,
+    journal: Journal,
+    gate: Arc<Gate>,
+    closer: Closer,
+    clock: Instant,
+    lanes: LaneTasks,
+}
+
+impl Migration<'_> {
+    async fn run(mut self, report: &mut Report) {
+        let mut progress = Progress::new();
+        let mut stopped_at = None;
+        let moved = tokio::select! {
+            moved = self.move_guest(report, &mut progress, &mut stopped_at) => moved,
+            () = cancel::requested() => Err(EngineError::Cancelled),
+        };
+        progress.finish();
+        failpoint::hit("source-ready").await;
+        let input = match &moved {
+            Ok(_) => Input::Ready { agrees: true },
+            Err(error) if error.is_lost_contact() => Input::Lost,
+            Err(EngineError::PeerAborted { .. }) => Input::PeerAborted,
+            Err(_) => Input::Cancel,
+        };
+        let mut owner = Owner {
+            client: Some(&self.guest.client),
+            journal: &mut self.journal,
+            contact: &mut self.contact,
+            ask_for: Duration::from_secs(self.args.ask_s),
+            keep_source: self.args.keep_source,
+            why: moved.as_ref().err(),
+        };
+        let outcome = owner.drive(Source::Moving, input).await;
+        if let Some(stopped_at) = stopped_at {
+            let over = self.contact.running_at.unwrap_or_else(Instant::now);
+            report.downtime_ms = (over - stopped_at).as_secs_f64() * 1e3;
+        }
+        // Tracking is undone only now: that takes milliseconds which the guest would have waited.
+        self.gate.close();
+        self.lanes.stop().await;
+        let (mover, error) = match moved {
+            Ok(mover) => (Some(mover), None),
+            Err(error) => (None, Some(error)),
+        };
+        let _dropped = on_thread(move || drop(mover)).await;
+        self.conclude(report, outcome, error).await;
+    }
+
+    async fn conclude(mut self, report: &mut Report, outcome: Outcome, why: Option<EngineError>) {
+        let wire = self.closer.stats().wire;
+        report.bytes.wire = wire.sent + wire.received;
+        let client = Some(&self.guest.client);
+        match outcome {
+            Outcome::Completed => {
+                report.outcome = ReportOutcome::Completed;
+                self.contact.close("done").await;
+                self.journal.remove();
+            }
+            Outcome::RolledBack => {
+                let error = why.unwrap_or(EngineError::PeerAborted {
+                    code: transport::messages::AbortCode::Internal,
+                    text: "the destination refused the guest after the hand-over".into(),
+                });
+                fail(report, &error, place(client).await, GuestPlace::Incoming);
+                self.contact.abort(&error).await;
+                self.journal.remove();
+            }
+            Outcome::InDoubt => {
+                let qmp = self.args.common.qmp.clone();
+                let error = EngineError::InDoubt { qmp };
+                fail(report, &error, place(client).await, GuestPlace::Unknown);
+            }
+        }
+    }
+
+    /// Attaches, runs the rounds, stops the guest and brings the rest over.
+    async fn move_guest(
+        &mut self,
+        report: &mut Report,
+        progress: &mut Progress,
+        stopped_at: &mut Option<Instant>,
+    ) -> Result<Mover, EngineError> {
+        let Some((link, _)) = &mut self.contact.session else {
+            return Err(EngineError::Internal("there is no session".into()));
+        };
+        let ram = Arc::clone(&self.guest.ram);
+        let window = prepare::direct_io_window(self.args, &self.guest.vm);
+        if let Some(window) = window {
+            let disks = self.guest.vm.direct_io.join(", ");
+            progress.say(&format!(
+                "direct I/O ({disks}): written pages are compared again after {} ms",
+                window.as_millis()
+            ));
+        }
+        failpoint::hit("source-attaching").await;
+        let attached = attaching::attach(self.guest.vm.pid, self.args.preload_socket.as_deref()).await?;
+        report.attach_stopped_us = attached.stopped_us;
+        let pid = self.guest.vm.pid;
+        let (tracker, data) = on_thread({
+            let ram = Arc::clone(&ram);
+            move || -> Result<_, EngineError> {
+                let tracker = DirtyTracker::arm(pid, attached.uffd, &ram)?;
+                Ok((tracker, ram.data_ranges()?))
+            }
+        })
+        .await??;
+        let pages = Arc::new(SourcePages::new(
+            ram.layout().pages(),
+            window.is_some(),
+            random::number()?,
+        ));
+        describe_memory(report, &pages, &data);
+        let queues = self.lanes.queues();
+        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
+        let mover = Mover {
+            pump: Arc::new(Pump::start(
+                Arc::clone(&ram),
+                Arc::clone(&pages),
+                Arc::clone(&self.gate),
+                queues,
+                threads,
+            )),
+            ram,
+            pages,
+            tracker: Arc::new(Mutex::new(tracker)),
+            gate: Arc::clone(&self.gate),
+            clock: self.clock,
+        };
+        let mut precopy = Precopy::new(
+            mover.ram.layout().pages(),
+            PrecopyConfig {
+                convergence: Config {
+                    max_downtime: Duration::from_millis(self.args.max_downtime_ms),
+                    patience: Duration::from_secs(self.args.patience_s),
+                },
+                direct_io_window: window,
+            },
+        );
+        failpoint::hit("source-precopy").await;
+        mover.precopy(&mut precopy, data, link, progress, report).await?;
+        *stopped_at = Some(Instant::now());
+        let verify = self.args.verify;
+        switch::switch(&mover, &mut precopy, &self.guest, link, verify, report).await?;
+        Ok(mover)
+    }
+}
+
+fn describe_memory(report: &mut Report, pages: &SourcePages, data: &PageSet) {
+    let total = data.size();
+    report.pages.total = total;
+    report.pages.hole = total - data.len();
+    report.bytes.ram = total * PAGE_BYTES as u64;
+    report.bytes.populated = data.len() * PAGE_BYTES as u64;
+    let tables = pages.memory_bytes() + data.memory_bytes();
+    report.table_bytes_per_page = tables as f64 / total.max(1) as f64;
+}
+
+async fn on_thread<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, EngineError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| EngineError::Internal(error.to_string()))
+}
+
+/// One task a lane: from the encoder threads' queue to QUIC.
+#[derive(Debug)]
+struct LaneTasks {
+    queues: Vec<LaneQueue>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl LaneTasks {
+    fn start(lanes: Vec<LaneSender>) -> Self {
+        let (queues, tasks) = lanes
+            .into_iter()
+            .map(|lane| {
+                let (queue, inbox) = mpsc::channel(LANE_QUEUE);
+                (queue, tokio::spawn(feed(lane, inbox)))
+            })
+            .unzip();
+        Self { queues, tasks }
+    }
+
+    /// The entrances, for the encoder threads to take over.
+    fn queues(&mut self) -> Vec<LaneQueue> {
+        std::mem::take(&mut self.queues)
+    }
+
+    /// Ends the tasks: everything that matters was acknowledged, or is in vain.
+    async fn stop(&mut self) {
+        self.queues.clear();
+        for task in self.tasks.drain(..) {
+            task.abort();
+            let _aborted = task.await;
+        }
+    }
+}
+
+async fn feed(
+    mut lane: LaneSender,
+    mut inbox: mpsc::Receiver<(migrate_core::encode::EncodedBatch, u32)>,
+) {
+    while let Some((batch, round)) = inbox.recv().await {
+        let batch = Batch { runs: batch.runs, payload: Bytes::from(batch.payload), round };
+        if let Err(error) = lane.send(batch).await {
+            tracing::warn!(lane = lane.index(), %error, "lane ended");
+            return;
+        }
+    }
+    // The lane stays open until the session ends: closing it would look like the end of the pages.
+    std::future::pending::<()>().await;
+}
+
+/// The migration's id as journals write it.
+fn parse_migration(text: &str) -> Option<MigrationId> {
+    text.parse().ok()
+}

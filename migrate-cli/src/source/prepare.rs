@@ -1,0 +1,214 @@
+//! Everything that can be found out before the guest is touched: the VM, the destination, the journal.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_core::handover::SourceRecord;
+use migrate_core::layout::PAGE_BYTES;
+use qemu_glue::check::{Finding, Severity};
+use qemu_glue::procfs;
+use qemu_glue::qmp::Client;
+use qemu_glue::ram::GuestRam;
+use qemu_glue::vm::{self, VmInventory};
+use transport::messages::{Accept, Describe, Intent, Message, MigrationId};
+use transport::{Identity, Offer, Options, SourceSession};
+
+use crate::args::{CommonArgs, Mode, PathChoice, SendArgs};
+use crate::error::EngineError;
+use crate::journal::{Entry, Journal, Record};
+use crate::{ENGINE, attaching, failpoint, random};
+
+/// The monitor's command for it; its answer changes when a block appears, vanishes or is resized.
+const RAM_BLOCKS: &str = "info ramblock";
+
+/// A busy destination is asked again this often, this long apart.
+const BUSY_RETRIES: u32 = 3;
+const BUSY_WAIT: Duration = Duration::from_secs(1);
+
+/// The guest and everything known of it.
+#[derive(Debug)]
+pub struct Guest {
+    /// QEMU's monitor.
+    pub client: Client,
+    /// The VM.
+    pub vm: VmInventory,
+    /// Its memory, opened for reading.
+    pub ram: Arc<GuestRam>,
+    /// QEMU's list of RAM blocks as it was then.
+    pub ram_blocks: String,
+}
+
+/// Refuses what this build cannot do, before anything is touched.
+///
+/// # Errors
+/// [`EngineError::Misuse`] with the remedy.
+pub fn check_asked(args: &SendArgs) -> Result<(), EngineError> {
+    let refuse = |what: &str, remedy: &str| {
+        Err(EngineError::Misuse { what: what.into(), remedy: remedy.into() })
+    };
+    match args.mode {
+        Mode::Auto | Mode::PreCopy => {}
+        Mode::PostCopy | Mode::Hybrid => {
+            return refuse("Post-copy is not built yet", "Use --mode pre-copy");
+        }
+    }
+    match args.path {
+        PathChoice::Auto | PathChoice::Direct => Ok(()),
+        PathChoice::Stream => refuse(
+            "The stream path is not built yet",
+            "Give the VM shared RAM (memory-backend-file,share=on) and use --path direct",
+        ),
+    }
+}
+
+/// Connects to the VM, describes it and refuses what cannot be migrated.
+///
+/// # Errors
+/// [`EngineError::Blocked`] with every reason and remedy, or what failed.
+pub async fn guest(args: &SendArgs) -> Result<Guest, EngineError> {
+    let client = Client::connect(&args.common.qmp).await?;
+    let vm = vm::inventory(&client).await?;
+    let mut findings: Vec<Finding> = vm.blockers.clone();
+    findings.extend(attaching::probe(vm.pid, args.preload_socket.as_deref()));
+    findings.retain(|finding| finding.severity == Severity::Blocker);
+    if !findings.is_empty() {
+        return Err(EngineError::Blocked(findings));
+    }
+    let ram = Arc::new(GuestRam::open(vm.pid, &vm.regions, false)?);
+    let ram_blocks = client.hmp(RAM_BLOCKS).await?;
+    Ok(Guest { client, vm, ram, ram_blocks })
+}
+
+/// Resolves an address as typed.
+///
+/// # Errors
+/// [`EngineError::Misuse`] if it names no host.
+pub async fn resolve_address(text: &str) -> Result<SocketAddr, EngineError> {
+    let misuse = |why: String| EngineError::Misuse {
+        what: format!("{text:?} is no address of a destination: {why}"),
+        remedy: "Give HOST:PORT, as in 192.0.2.7:7700".into(),
+    };
+    let mut found = tokio::net::lookup_host(text).await.map_err(|error| misuse(error.to_string()))?;
+    found.next().ok_or_else(|| misuse("the name has no address".into()))
+}
+
+/// Session options from what was typed.
+pub fn options(common: &CommonArgs, lanes: usize) -> Options {
+    Options {
+        lanes,
+        dead_peer: Duration::from_secs(common.dead_peer_s),
+        expected_peer: common.peer.clone(),
+        ..Options::default()
+    }
+}
+
+/// Opens the session. A busy destination is asked again a few times.
+///
+/// # Errors
+/// What the transport says.
+pub async fn connect(
+    addr: SocketAddr,
+    identity: &Identity,
+    options: &Options,
+    migration: MigrationId,
+) -> Result<SourceSession, EngineError> {
+    let mut tries = 0;
+    loop {
+        let offer = Offer::new(ENGINE, migration, Intent::Migrate);
+        match transport::connect(addr, identity, options, offer).await.map_err(EngineError::from) {
+            Err(error) if error.is_busy() && tries < BUSY_RETRIES => {
+                tries += 1;
+                tokio::time::sleep(BUSY_WAIT).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// Describes the guest to the destination, which accepts or refuses it.
+///
+/// # Errors
+/// [`EngineError::Refused`] with the destination's reason.
+pub async fn describe(
+    session: &mut SourceSession,
+    guest: &Guest,
+    verify: bool,
+) -> Result<Accept, EngineError> {
+    let version = &guest.vm.qemu;
+    let description = Describe {
+        vm_name: guest.vm.label(),
+        vm_uuid: Some(guest.vm.uuid.clone()),
+        machine: guest.vm.machine.clone(),
+        qemu_version: (version.major, version.minor, version.micro),
+        page_bytes: PAGE_BYTES as u32,
+        blocks: guest.ram.layout().blocks().to_vec(),
+        verify,
+    };
+    session.control_sender.send(&Message::Describe(description)).await?;
+    match session.control_receiver.recv().await? {
+        Message::Accept(accept) => Ok(accept),
+        Message::Refuse(refuse) => {
+            Err(EngineError::Refused { code: refuse.code, text: refuse.text })
+        }
+        other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Accept or Refuse" }),
+    }
+}
+
+/// Creates the journal. From here on a crash leaves a trace.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn journal(
+    args: &SendArgs,
+    guest: &Guest,
+    migration: MigrationId,
+) -> Result<Journal, EngineError> {
+    let dir = args.common.journal.clone().unwrap_or_else(crate::journal::default_dir);
+    let entry = Entry {
+        migration: migration.to_string(),
+        record: Record::Source(SourceRecord::Moving),
+        qmp: std::path::absolute(&args.common.qmp).unwrap_or_else(|_| args.common.qmp.clone()),
+        vm: guest.vm.label(),
+        qemu_pid: guest.vm.pid,
+        qemu_start_ticks: procfs::start_time_ticks(guest.vm.pid)?,
+        peer: args.to.clone(),
+        identity: args.common.identity.clone(),
+        was_running: guest.vm.status.running,
+        heard: false,
+    };
+    Ok(Journal::create(&dir, entry)?)
+}
+
+/// The RAM blocks as they are now equal those that the migration began with.
+///
+/// # Errors
+/// [`EngineError::RamChanged`], or what QEMU says.
+pub async fn check_ram_unchanged(guest: &Guest) -> Result<(), EngineError> {
+    let now = guest.client.hmp(RAM_BLOCKS).await?;
+    if now == guest.ram_blocks { Ok(()) } else { Err(EngineError::RamChanged) }
+}
+
+/// Lanes to use: one a core, at most 4, unless told.
+pub fn lanes(asked: Option<u16>) -> usize {
+    asked.map_or_else(
+        || std::thread::available_parallelism().map_or(2, usize::from).min(4),
+        usize::from,
+    )
+}
+
+/// A migration's identity.
+///
+/// # Errors
+/// If the kernel gives no random bytes.
+pub fn new_migration() -> Result<MigrationId, EngineError> {
+    Ok(MigrationId(random::bytes()?))
+}
+
+/// Longest plausible direct I/O, if the VM does any.
+pub fn direct_io_window(args: &SendArgs, vm: &VmInventory) -> Option<Duration> {
+    if vm.direct_io.is_empty() || failpoint::is_set("no-second-look") {
+        return None;
+    }
+    Some(Duration::from_millis(args.direct_io_window_ms))
+}

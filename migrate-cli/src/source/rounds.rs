@@ -1,0 +1,190 @@
+//! Pre-copy: from the attached guest to the moment when it is to be stopped.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use migrate_core::encode::PageCounts;
+use migrate_core::layout::PAGE_BYTES;
+use migrate_core::page_table::SourcePages;
+use migrate_core::pageset::PageSet;
+use migrate_core::precopy::{LinkState, Precopy, Round, Step};
+use qemu_glue::ram::GuestRam;
+use qemu_glue::track::DirtyTracker;
+
+use super::gate::Gate;
+use super::link::Link;
+use super::pump::Pump;
+use crate::error::EngineError;
+use crate::progress::{Progress, Snapshot};
+use crate::report::{Report, RoundReport};
+
+/// What stopping costs regardless of memory, before anything was measured: the stop itself, the
+/// device state's way out and in, the journals.
+const STOP_OVERHEAD: Duration = Duration::from_millis(25);
+
+/// Time without any progress at the destination after which it counts as stuck.
+const STUCK_AFTER: Duration = Duration::from_secs(20);
+
+/// How often progress is looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// The attached guest and the way to the destination.
+#[derive(Debug)]
+pub struct Mover {
+    /// Guest memory.
+    pub ram: Arc<GuestRam>,
+    /// What was sent of it.
+    pub pages: Arc<SourcePages>,
+    /// Write tracking.
+    pub tracker: Arc<Mutex<DirtyTracker>>,
+    /// Encoder threads.
+    pub pump: Arc<Pump>,
+    /// Back-pressure.
+    pub gate: Arc<Gate>,
+    /// The migration's origin of time.
+    pub clock: Instant,
+}
+
+impl Mover {
+    /// Scans for written pages and arms them again.
+    ///
+    /// # Errors
+    /// If the kernel refuses: QEMU is gone or changed its memory.
+    pub fn scan(&self) -> Result<PageSet, EngineError> {
+        let mut dirty = PageSet::new(self.ram.layout().pages());
+        let mut tracker = self.tracker.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = tracker.scan(&mut dirty)?;
+        tracing::debug!(pages = seen.pages, took_us = seen.took.as_micros() as u64, "scan");
+        Ok(dirty)
+    }
+
+    /// Sends a round; returns when all of it is on its way. Fails if the destination is stuck.
+    ///
+    /// # Errors
+    /// What the pump says, or [`EngineError::TooSlow`].
+    pub async fn send(
+        &self,
+        round: Round,
+        link: &Link,
+        mut tick: impl FnMut(),
+    ) -> Result<PageCounts, EngineError> {
+        let pump = Arc::clone(&self.pump);
+        let mut sending = tokio::task::spawn_blocking(move || pump.send(round));
+        let mut last = (link.applied_bytes(), Instant::now());
+        loop {
+            tokio::select! {
+                sent = &mut sending => {
+                    let sent = sent.map_err(|error| EngineError::Internal(error.to_string()))?;
+                    return Ok(sent?);
+                }
+                () = tokio::time::sleep(TICK) => {}
+            }
+            tick();
+            if link.applied_bytes() != last.0 {
+                last = (link.applied_bytes(), Instant::now());
+            } else if last.1.elapsed() > STUCK_AFTER {
+                let seconds = STUCK_AFTER.as_secs();
+                return Err(EngineError::TooSlow { wanted: "progress with pages", seconds });
+            }
+        }
+    }
+
+    /// Runs rounds until the guest is to be stopped.
+    ///
+    /// # Errors
+    /// [`EngineError::NotConverging`], or what went wrong.
+    pub async fn precopy(
+        &self,
+        precopy: &mut Precopy,
+        data: PageSet,
+        link: &mut Link,
+        progress: &mut Progress,
+        report: &mut Report,
+    ) -> Result<(), EngineError> {
+        let mut step = precopy.armed(data, self.clock.elapsed())?;
+        loop {
+            let round = match step {
+                Step::Send(round) => round,
+                Step::StopGuest => return Ok(()),
+                Step::GiveUp(stall) => return Err(EngineError::NotConverging(stall)),
+            };
+            let wait = round.not_before.saturating_sub(self.clock.elapsed());
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            let mut entry = begin(&round);
+            let began = Instant::now();
+            let before = self.gate.bytes().0;
+            let predicted = precopy.prediction().map(|prediction| prediction.now_ms);
+            let show = |progress: &mut Progress| {
+                progress.show(&Snapshot {
+                    round: entry.round,
+                    round_pages: entry.dirty,
+                    applied_bytes: link.applied_bytes(),
+                    expected_bytes: before + entry.dirty * PAGE_BYTES as u64,
+                    rate_bytes_per_s: link.goodput_bytes_per_s(),
+                    predicted_ms: predicted,
+                });
+            };
+            show(progress);
+            let counts = self.send(round, link, || show(progress)).await?;
+            precopy.round_sent()?;
+            report.pages.add(&counts);
+            let dirty = self.scan()?;
+            let state = LinkState {
+                outstanding_bytes: self.gate.bytes().1,
+                goodput_bytes_per_s: link.goodput_bytes_per_s(),
+                overhead: STOP_OVERHEAD,
+            };
+            step = precopy.scanned(dirty, state, self.clock.elapsed())?;
+            entry.sent = counts.sent();
+            entry.ms = began.elapsed().as_secs_f64() * 1e3;
+            entry.predicted = precopy.prediction();
+            tracing::info!(round = ?entry, "round");
+            push_round(report, entry);
+        }
+    }
+
+    /// Sends a round with the guest stopped.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub async fn last_round(
+        &self,
+        round: Round,
+        link: &Link,
+        report: &Mutex<&mut Report>,
+    ) -> Result<(), EngineError> {
+        let mut entry = begin(&round);
+        let began = Instant::now();
+        let counts = self.send(round, link, || ()).await?;
+        entry.sent = counts.sent();
+        entry.ms = began.elapsed().as_secs_f64() * 1e3;
+        let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
+        report.pages.add(&counts);
+        push_round(&mut report, entry);
+        Ok(())
+    }
+}
+
+/// Rounds kept in the report; a guest that takes thousands of rounds is described by the first and
+/// the last ones.
+const ROUNDS_MAX: usize = 500;
+
+fn push_round(report: &mut Report, entry: RoundReport) {
+    if report.rounds.len() >= ROUNDS_MAX {
+        report.rounds.remove(ROUNDS_MAX / 2);
+    }
+    report.rounds.push(entry);
+}
+
+fn begin(round: &Round) -> RoundReport {
+    RoundReport {
+        round: round.number,
+        dirty: round.dirty.len(),
+        looked: round.look.len(),
+        sent: 0,
+        ms: 0.0,
+        predicted: None,
+    }
+}

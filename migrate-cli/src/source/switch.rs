@@ -1,0 +1,176 @@
+//! From the decision to stop the guest to the destination's word that it is ready.
+//!
+//! ```text
+//!   stop ─► scan ─► last pages ─┐
+//!                └► device state ┴► scan ─► tail pages ─► sync ─► [verify] ─► load ─► ready
+//! ```
+//!
+//! The last scans come after `stop` has returned and after QEMU wrote its device state (correctness
+//! rule 13); the destination loads only when every page is in place.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use migrate_core::precopy::Precopy;
+use qemu_glue::device_state;
+use transport::messages::{
+    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, Ready, Sync, Synced,
+    VerifyRequest,
+};
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::link::Link;
+use super::prepare::{self, Guest};
+use super::rounds::Mover;
+use crate::error::EngineError;
+use crate::report::{Report, VerifyReport};
+use crate::{failpoint, random, verify};
+
+/// Longest wait for the destination to load the device state, or to put the last pages in place.
+const LOAD_WITHIN: Duration = Duration::from_secs(60);
+
+/// Longest wait for the next digests under `--verify`.
+const DIGESTS_WITHIN: Duration = Duration::from_secs(60);
+
+/// Stops the guest and brings the rest of it over. Returns when the destination says that it is
+/// ready and agrees about every page.
+///
+/// # Errors
+/// What went wrong; the guest is then stopped and can be resumed.
+pub async fn switch(
+    mover: &Mover,
+    precopy: &mut Precopy,
+    guest: &Guest,
+    link: &mut Link,
+    verify: bool,
+    report: &mut Report,
+) -> Result<(), EngineError> {
+    let stopping = Instant::now();
+    guest.client.stop().await?;
+    part(report, "stop", stopping);
+    failpoint::hit("source-stopped").await;
+
+    let began = Instant::now();
+    let last = precopy.stopped(mover.scan()?)?;
+    part(report, "final_scan", began);
+
+    let began = Instant::now();
+    let shared = Mutex::new(&mut *report);
+    let (sent, saved) = tokio::join!(mover.last_round(last, link, &shared), async {
+        let saved = device_state::save(&guest.client, DEVICE_STATE_BYTES_MAX).await;
+        (saved, began.elapsed())
+    });
+    sent?;
+    let (saved, saving) = saved;
+    let state = saved?.bytes;
+    report.downtime_parts_ms.insert("device_state_save", saving.as_secs_f64() * 1e3);
+    part(report, "last_pages", began);
+    report.bytes.device_state = state.len() as u64;
+
+    let began = Instant::now();
+    let tail = precopy.tail(mover.scan()?)?;
+    mover.last_round(tail, link, &Mutex::new(&mut *report)).await?;
+    prepare::check_ram_unchanged(guest).await?;
+    part(report, "tail", began);
+    failpoint::hit("source-state-saved").await;
+
+    let began = Instant::now();
+    let sync = Sync { sequence: 1, batches: mover.pump.batches() };
+    link.send(Message::Sync(sync)).await?;
+    if verify {
+        synced(link, mover).await?;
+        let found = compare(mover, link).await?;
+        report.verify = Some(found);
+        part(report, "verify", began);
+        if found.mismatches > 0 {
+            let VerifyReport { pages, mismatches } = found;
+            return Err(EngineError::Mismatch { mismatches, pages });
+        }
+    }
+    let began = Instant::now();
+    send_state(link, mover, &state).await?;
+    if !verify {
+        synced(link, mover).await?;
+    }
+    failpoint::hit("source-state-sent").await;
+    let ready = ready(link).await?;
+    part(report, "transfer_and_load", began);
+    report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
+    if ready.version_digest != mover.pages.digest() {
+        return Err(EngineError::Contradiction("that other pages are in place than were sent".into()));
+    }
+    Ok(())
+}
+
+fn part(report: &mut Report, name: &'static str, began: Instant) {
+    report.downtime_parts_ms.insert(name, began.elapsed().as_secs_f64() * 1e3);
+}
+
+async fn synced(link: &mut Link, mover: &Mover) -> Result<(), EngineError> {
+    match link.recv_within("that the last pages are in place", LOAD_WITHIN).await? {
+        Message::Synced(Synced { version_digest, .. }) => {
+            if version_digest == mover.pages.digest() {
+                return Ok(());
+            }
+            Err(EngineError::Contradiction("that other pages are in place than were sent".into()))
+        }
+        other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Synced" }),
+    }
+}
+
+async fn send_state(link: &Link, mover: &Mover, state: &[u8]) -> Result<(), EngineError> {
+    for (index, bytes) in state.chunks(DEVICE_CHUNK_BYTES_MAX).enumerate() {
+        let offset = (index * DEVICE_CHUNK_BYTES_MAX) as u64;
+        link.send(Message::DeviceState(DeviceState { offset, bytes: bytes.to_vec() })).await?;
+    }
+    link.send(Message::Load(Load {
+        total_bytes: state.len() as u64,
+        digest: xxh3_64(state),
+        version_digest: mover.pages.digest(),
+    }))
+    .await
+}
+
+async fn ready(link: &mut Link) -> Result<Ready, EngineError> {
+    match link.recv_within("that it is ready", LOAD_WITHIN).await? {
+        Message::Ready(ready) => Ok(ready),
+        other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Ready" }),
+    }
+}
+
+/// Compares digests of all pages, in the order in which they come.
+async fn compare(mover: &Mover, link: &mut Link) -> Result<VerifyReport, EngineError> {
+    let seed = random::number()?;
+    link.send(Message::VerifyRequest(VerifyRequest { seed })).await?;
+    let total = mover.ram.layout().pages();
+    let mut found = VerifyReport { pages: 0, mismatches: 0 };
+    loop {
+        match link.recv_within("digests of its pages", DIGESTS_WITHIN).await? {
+            Message::VerifyChunk(chunk) if chunk.first_page == found.pages => {
+                let ram = std::sync::Arc::clone(&mover.ram);
+                let first = migrate_core::layout::PageIndex(chunk.first_page);
+                let count = chunk.digests.len() as u64;
+                let ours =
+                    tokio::task::spawn_blocking(move || verify::digests(&ram, seed, first, count));
+                let ours = ours.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+                if ours.len() != chunk.digests.len() {
+                    let text = format!("that there are more than {total} pages");
+                    return Err(EngineError::Contradiction(text));
+                }
+                for (page, (a, b)) in (chunk.first_page..).zip(ours.iter().zip(&chunk.digests)) {
+                    if a != b {
+                        tracing::error!(page, "page differs at the destination");
+                        found.mismatches += 1;
+                    }
+                }
+                found.pages += count;
+            }
+            Message::VerifyEnd(end) if end.pages == found.pages && found.pages == total => {
+                return Ok(found);
+            }
+            other => {
+                return Err(EngineError::OutOfPlace { got: other.name(), wanted: "all digests" });
+            }
+        }
+    }
+}
