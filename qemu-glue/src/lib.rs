@@ -1,5 +1,12 @@
 //! QMP, attaching to a QEMU process, guest RAM access and dirty tracking.
 
+pub mod attach;
 pub mod check;
 pub mod device_state;
+pub mod error;
+pub mod pagemap;
+pub mod procfs;
 pub mod qmp;
+pub mod ram;
+pub mod track;
+pub mod uffd;

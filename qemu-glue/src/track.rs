@@ -1,0 +1,289 @@
+//! Which pages of guest RAM were written: write protection that the kernel resolves by itself
+//! (UFFD_FEATURE_WP_ASYNC), asked with PAGEMAP_SCAN.
+//!
+//! ```text
+//! arm ----> every page clean ----> the guest writes: page marked ----> scan: reported and clean
+//!                ^                                                            |
+//!                +------------------------------------------------------------+
+//! ```
+//!
+//! Invariants:
+//! - A page is protected again in the step that reports it: a write after the report is found by
+//!   the next scan, so read contents after the scan (design rule 1).
+//! - Pages that were never populated are tracked too (WP_UNPOPULATED).
+//! - A page that became a hole (balloon) is reported as written (rule 14).
+//! - On hugetlbfs all parts of a written large page are reported (rule 15).
+//! - A block that is no longer mapped as it was when tracking began is an error, never silence.
+//! - Dropping the tracker ends all registrations and closes the descriptor. If the engine is killed
+//!   instead, the kernel does the same, provided QEMU holds no copy (rule 12).
+//!
+//! Not seen: DMA that lands after its page was reported (rule 6), writes by other processes.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use migrate_core::layout::PAGE_BYTES;
+use migrate_core::pageset::PageSet;
+use userfaultfd::RegisterMode;
+
+pub use crate::error::TrackError;
+use crate::pagemap::{self, Pagemap, ScanMode};
+use crate::procfs;
+use crate::ram::{Backing, GuestRam, RamRegion, covering};
+use crate::uffd::{Features, RegisterError, TargetUffd};
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+/// What a scan found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanReport {
+    /// Pages of [`PAGE_BYTES`] that the kernel reported written, whether or not they were in the
+    /// set before.
+    pub pages: u64,
+    /// How long the scan took.
+    pub took: Duration,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    region: RamRegion,
+    backing: Backing,
+    /// First page number in the layout.
+    first_page: u64,
+}
+
+/// Dirty tracking of a QEMU process's RAM.
+#[derive(Debug)]
+pub struct DirtyTracker {
+    pid: i32,
+    uffd: TargetUffd,
+    pagemap: Pagemap,
+    maps: File,
+    blocks: Vec<Tracked>,
+    /// How many of `blocks` are registered; the rest never was.
+    registered: usize,
+    pages: u64,
+}
+
+impl DirtyTracker {
+    /// Registers all blocks with a fresh userfaultfd of the process and marks every page clean.
+    ///
+    /// # Errors
+    /// [`TrackError::Busy`] if another userfaultfd holds a block, [`TrackError::Changed`] if a block
+    /// is no longer mapped as `ram` found it, [`TrackError::Unsupported`] on old kernels. What was
+    /// registered by then is undone.
+    pub fn arm(pid: i32, uffd: OwnedFd, ram: &GuestRam) -> Result<Self, TrackError> {
+        let proc_failed = |source| TrackError::Proc { pid, source };
+        ram.identity().check().map_err(proc_failed)?;
+        let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
+        let pagemap = Pagemap::open(pid).map_err(|source| TrackError::Pagemap { path, source })?;
+        let path = PathBuf::from(format!("/proc/{pid}/maps"));
+        let maps = File::open(&path).map_err(|source| TrackError::Pagemap { path, source })?;
+        if !Pagemap::supported() {
+            return Err(TrackError::Unsupported { what: "PAGEMAP_SCAN" });
+        }
+        let supported = crate::uffd::supported().unwrap_or(Features::TRACKING);
+        if !supported.contains(Features::TRACKING) {
+            return Err(TrackError::Unsupported { what: "UFFD_FEATURE_WP_ASYNC" });
+        }
+        let uffd = TargetUffd::initialise(uffd, Features::TRACKING)
+            .map_err(|source| TrackError::Handshake { pid, source })?;
+        let blocks = ram.regions().zip(ram.backings()).enumerate();
+        let blocks = blocks.map(|(index, (region, backing))| Tracked {
+            region: region.clone(),
+            backing,
+            first_page: ram.layout().block_pages(index).start,
+        });
+        let pages = ram.layout().pages();
+        let blocks = blocks.collect();
+        let mut tracker = Self { pid, uffd, pagemap, maps, blocks, registered: 0, pages };
+        tracker.check_mapped()?;
+        // From here on dropping the tracker undoes what was done.
+        tracker.register_all()?;
+        tracker.check_mapped()?;
+        Ok(tracker)
+    }
+
+    fn register_all(&mut self) -> Result<(), TrackError> {
+        for block in &self.blocks {
+            let name = || block.region.name.clone();
+            let range = block.region.addresses();
+            let failed =
+                |what, source| TrackError::Block { what, block: name(), pid: self.pid, source };
+            // Counted first: a registration that fails half-way is undone as well.
+            match self.uffd.register(&range, RegisterMode::WRITE_PROTECT) {
+                Ok(()) => {}
+                Err(RegisterError::Busy) => {
+                    return Err(TrackError::Busy { block: name(), pid: self.pid });
+                }
+                Err(RegisterError::Other(source)) => return Err(failed("register", source)),
+            }
+            self.registered += 1;
+            let protected = self.uffd.write_protect(&range);
+            protected.map_err(|source| failed("write-protect", source))?;
+        }
+        Ok(())
+    }
+
+    /// Adds all pages to `dirty` that were written since they were last reported (or armed), and
+    /// marks them clean.
+    ///
+    /// # Errors
+    /// [`TrackError::Changed`] if a block vanished or was mapped anew; [`TrackError::WrongSet`].
+    /// After an error the set may miss pages: end the migration.
+    pub fn scan(&mut self, dirty: &mut PageSet) -> Result<ScanReport, TrackError> {
+        self.walk(ScanMode::Rearm, dirty)
+    }
+
+    /// As [`scan`](Self::scan), but leaves the marks: the next scan reports the pages again.
+    ///
+    /// # Errors
+    /// As [`scan`](Self::scan).
+    pub fn peek(&mut self, dirty: &mut PageSet) -> Result<ScanReport, TrackError> {
+        self.walk(ScanMode::Peek, dirty)
+    }
+
+    fn walk(&mut self, mode: ScanMode, dirty: &mut PageSet) -> Result<ScanReport, TrackError> {
+        let began = Instant::now();
+        if dirty.size() != self.pages {
+            return Err(TrackError::WrongSet { found: dirty.size(), expected: self.pages });
+        }
+        let mut pages = 0u64;
+        for block in &self.blocks {
+            let range = block.region.addresses();
+            let result = self.pagemap.scan(&range, mode, |found: Range<u64>| {
+                // Clipped: the kernel answers in pages of the mapping, which a block is made of.
+                let start = found.start.clamp(range.start, range.end);
+                let end = found.end.clamp(range.start, range.end);
+                let first = block.first_page + (start - range.start) / PAGE;
+                let count = (end - start) / PAGE;
+                dirty.insert_range(first..first + count);
+                pages += count;
+            });
+            result.map_err(|source| self.scan_failed(block, source))?;
+        }
+        // After the walk: a block that was unmapped before or during it gave no report.
+        self.check_mapped()?;
+        Ok(ScanReport { pages, took: began.elapsed() })
+    }
+
+    fn scan_failed(&self, block: &Tracked, source: io::Error) -> TrackError {
+        let (block, pid) = (block.region.name.clone(), self.pid);
+        match source.raw_os_error() {
+            // PM_SCAN_CHECK_WPASYNC: something else is mapped there now.
+            Some(libc::EPERM) => TrackError::Changed { block, pid },
+            _ => TrackError::Block { what: "scan", block, pid, source },
+        }
+    }
+
+    /// Checks that every block is still mapped from its file, without gaps.
+    fn check_mapped(&self) -> Result<(), TrackError> {
+        for block in &self.blocks {
+            let intact = match self.intact_by_query(block) {
+                Ok(intact) => intact,
+                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
+                    return self.check_by_list();
+                }
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => false,
+                Err(source) => return Err(self.scan_failed(block, source)),
+            };
+            if !intact {
+                return Err(self.changed(block));
+            }
+        }
+        Ok(())
+    }
+
+    fn changed(&self, block: &Tracked) -> TrackError {
+        TrackError::Changed { block: block.region.name.clone(), pid: self.pid }
+    }
+
+    fn intact_by_query(&self, block: &Tracked) -> io::Result<bool> {
+        let range = block.region.addresses();
+        let mut address = range.start;
+        while address < range.end {
+            let Some(vma) = pagemap::vma_at(&self.maps, address)? else { return Ok(false) };
+            let offset = vma.offset_bytes.wrapping_add(address.wrapping_sub(vma.start));
+            let expected = block.backing.offset_bytes + (address - range.start);
+            let same = (vma.device, vma.inode) == (block.backing.device, block.backing.inode);
+            if !vma.shared || !same || offset != expected || vma.end <= address {
+                return Ok(false);
+            }
+            address = vma.end;
+        }
+        Ok(true)
+    }
+
+    /// The same for kernels before 6.11.
+    fn check_by_list(&self) -> Result<(), TrackError> {
+        let failed = |source| TrackError::Proc { pid: self.pid, source };
+        let mappings = procfs::mappings(self.pid).map_err(failed)?;
+        for block in &self.blocks {
+            let covering = covering(self.pid, &block.region, &mappings);
+            let first = covering.ok().and_then(|found| found.first().copied());
+            let intact = first.is_some_and(|mapping| {
+                let offset = mapping.offset_bytes + (block.region.hva - mapping.start);
+                let file = (mapping.device, mapping.inode);
+                file == (block.backing.device, block.backing.inode)
+                    && offset == block.backing.offset_bytes
+            });
+            if !intact {
+                return Err(self.changed(block));
+            }
+        }
+        Ok(())
+    }
+
+    /// Number of pages that a set passed to [`scan`](Self::scan) must hold.
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// The process whose writes are tracked.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Ends tracking and reports what could not be undone. Dropping does the same in silence.
+    ///
+    /// # Errors
+    /// [`TrackError::Block`] for the first block whose registration could not be ended; closing the
+    /// descriptor ends it all the same unless QEMU holds a copy. A process that is gone is no error.
+    pub fn disarm(mut self) -> Result<(), TrackError> {
+        self.unregister_all()
+    }
+
+    fn unregister_all(&mut self) -> Result<(), TrackError> {
+        let mut result = Ok(());
+        for block in self.blocks.iter().take(std::mem::take(&mut self.registered)) {
+            match self.uffd.unregister(&block.region.addresses()) {
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                Err(source) if result.is_ok() => {
+                    result = Err(TrackError::Block {
+                        what: "end the registration of",
+                        block: block.region.name.clone(),
+                        pid: self.pid,
+                        source,
+                    });
+                }
+                _ => {}
+            }
+        }
+        result
+    }
+}
+
+impl Drop for DirtyTracker {
+    fn drop(&mut self) {
+        if let Err(error) = self.unregister_all() {
+            tracing::debug!(pid = self.pid, %error, "dirty tracking ended by closing alone");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
