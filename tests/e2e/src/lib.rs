@@ -1,1 +1,230 @@
-//! End-to-end tests: real guests, real links, real failures.
+//! What the end-to-end tests share: identities, journals, and a migration with its checks.
+
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use framework::{Engine, EngineOutput, Env, Pki, Pulse, QemuKind, Vm};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longest time that any command of a test may take.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Two hosts' identities and journals, and the command under test.
+#[derive(Debug)]
+pub struct Rig {
+    /// Kernel, guest image, QEMUs.
+    pub env: Env,
+    /// The binary under test.
+    pub migrate: PathBuf,
+    /// The authority.
+    pub pki: Pki,
+    /// Identity of the source host.
+    pub source: PathBuf,
+    /// Identity of the destination host.
+    pub destination: PathBuf,
+    /// Journals and failpoints.
+    pub folder: TempDir,
+}
+
+impl Rig {
+    /// A rig with the ordinary binary.
+    ///
+    /// # Errors
+    /// Setup was not run, or identities cannot be made.
+    pub fn new() -> Result<Self> {
+        let env = Env::load()?;
+        let migrate = env.migrate()?;
+        Self::with(env, migrate)
+    }
+
+    /// A rig with the binary that stops at failpoints.
+    ///
+    /// # Errors
+    /// As [`Rig::new`].
+    pub fn with_failpoints() -> Result<Self> {
+        let env = Env::load()?;
+        let migrate = env.migrate_failpoints()?;
+        Self::with(env, migrate)
+    }
+
+    fn with(env: Env, migrate: PathBuf) -> Result<Self> {
+        let pki = Pki::init(&migrate)?;
+        let (source, destination) = (pki.issue("host-a")?, pki.issue("host-b")?);
+        let folder = tempfile::tempdir().context("Cannot create a folder for journals")?;
+        Ok(Self { env, migrate, pki, source, destination, folder })
+    }
+
+    /// Journal directory of one end.
+    #[must_use]
+    pub fn journal(&self, end: &str) -> String {
+        self.folder.path().join(end).display().to_string()
+    }
+
+    /// Directory in which files arm failpoints.
+    #[must_use]
+    pub fn failpoints(&self) -> PathBuf {
+        self.folder.path().join("failpoints")
+    }
+
+    /// Starts `migrate receive --once` for a waiting VM and waits until it listens.
+    ///
+    /// # Errors
+    /// It ended instead.
+    pub fn receive(&self, vm: &Vm, listen: &str, extra: &[&str]) -> Result<Engine> {
+        self.receive_in(vm, listen, extra, None)
+    }
+
+    /// The same in a network namespace.
+    ///
+    /// # Errors
+    /// It ended instead.
+    pub fn receive_in(
+        &self,
+        vm: &Vm,
+        listen: &str,
+        extra: &[&str],
+        netns: Option<&str>,
+    ) -> Result<Engine> {
+        let mut engine = self.receive_unchecked(vm, listen, extra, netns)?;
+        engine.wait_stderr("listening on", PATIENCE)?;
+        Ok(engine)
+    }
+
+    /// Starts `migrate receive` without waiting for it.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn receive_unchecked(
+        &self,
+        vm: &Vm,
+        listen: &str,
+        extra: &[&str],
+        netns: Option<&str>,
+    ) -> Result<Engine> {
+        let (qmp, identity) = (text(&vm.qmp_engine()), text(&self.destination));
+        let journal = self.journal("destination");
+        let mut words = vec!["receive", "--once", "--listen", listen, "--qmp", &qmp];
+        words.extend(["--identity", &identity, "--journal", &journal]);
+        words.extend(extra);
+        let failpoints = text(&self.failpoints());
+        let variables = [("GODWIT_FAILPOINTS", failpoints.as_str())];
+        Engine::start_with(&self.migrate, &words, netns, &variables)
+    }
+
+    /// Starts `migrate send --json`.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn send(&self, vm: &Vm, to: &str, extra: &[&str]) -> Result<Engine> {
+        self.send_in(vm, to, extra, None)
+    }
+
+    /// The same in a network namespace.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn send_in(
+        &self,
+        vm: &Vm,
+        to: &str,
+        extra: &[&str],
+        netns: Option<&str>,
+    ) -> Result<Engine> {
+        let (qmp, identity) = (text(&vm.qmp_engine()), text(&self.source));
+        let journal = self.journal("source");
+        let mut words = vec!["send", "--json", "--to", to, "--qmp", &qmp];
+        words.extend(["--identity", &identity, "--journal", &journal]);
+        words.extend(extra);
+        let failpoints = text(&self.failpoints());
+        let variables = [("GODWIT_FAILPOINTS", failpoints.as_str())];
+        Engine::start_with(&self.migrate, &words, netns, &variables)
+    }
+
+    /// Runs `migrate resolve --json` at one end.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn resolve(&self, vm: &Vm, end: &str, extra: &[&str]) -> Result<EngineOutput> {
+        let (qmp, journal) = (text(&vm.qmp_engine()), self.journal(end));
+        let mut words = vec!["resolve", "--json", "--qmp", &qmp, "--journal", &journal];
+        words.extend(extra);
+        Engine::run(&self.migrate, &words, None, PATIENCE)
+    }
+
+    /// Migrates a VM over loopback into a fresh QEMU of `kind` and checks what must hold for every
+    /// migration: it completed, the guest runs on at the destination and nowhere else, its checker is
+    /// clean, and under `--verify` no page differs.
+    ///
+    /// # Errors
+    /// The first of these that does not hold.
+    pub fn migrate(&self, mut source: Vm, kind: QemuKind, extra: &[&str]) -> Result<Moved> {
+        let spec = source.spec().successor("next", kind);
+        let mut destination = Vm::start(&self.env, spec)?;
+        let listen = free_address()?;
+        let receive = self.receive(&destination, &listen, &[])?;
+        let sent = self.send(&source, &listen, extra)?.wait(PATIENCE)?;
+        let report = sent.json().cloned()?;
+        if sent.code != Some(0) {
+            let there = receive.stderr();
+            anyhow::bail!("send: {}\nreport: {report}\nreceive: {there}", sent.stderr);
+        }
+        let received = receive.wait(PATIENCE)?;
+        ensure!(received.code == Some(0), "receive: {}", received.stderr);
+        let pulse = check_alive(&mut source, &mut destination)?;
+        let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
+        let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
+        if extra.contains(&"--verify") {
+            ensure!(report["verify"]["mismatches"] == 0, "report: {report}");
+            ensure!(report["verify"]["pages"] == report["pages"]["total"], "report: {report}");
+        }
+        Ok(Moved { vm: destination, report, outage_ms })
+    }
+}
+
+/// What a migration left.
+#[derive(Debug)]
+pub struct Moved {
+    /// The VM at its new place.
+    pub vm: Vm,
+    /// The report of `send`.
+    pub report: Value,
+    /// Outage as the heartbeat showed it from outside.
+    pub outage_ms: f64,
+}
+
+/// The guest beats at the destination and only there, and was never in two places.
+///
+/// # Errors
+/// What does not hold.
+pub fn check_alive(source: &mut Vm, destination: &mut Vm) -> Result<Pulse> {
+    ensure!(
+        destination.heartbeat().beats_within(Duration::from_secs(10)),
+        "No heartbeat at the destination: {}\nconsole: {}",
+        destination.stderr(),
+        destination.console().tail(10)
+    );
+    std::thread::sleep(Duration::from_millis(100));
+    let (before, after) = (source.heartbeat().record(), destination.heartbeat().record());
+    let pulse = Pulse::of(&[&before, &after])?;
+    pulse.assert_one_runs()?;
+    source.assert_clean()?;
+    destination.assert_clean()?;
+    ensure!(destination.qmp().run_state()? == "running", "The destination does not run");
+    Ok(pulse)
+}
+
+/// An address on loopback whose port is free at the moment.
+///
+/// # Errors
+/// No port is free.
+pub fn free_address() -> Result<String> {
+    let socket = UdpSocket::bind("127.0.0.1:0").context("No free port on loopback")?;
+    Ok(socket.local_addr().context("No address")?.to_string())
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
