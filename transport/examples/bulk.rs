@@ -17,7 +17,9 @@ use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use migrate_core::batch::{PageRun, RunKind};
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TokioRuntime, VarInt};
+use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -123,11 +125,20 @@ async fn lanes_seconds(
 async fn plain_seconds(host: &std::path::Path, options: &Options, pieces: usize) -> Result<f64> {
     let chain = vec![CertificateDer::from_pem_file(host.join("cert.pem"))?];
     let key = PrivateKeyDer::from_pem_file(host.join("key.pem"))?;
-    let mut server = quinn::ServerConfig::with_single_cert(chain, key)?;
-    server.transport_config(tuning(options)?);
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(host.join("ca.pem"))?)?;
-    let mut client = quinn::ClientConfig::with_root_certificates(Arc::new(roots))?;
+    let server = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    let mut server =
+        quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server)?));
+    server.transport_config(tuning(options)?);
+    let client = rustls::ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(client)?));
     client.transport_config(tuning(options)?);
 
     let mut endpoints = Vec::new();
@@ -136,8 +147,9 @@ async fn plain_seconds(host: &std::path::Path, options: &Options, pieces: usize)
         let there = endpoint(options, Some(server.clone()))?;
         let here = endpoint(options, None)?;
         let connecting = here.connect_with(client.clone(), there.local_addr()?, "host")?;
-        let accepting =
-            async { there.accept().await.context("The endpoint ended")?.await.context("") };
+        let accepting = async {
+            there.accept().await.context("The endpoint ended")?.await.context("No connection")
+        };
         let (source, destination) = tokio::join!(connecting, accepting);
         let (source, destination) = (source?, destination?);
         let mut send = source.open_uni().await?;
@@ -179,6 +191,12 @@ async fn plain_seconds(host: &std::path::Path, options: &Options, pieces: usize)
         there.close(VarInt::from_u32(0), b"");
     }
     Ok(seconds)
+}
+
+/// The session's choice of cipher: AES-128 first.
+fn provider() -> Arc<CryptoProvider> {
+    let suites = [ring::cipher_suite::TLS13_AES_128_GCM_SHA256];
+    Arc::new(CryptoProvider { cipher_suites: suites.into(), ..ring::default_provider() })
 }
 
 fn tuning(options: &Options) -> Result<Arc<quinn::TransportConfig>> {

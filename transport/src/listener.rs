@@ -81,7 +81,7 @@ struct Shared {
     options: Options,
     endpoints: Vec<Endpoint>,
     udp_buffers: UdpBuffers,
-    handshakes: Semaphore,
+    handshakes: Arc<Semaphore>,
     waiting: Mutex<HashMap<[u8; 16], Waiting>>,
     sessions: mpsc::Sender<DestinationSession>,
 }
@@ -124,7 +124,7 @@ impl Listener {
             options: options.clone(),
             endpoints: endpoints.clone(),
             udp_buffers,
-            handshakes: Semaphore::new(HANDSHAKES_MAX),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             waiting: Mutex::new(HashMap::new()),
             sessions: sender,
         });
@@ -187,13 +187,13 @@ async fn accept_loop(shared: Arc<Shared>, endpoint: Endpoint) {
 /// Gives a connection a task if there is room.
 fn admit(shared: &Arc<Shared>, incoming: Incoming, tasks: &mut JoinSet<()>) {
     let peer = incoming.remote_address();
-    let free = shared.handshakes.available_permits();
-    if free == 0 {
+    let Ok(permit) = Arc::clone(&shared.handshakes).try_acquire_owned() else {
         tracing::warn!(%peer, "Refused: {HANDSHAKES_MAX} connections are being made already");
         incoming.refuse();
         return;
-    }
-    if HANDSHAKES_MAX - free >= HANDSHAKES_UNPROVEN_MAX && incoming.may_retry() {
+    };
+    let busy = HANDSHAKES_MAX - shared.handshakes.available_permits();
+    if busy > HANDSHAKES_UNPROVEN_MAX && incoming.may_retry() {
         if let Err(error) = incoming.retry() {
             error.into_incoming().refuse();
         }
@@ -201,8 +201,7 @@ fn admit(shared: &Arc<Shared>, incoming: Incoming, tasks: &mut JoinSet<()>) {
     }
     let shared = Arc::clone(shared);
     tasks.spawn(async move {
-        // The semaphore is never closed; without a permit the connection is dropped.
-        let Ok(_permit) = shared.handshakes.try_acquire() else { return };
+        let _permit = permit;
         if let Err(error) = handle(&shared, incoming).await {
             tracing::warn!(%peer, error = chain(&error), "A connection came to nothing");
         }

@@ -42,9 +42,9 @@ pub struct Options {
     /// [`SessionStats`](crate::SessionStats). The kernel's default of 208 KiB loses packets at
     /// 4 Gb/s and above; it grants at most `net.core.rmem_max` and `wmem_max`.
     pub udp_buffer_bytes: usize,
-    /// Bytes that may be under way on a lane before the receiver must have read some; the sender
-    /// buffers as much. What is buffered when the guest is stopped adds to its pause: 4 MiB are
-    /// 3 ms at 10 Gb/s and 34 ms at 1 Gb/s.
+    /// Bytes that may be written to a lane before the receiver must have read some: quinn takes no
+    /// more from the sender than the receiver has room for. What is under way when the guest is
+    /// stopped adds to its pause: 4 MiB are 3 ms at 10 Gb/s and 34 ms at 1 Gb/s.
     pub lane_window_bytes: u32,
     /// Largest UDP payload to probe for, 1200 to [`UDP_PAYLOAD_BYTES_MAX`]. Larger packets cost
     /// less CPU; where the path does not carry them, discovery settles for what it does.

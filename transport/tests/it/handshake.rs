@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use migrate_core::error::{Classify, ErrorBin};
 use transport::lane_wire::Greeting;
+use transport::listener::HANDSHAKES_MAX;
 use transport::messages::{Intent, Joined, RejectCode, Select, Verdict};
 use transport::{
     LaneReceiver, Listener, Message, Options, Session, TransportError, close_code, connect, wire,
@@ -171,17 +172,20 @@ async fn a_silent_client_delays_nobody_and_is_closed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn more_silent_clients_than_there_is_room_for_are_turned_away() {
     let pki = Pki::new();
-    let mut listener = listen(&pki);
+    let patient = Options { handshake_timeout: Duration::from_secs(6), ..options() };
+    let mut listener = Listener::bind(any_port(), &pki.identity("b"), &patient).unwrap();
     let addr = listener.local_addr();
     let endpoint = rogue::client(&pki.ca(), Some(&pki.path("a")), ALPN);
+    let begin = Instant::now();
     let mut dialling = tokio::task::JoinSet::new();
-    for _ in 0..transport::listener::HANDSHAKES_MAX + 40 {
+    for _ in 0..HANDSHAKES_MAX + 40 {
         let connecting = endpoint.connect(addr, "b").unwrap();
         dialling.spawn(async move { connecting.await.ok() });
     }
     let connections: Vec<_> = dialling.join_all().await.into_iter().flatten().collect();
-    assert!(connections.len() <= transport::listener::HANDSHAKES_MAX, "{}", connections.len());
-    assert!(!connections.is_empty());
+    assert!(begin.elapsed() < patient.handshake_timeout, "the machine is too slow for this test");
+    assert!(connections.len() <= HANDSHAKES_MAX, "{}", connections.len());
+    assert!(connections.len() > HANDSHAKES_MAX / 2, "{}", connections.len());
     for connection in connections {
         connection.closed().await;
     }

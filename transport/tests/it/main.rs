@@ -7,8 +7,12 @@ mod handshake;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod protocol_doc;
+#[cfg(test)]
 mod relay;
 #[cfg(test)]
 mod rogue;
 #[cfg(test)]
 mod sessions;
+#[cfg(test)]
+mod wire;

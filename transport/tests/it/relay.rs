@@ -1,6 +1,7 @@
 //! A UDP relay that can fall silent, as a cable that is pulled: neither end is told.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,10 +47,10 @@ async fn forward(front: Arc<UdpSocket>, target: SocketAddr, silent: Arc<AtomicBo
         if silent.load(Ordering::Relaxed) {
             continue;
         }
-        if !backs.contains_key(&from) {
+        if let Entry::Vacant(free) = backs.entry(from) {
             let back = Arc::new(UdpSocket::bind(any_port()).await.unwrap());
             back.connect(target).await.unwrap();
-            backs.insert(from, Arc::clone(&back));
+            free.insert(Arc::clone(&back));
             let (front, silent) = (Arc::clone(&front), Arc::clone(&silent));
             tasks.spawn(async move {
                 let mut packet = vec![0; 65_536];

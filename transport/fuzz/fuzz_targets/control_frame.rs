@@ -1,0 +1,9 @@
+//! Control frames, as a peer might send them.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    transport::fuzz::control_frame(bytes);
+});

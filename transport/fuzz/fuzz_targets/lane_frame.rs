@@ -1,0 +1,9 @@
+//! A lane's greeting and batches, as a peer might send them.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    transport::fuzz::lane_frame(bytes);
+});

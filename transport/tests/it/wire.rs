@@ -1,0 +1,441 @@
+//! The wire format: golden bytes, round trips, limits, and damage.
+//!
+//! The golden files are what version 1 sends. They change only with a new version. To write them
+//! and the fuzzers' first corpus: `GODWIT_WRITE_GOLDEN=1 cargo test -p transport --test it golden`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use migrate_core::batch::{PageRun, RunKind};
+use migrate_core::layout::{BLOCKS_MAX, BlockSpec, PAGE_BYTES, PageIndex};
+use proptest::prelude::*;
+use transport::lane_wire::{self, Greeting, LANE_HEADER_BYTES, RUN_BYTES};
+use transport::messages::{
+    Abort, AbortCode, Accept, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, DIGESTS_MAX, Describe,
+    DestinationState, DeviceState, Intent, Joined, Load, MigrationId, Offer, Progress, Ready,
+    Refuse, RefuseCode, Reject, RejectCode, Running, Select, Sync, Synced, TEXT_BYTES_MAX,
+    TYPE_NUMBERS, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type, text,
+};
+use transport::{Batch, Message, WireError, fuzz, wire};
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+/// One of every message, in the order of their types.
+fn samples() -> Vec<Message> {
+    let migration = MigrationId(*b"0123456789abcdef");
+    let text = String::from("because");
+    let block = |name: &str, length_bytes, page_bytes| BlockSpec {
+        name: name.into(),
+        length_bytes,
+        page_bytes,
+    };
+    vec![
+        Message::Offer(Offer {
+            versions: vec![1, 2],
+            features: 0x8000_0000_0000_0001,
+            engine: "godwit 0.1.0".into(),
+            migration,
+            intent: Intent::Migrate,
+            lanes: 4,
+        }),
+        Message::Select(Select { version: 1, features: 1, lanes: 2, token: [0xa5; 16] }),
+        Message::Reject(Reject { code: RejectCode::Busy, text: text.clone() }),
+        Message::Joined(Joined { lanes: 2 }),
+        Message::Describe(Describe {
+            vm_name: "web-1".into(),
+            vm_uuid: Some("7c6b8f4e-3d2a-4b1c-9e8f-001122334455".into()),
+            machine: "pc-q35-7.2".into(),
+            qemu_version: (7, 2, 22),
+            page_bytes: 4096,
+            blocks: vec![block("pc.ram", 1 << 30, 4096), block("huge", 4 << 30, 2 << 20)],
+            verify: true,
+        }),
+        Message::Accept(Accept { qemu_version: (10, 0, 2), resident_bytes: 262_144 }),
+        Message::Refuse(Refuse { code: RefuseCode::Layout, text: text.clone() }),
+        Message::Progress(Progress { applied_bytes: 1 << 33, applied_batches: vec![17, 18] }),
+        Message::Sync(Sync { sequence: 3, batches: vec![19, 20] }),
+        Message::Synced(Synced { sequence: 3, version_digest: u64::MAX }),
+        Message::VerifyRequest(VerifyRequest { seed: 0x0123_4567_89ab_cdef }),
+        Message::VerifyChunk(VerifyChunk { first_page: 8192, digests: vec![0, 1, u64::MAX] }),
+        Message::VerifyEnd(VerifyEnd { pages: 262_144 }),
+        Message::DeviceState(DeviceState { offset: 524_288, bytes: b"QEVM\0\0\0\x03".to_vec() }),
+        Message::Load(Load { total_bytes: 524_296, digest: 7, version_digest: 8 }),
+        Message::Ready(Ready { load_us: 1234, version_digest: 8, run_state: "paused".into() }),
+        Message::Commit(Commit { migration, resume: true }),
+        Message::Running(Running { resume_us: 456 }),
+        Message::Abort(Abort { code: AbortCode::Mismatch, text: text.clone() }),
+        Message::Ask(Ask { migration }),
+        Message::Verdict(Verdict { state: DestinationState::Owned, text }),
+    ]
+}
+
+fn sample_batch() -> Batch {
+    let run =
+        |first, pages, kind, version| PageRun { first: PageIndex(first), pages, kind, version };
+    let payload: Vec<u8> = (0..3 * PAGE_BYTES).map(|at| (at / 16) as u8).collect();
+    Batch {
+        runs: vec![
+            run(64, 2, RunKind::Raw, 1),
+            run(66, 32_768, RunKind::Zero, 2),
+            run((1 << 34) - 1, 1, RunKind::Raw, u32::MAX),
+        ],
+        payload: payload.into(),
+        round: 5,
+    }
+}
+
+fn lane_frame(batch: &Batch, sequence: u64) -> Vec<u8> {
+    [&lane_wire::encode_head(batch, sequence).unwrap()[..], &batch.payload[..]].concat()
+}
+
+/// Compares with the file, or writes it where that was asked for.
+fn check_golden(path: &Path, bytes: &[u8]) {
+    if std::env::var_os("GODWIT_WRITE_GOLDEN").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    let golden = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    assert_eq!(golden, bytes, "{} differs: version 1 must not change", path.display());
+}
+
+#[test]
+fn golden_control_frames_do_not_change() {
+    let samples = samples();
+    let numbers: Vec<u16> = samples.iter().map(Message::type_number).collect();
+    assert_eq!(numbers, TYPE_NUMBERS, "there is a sample of every message");
+    let mut all = Vec::new();
+    for (index, message) in samples.iter().enumerate() {
+        let name = message.name().to_lowercase();
+        let frame = wire::encode(message, 1).unwrap();
+        check_golden(&folder("tests/golden").join(format!("v1-{name}.bin")), &frame);
+        check_golden(&folder("fuzz/corpus/control_frame").join(format!("good-{name}")), &frame);
+        assert_eq!(wire::decode(&frame, 1).unwrap(), (message.clone(), frame.len()));
+        all.extend(wire::encode(message, index as u32 + 1).unwrap());
+    }
+    check_golden(&folder("fuzz/corpus/control_frame").join("good-all"), &all);
+    assert_eq!(fuzz::control_frame(&all) as usize, samples.len());
+}
+
+#[test]
+fn golden_lane_frames_do_not_change() {
+    let greeting = Greeting { version: 1, lane: 3, token: *b"tokentokentokent" };
+    let bytes = greeting.encode();
+    check_golden(&folder("tests/golden").join("v1-lane-greeting.bin"), &bytes);
+    assert_eq!(Greeting::parse(&bytes).unwrap(), greeting);
+
+    let batch = sample_batch();
+    let frame = lane_frame(&batch, 1);
+    check_golden(&folder("tests/golden").join("v1-lane-batch.bin"), &frame);
+    assert_eq!(lane_wire::decode(&frame, 1).unwrap(), (batch.clone(), frame.len()));
+    let corpus = folder("fuzz/corpus/lane_frame");
+    check_golden(&corpus.join("good-batch"), &frame);
+    let two = [&bytes[..], &frame, &lane_frame(&batch, 2)].concat();
+    check_golden(&corpus.join("good-greeting-and-two"), &two);
+    assert_eq!(fuzz::lane_frame(&two), 2);
+    let zeros = Batch { runs: vec![batch.runs[1]], payload: Bytes::new(), round: 0 };
+    check_golden(&corpus.join("good-zeros"), &lane_frame(&zeros, 1));
+}
+
+#[test]
+fn the_fuzzers_corpus_is_handled() {
+    type Target = fn(&[u8]) -> u64;
+    let targets: [(&str, Target); 2] = [
+        ("control_frame", |bytes| u64::from(fuzz::control_frame(bytes))),
+        ("lane_frame", fuzz::lane_frame),
+    ];
+    for (target, run) in targets {
+        let mut files = 0;
+        for entry in fs::read_dir(folder("fuzz/corpus").join(target)).unwrap() {
+            let path = entry.unwrap().path();
+            let accepted = run(&fs::read(&path).unwrap());
+            let good = path.file_name().unwrap().to_string_lossy().starts_with("good-");
+            assert!(!good || accepted > 0, "{} is refused", path.display());
+            files += 1;
+        }
+        assert!(files >= 3, "{target} has a corpus of {files} files");
+    }
+}
+
+/// The largest message of every type that can be large.
+fn largest() -> Vec<Message> {
+    let long = "x".repeat(TEXT_BYTES_MAX);
+    let blocks = (0..BLOCKS_MAX)
+        .map(|index| BlockSpec {
+            name: format!("{index:0255}"),
+            length_bytes: 64 << 30,
+            page_bytes: 1 << 30,
+        })
+        .collect();
+    let batches = vec![u64::MAX; 64];
+    vec![
+        Message::Offer(Offer {
+            versions: vec![u16::MAX; VERSIONS_MAX],
+            features: u64::MAX,
+            engine: long.clone(),
+            migration: MigrationId([255; 16]),
+            intent: Intent::Migrate,
+            lanes: 64,
+        }),
+        Message::Reject(Reject { code: RejectCode::ShuttingDown, text: long.clone() }),
+        Message::Describe(Describe {
+            vm_name: long.clone(),
+            vm_uuid: Some(long.clone()),
+            machine: long.clone(),
+            qemu_version: (u32::MAX, u32::MAX, u32::MAX),
+            page_bytes: 1 << 31,
+            blocks,
+            verify: true,
+        }),
+        Message::Refuse(Refuse { code: RefuseCode::Internal, text: long.clone() }),
+        Message::Progress(Progress { applied_bytes: u64::MAX, applied_batches: batches.clone() }),
+        Message::Sync(Sync { sequence: u32::MAX, batches }),
+        Message::VerifyChunk(VerifyChunk {
+            first_page: (1 << 34) - DIGESTS_MAX as u64,
+            digests: vec![u64::MAX; DIGESTS_MAX],
+        }),
+        Message::DeviceState(DeviceState {
+            offset: (256 << 20) - DEVICE_CHUNK_BYTES_MAX as u64,
+            bytes: vec![255; DEVICE_CHUNK_BYTES_MAX],
+        }),
+        Message::Ready(Ready {
+            load_us: u64::MAX,
+            version_digest: u64::MAX,
+            run_state: long.clone(),
+        }),
+        Message::Abort(Abort { code: AbortCode::Internal, text: long.clone() }),
+        Message::Verdict(Verdict { state: DestinationState::Refused, text: long }),
+    ]
+}
+
+#[test]
+fn the_largest_messages_fit_their_limits() {
+    for message in largest().into_iter().chain(samples()) {
+        let frame = wire::encode(&message, u32::MAX).unwrap();
+        let (name, bytes_max) = message_type(message.type_number()).unwrap();
+        assert_eq!(name, message.name());
+        assert!(frame.len() <= wire::CONTROL_HEADER_BYTES + bytes_max, "{name}");
+        assert!(bytes_max <= wire::CONTROL_BODY_BYTES_MAX, "{name}");
+        assert_eq!(wire::decode(&frame, u32::MAX).unwrap().0, message);
+    }
+}
+
+#[test]
+fn one_more_than_allowed_is_refused_by_both_ends() {
+    let refused = |message: Message| {
+        let error = wire::encode(&message, 1).unwrap_err();
+        assert!(matches!(error, WireError::Field { .. } | WireError::Layout { .. }), "{error}");
+    };
+    let too_long = "x".repeat(TEXT_BYTES_MAX + 1);
+    refused(Message::Abort(Abort { code: AbortCode::Internal, text: too_long.clone() }));
+    refused(Message::Reject(Reject { code: RejectCode::Busy, text: "a\x1b[2J".into() }));
+    refused(Message::Ready(Ready { load_us: 0, version_digest: 0, run_state: too_long }));
+    let Message::Describe(good) = samples().remove(4) else { panic!("the samples' order") };
+    let block = good.blocks[0].clone();
+    refused(Message::Describe(Describe { blocks: vec![], ..good.clone() }));
+    refused(Message::Describe(Describe { blocks: vec![block.clone(); 2], ..good.clone() }));
+    refused(Message::Describe(Describe { page_bytes: 4095, ..good.clone() }));
+    let unnamed = BlockSpec { name: "new\nline".into(), ..block };
+    refused(Message::Describe(Describe { blocks: vec![unnamed], ..good }));
+    let digests = vec![0; DIGESTS_MAX + 1];
+    refused(Message::VerifyChunk(VerifyChunk { first_page: 0, digests }));
+    refused(Message::VerifyChunk(VerifyChunk { first_page: u64::MAX, digests: vec![0] }));
+    refused(Message::VerifyChunk(VerifyChunk { first_page: 0, digests: vec![] }));
+    let bytes = vec![0; DEVICE_CHUNK_BYTES_MAX + 1];
+    refused(Message::DeviceState(DeviceState { offset: 0, bytes }));
+    refused(Message::DeviceState(DeviceState { offset: u64::MAX, bytes: vec![0] }));
+    refused(Message::DeviceState(DeviceState { offset: 0, bytes: vec![] }));
+    refused(Message::Joined(Joined { lanes: 65 }));
+    refused(Message::Select(Select { version: 0, features: 0, lanes: 1, token: [0; 16] }));
+    let Message::Offer(offer) = samples().remove(0) else { panic!("the samples' order") };
+    for bad in [
+        Offer { versions: vec![], ..offer.clone() },
+        Offer { versions: vec![1; VERSIONS_MAX + 1], ..offer.clone() },
+        Offer { versions: vec![0], ..offer.clone() },
+        Offer { lanes: 65, ..offer.clone() },
+        Offer { lanes: 0, ..offer.clone() },
+        Offer { intent: Intent::Ask, ..offer },
+    ] {
+        refused(Message::Offer(bad));
+    }
+    refused(Message::Load(Load { total_bytes: u64::MAX, digest: 0, version_digest: 0 }));
+}
+
+#[test]
+fn lengths_are_refused_by_the_header_alone() {
+    for number in TYPE_NUMBERS {
+        let (name, bytes_max) = message_type(*number).unwrap();
+        let header = |length: usize| {
+            let mut header = [0; wire::CONTROL_HEADER_BYTES];
+            header[..4].copy_from_slice(b"GDWC");
+            header[4..6].copy_from_slice(&number.to_le_bytes());
+            header[8..12].copy_from_slice(&(length as u32).to_le_bytes());
+            header[12] = 1;
+            wire::ControlHeader::parse(&header, 1)
+        };
+        assert_eq!(header(bytes_max).unwrap().body_bytes(), bytes_max);
+        let error = header(bytes_max + 1).unwrap_err();
+        assert!(matches!(error, WireError::TooLong { what, .. } if what == name), "{error}");
+    }
+}
+
+#[test]
+fn any_text_can_be_made_to_fit() {
+    let long = "ü\n\u{7f}".repeat(2000);
+    let fitting = text(&long);
+    assert!(fitting.len() <= TEXT_BYTES_MAX && fitting.len() > TEXT_BYTES_MAX - 4);
+    assert!(!fitting.chars().any(char::is_control));
+    let abort = Message::Abort(Abort { code: AbortCode::Qemu, text: fitting });
+    wire::encode(&abort, 1).unwrap();
+}
+
+#[test]
+fn a_migration_id_reads_as_it_prints() {
+    let id = MigrationId(*b"\0\x01\xfe\xff89abcdefghij");
+    assert_eq!(id.to_string().parse::<MigrationId>().unwrap(), id);
+    for bad in ["", "00", &"g".repeat(32), &"0".repeat(33), &format!("+{}", "0".repeat(31))] {
+        assert!(bad.parse::<MigrationId>().is_err(), "{bad}");
+    }
+}
+
+/// Batches that keep all rules.
+fn batches() -> impl Strategy<Value = Batch> {
+    let run = (0u64..1 << 34, 1u16..=8, any::<bool>(), 1u32..).prop_map(
+        |(first, pages, raw, version)| PageRun {
+            first: PageIndex(first.min((1 << 34) - 8)),
+            pages,
+            kind: if raw { RunKind::Raw } else { RunKind::Zero },
+            version,
+        },
+    );
+    (prop::collection::vec(run, 1..30), any::<u32>(), any::<u8>()).prop_map(
+        |(runs, round, fill)| {
+            let bytes = runs.iter().map(PageRun::payload_bytes).sum();
+            Batch { runs, payload: vec![fill; bytes].into(), round }
+        },
+    )
+}
+
+/// Messages with lists and texts of any length and content, which keep the rules or do not.
+fn messages() -> impl Strategy<Value = Message> {
+    let text = prop_oneof!["[ -~]{0,40}", ".{0,40}"];
+    let list = prop::collection::vec(any::<u64>(), 0..70);
+    prop_oneof![
+        (any::<u64>(), list.clone()).prop_map(|(applied_bytes, applied_batches)| {
+            Message::Progress(Progress { applied_bytes, applied_batches })
+        }),
+        (any::<u32>(), list.clone())
+            .prop_map(|(sequence, batches)| Message::Sync(Sync { sequence, batches })),
+        (any::<u64>(), list).prop_map(|(first_page, digests)| {
+            Message::VerifyChunk(VerifyChunk { first_page: first_page >> 30, digests })
+        }),
+        (any::<u64>(), prop::collection::vec(any::<u8>(), 0..200)).prop_map(|(offset, bytes)| {
+            Message::DeviceState(DeviceState { offset: offset >> 36, bytes })
+        }),
+        (text.clone(), prop::collection::vec(any::<u16>(), 0..20), any::<u64>(), 0u16..70)
+            .prop_map(|(engine, versions, features, lanes)| {
+                Message::Offer(Offer {
+                    versions,
+                    features,
+                    engine,
+                    migration: MigrationId([9; 16]),
+                    intent: if lanes == 0 { Intent::Ask } else { Intent::Migrate },
+                    lanes,
+                })
+            }),
+        (text.clone(), text, prop::collection::vec("[a-z]{1,3}", 0..6)).prop_map(
+            |(vm_name, machine, names)| {
+                Message::Describe(Describe {
+                    vm_name,
+                    vm_uuid: None,
+                    machine,
+                    qemu_version: (7, 2, 0),
+                    page_bytes: 4096,
+                    blocks: names
+                        .into_iter()
+                        .map(|name| BlockSpec { name, length_bytes: 8192, page_bytes: 4096 })
+                        .collect(),
+                    verify: false,
+                })
+            }
+        ),
+        prop::sample::select(samples()),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn what_can_be_sent_is_received_as_it_was(message in messages(), sequence in 1u32..) {
+        match wire::encode(&message, sequence) {
+            Ok(frame) => {
+                let decoded = wire::decode(&frame, sequence);
+                prop_assert_eq!(decoded, Ok((message, frame.len())));
+            }
+            Err(error) => {
+                let is_rule = matches!(error, WireError::Field { .. } | WireError::Layout { .. });
+                prop_assert!(is_rule, "{}", error);
+                prop_assert!(message.validate().is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn damaged_control_frames_never_panic_nor_pass_a_rule_by(
+        message in messages(), cut in any::<prop::sample::Index>(),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+    ) {
+        let Ok(frame) = wire::encode(&message, 1) else { return Ok(()) };
+        let cut = cut.index(frame.len());
+        prop_assert!(wire::decode(&frame[..cut], 1).is_err(), "cut at {}", cut);
+        let mut damaged = frame;
+        for (at, bit) in flips {
+            let at = at.index(damaged.len());
+            damaged[at] ^= 1 << bit;
+        }
+        if let Ok((message, frame_bytes)) = wire::decode(&damaged, 1) {
+            prop_assert!(frame_bytes <= damaged.len());
+            prop_assert!(message.validate().is_ok());
+        }
+        fuzz::control_frame(&damaged);
+    }
+
+    #[test]
+    fn batches_are_received_as_they_were_sent(batch in batches(), sequence in 1u64..) {
+        let frame = lane_frame(&batch, sequence);
+        let head_bytes = LANE_HEADER_BYTES + batch.runs.len() * RUN_BYTES;
+        prop_assert_eq!(frame.len(), head_bytes + batch.payload.len());
+        prop_assert_eq!(lane_wire::decode(&frame, sequence), Ok((batch, frame.len())));
+        prop_assert!(lane_wire::decode(&frame, sequence.wrapping_add(1)).is_err());
+    }
+
+    #[test]
+    fn damaged_batches_never_panic_nor_pass_a_rule_by(
+        batch in batches(), cut in any::<prop::sample::Index>(),
+        flips in prop::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..4),
+    ) {
+        let frame = lane_frame(&batch, 1);
+        let cut = cut.index(frame.len());
+        prop_assert!(lane_wire::decode(&frame[..cut], 1).is_err(), "cut at {}", cut);
+        let mut damaged = frame;
+        let head_bytes = LANE_HEADER_BYTES + batch.runs.len() * RUN_BYTES;
+        for (at, bit) in flips {
+            let at = at.index(head_bytes);
+            damaged[at] ^= 1 << bit;
+        }
+        if let Ok((batch, _)) = lane_wire::decode(&damaged, 1) {
+            prop_assert!(lane_wire::encode_head(&batch, 1).is_ok());
+        }
+        fuzz::lane_frame(&damaged);
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        fuzz::control_frame(&bytes);
+        fuzz::lane_frame(&bytes);
+        let head = |magic: &[u8]| [magic, bytes.get(4..).unwrap_or_default()].concat();
+        fuzz::control_frame(&head(b"GDWC"));
+        fuzz::lane_frame(&head(b"GDWL"));
+    }
+}
