@@ -9,7 +9,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-/// Oldest kernel with `PAGEMAP_SCAN` and `UFFD_FEATURE_WP_ASYNC` (Documentation/admin-guide/mm/pagemap.rst).
+/// Oldest kernel with `PAGEMAP_SCAN` and `UFFD_FEATURE_WP_ASYNC`
+/// (Documentation/admin-guide/mm/pagemap.rst).
 pub const KERNEL_MIN: (u32, u32) = (6, 7);
 
 /// UDP socket buffer in bytes below which QUIC lanes lose packets on fast links.

@@ -167,32 +167,39 @@ impl DeviceState {
 /// # Errors
 /// A [`DeviceStateError`]; the guest does not run and can be resumed.
 pub async fn save(client: &Client, limit_bytes: u64) -> Result<DeviceState, DeviceStateError> {
-    let client = client.clone();
-    in_task(|abandoned| save_task(client, limit_bytes, abandoned)).await
+    in_task(client, |client, abandoned| save_task(client, limit_bytes, abandoned)).await
 }
 
 /// Puts device state into a QEMU that was started with `-incoming defer` and has its RAM in place.
 /// The guest does not run afterwards; its state is returned.
 ///
 /// # Errors
-/// A [`DeviceStateError`]. Before QEMU 9.1 the destination's QEMU exits if it cannot load.
+/// A [`DeviceStateError`]. The destination's QEMU is of no further use then: before 9.1 it exits,
+/// later ones refuse a second `migrate-incoming` (10.0.2).
 pub async fn load(client: &Client, bytes: Vec<u8>) -> Result<Status, DeviceStateError> {
     let state = DeviceState::from_bytes(bytes)?;
-    let client = client.clone();
-    in_task(|abandoned| load_task(client, state, abandoned)).await
+    in_task(client, |client, abandoned| load_task(client, state, abandoned)).await
 }
 
-/// Runs work to its end in a task of its own. If the caller is dropped, the work learns of it.
-async fn in_task<T, F>(work: impl FnOnce(oneshot::Receiver<()>) -> F) -> Result<T, DeviceStateError>
+/// Runs work to its end in a task of its own. If the caller is dropped, the work learns of it; the
+/// next transfer on this client waits until it has cleaned up.
+async fn in_task<T, F>(
+    client: &Client,
+    work: impl FnOnce(Client, oneshot::Receiver<()>) -> F,
+) -> Result<T, DeviceStateError>
 where
     T: Send + 'static,
     F: Future<Output = Result<T, DeviceStateError>> + Send + 'static,
 {
+    let turn = client.migration_turn().await;
     let (_caller_is_here, abandoned) = oneshot::channel();
-    match tokio::spawn(work(abandoned)).await {
-        Ok(result) => result,
-        Err(_) => Err(DeviceStateError::Abandoned),
-    }
+    let work = work(client.clone(), abandoned);
+    let task = tokio::spawn(async move {
+        let result = work.await;
+        drop(turn);
+        result
+    });
+    task.await.unwrap_or(Err(DeviceStateError::Abandoned))
 }
 
 async fn save_task(

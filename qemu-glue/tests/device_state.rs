@@ -2,12 +2,13 @@
 
 mod support;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use migrate_core::error::GuestPlace;
-use qemu_glue::device_state;
+use qemu_glue::device_state::{self, DeviceStateError};
 use qemu_glue::qmp::{Client, RunState};
-use serde_json::Value;
+use serde_json::{Value, json};
 use support::{Program, Qemu, copy_memory, folder, programs};
 
 const LIMIT_BYTES: u64 = 64 << 20;
@@ -113,4 +114,187 @@ async fn state_moves_between_versions() {
     let [old, new] = programs.as_slice() else { return };
     hand_over(old, new).await;
     hand_over(new, old).await;
+}
+
+#[tokio::test]
+async fn a_guest_that_runs_is_refused() {
+    for program in programs() {
+        let folder = folder();
+        let qemu = Qemu::start_shared(&program, folder.path(), "source", &[]);
+        let client = qemu.client().await;
+        let before = settings(&client).await;
+        let error = device_state::save(&client, LIMIT_BYTES).await.unwrap_err();
+        assert!(matches!(error, DeviceStateError::WrongState { .. }), "{error}");
+        assert!(client.query_status().await.unwrap().running);
+
+        client.stop().await.unwrap();
+        let state = device_state::save(&client, LIMIT_BYTES).await.unwrap();
+        let error = device_state::save(&client, LIMIT_BYTES).await.unwrap_err();
+        assert!(error.to_string().contains("resume and stop"), "{error}");
+        let error = device_state::load(&client, state.bytes).await.unwrap_err();
+        assert!(error.to_string().contains("-incoming defer"), "{error}");
+        assert_eq!(settings(&client).await, before);
+    }
+}
+
+/// The guest can be resumed and saved again, and nothing is left of an attempt.
+async fn check_usable(client: &Client, before: &(Vec<(String, bool)>, Value)) {
+    assert_eq!(settings(client).await, *before);
+    assert!(!client.query_migrate().await.unwrap().is_under_way());
+    client.cont().await.unwrap();
+    assert!(client.query_status().await.unwrap().running);
+    client.stop().await.unwrap();
+    device_state::save(client, LIMIT_BYTES).await.unwrap();
+    assert_eq!(settings(client).await, *before);
+    client.cont().await.unwrap();
+    client.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_state_beyond_the_limit_is_given_up_cleanly() {
+    for program in programs() {
+        let folder = folder();
+        let qemu = Qemu::start_shared(&program, folder.path(), "source", &["-device", "VGA"]);
+        let client = qemu.client().await;
+        let before = settings(&client).await;
+        client.stop().await.unwrap();
+        for limit_bytes in [0, 1, 100_000] {
+            let error = device_state::save(&client, limit_bytes).await.unwrap_err();
+            assert!(matches!(error, DeviceStateError::TooLarge { .. }), "{error}");
+            check_usable(&client, &before).await;
+        }
+        // Exactly as much as it needs is enough.
+        let needed = device_state::save(&client, LIMIT_BYTES).await.unwrap().bytes.len() as u64;
+        client.cont().await.unwrap();
+        client.stop().await.unwrap();
+        let again = device_state::save(&client, needed + 64).await.unwrap().bytes.len() as u64;
+        println!("{}: with VGA {needed} bytes, then {again}", program.name);
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_gives_up_leaves_nothing_behind() {
+    for program in programs() {
+        let folder = folder();
+        let qemu = Qemu::start_shared(&program, folder.path(), "source", &[]);
+        let client = qemu.client().await;
+        let before = settings(&client).await;
+        client.stop().await.unwrap();
+        let mut given_up = 0;
+        for step in 0..60 {
+            let save = device_state::save(&client, LIMIT_BYTES);
+            let patience = Duration::from_micros(20 * step * step);
+            let abandoned = tokio::time::timeout(patience, save).await.is_err();
+            given_up += u32::from(abandoned);
+            // The work goes on in the background until everything is as it was; this waits for it.
+            device_state::restore_capabilities(&client).await.unwrap();
+            assert_ne!(client.query_status().await.unwrap().state, RunState::FinishMigrate);
+            check_usable(&client, &before).await;
+        }
+        println!("{}: {given_up} of 60 attempts were given up", program.name);
+        assert!((5..60).contains(&given_up), "the moments do not cover the transfer");
+    }
+}
+
+/// Runs `save` in a runtime that is torn down after `after`: to QEMU this is a killed engine.
+async fn killed_save(socket: PathBuf, after: Duration) {
+    let attempt = tokio::task::spawn_blocking(move || {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.unwrap();
+        let client = runtime.block_on(Client::connect(&socket)).unwrap();
+        runtime.spawn(async move { device_state::save(&client, LIMIT_BYTES).await.map(drop) });
+        std::thread::sleep(after);
+        runtime.shutdown_background();
+    });
+    attempt.await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_killed_engine_left_is_restored() {
+    for program in programs() {
+        let folder = folder();
+        let qemu = Qemu::start_shared(&program, folder.path(), "source", &[]);
+        let client = qemu.client().await;
+        // As a manager might have it: some of it is switched off while we save.
+        let ours = [("events", true), ("return-path", true), ("xbzrle", true)];
+        client.set_capabilities(&ours).await.unwrap();
+        let before = settings(&client).await;
+        client.stop().await.unwrap();
+        drop(client);
+        let mut changed = 0;
+        for step in 0..50 {
+            killed_save(qemu.socket.clone(), Duration::from_micros(250 * step)).await;
+            let client = qemu.client().await;
+            changed += u32::from(settings(&client).await != before);
+            let until = Instant::now() + Duration::from_secs(5);
+            while let Err(error) = device_state::restore_capabilities(&client).await {
+                assert!(matches!(error, DeviceStateError::MigrationActive { .. }), "{error}");
+                assert!(Instant::now() < until, "{error}");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            check_usable(&client, &before).await;
+        }
+        println!("{}: {changed} of 50 attempts left settings changed", program.name);
+        assert!(changed > 0, "no attempt was interrupted in the middle");
+    }
+}
+
+#[tokio::test]
+async fn foreign_settings_survive_and_do_not_disturb() {
+    for program in programs() {
+        let folder = folder();
+        let qemu = Qemu::start_shared(&program, folder.path(), "source", &[]);
+        let client = qemu.client().await;
+        let ours = [("events", true), ("return-path", true), ("pause-before-switchover", true)];
+        client.set_capabilities(&ours).await.unwrap();
+        client.set_migrate_parameters(json!({ "max-bandwidth": 4096 })).await.unwrap();
+        let before = settings(&client).await;
+        client.stop().await.unwrap();
+        let begun = Instant::now();
+        let state = device_state::save(&client, LIMIT_BYTES).await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(2), "the old limit was in force");
+        assert!(state.header.ignores_shared());
+        assert_eq!(settings(&client).await, before);
+        client.cont().await.unwrap();
+        assert!(client.query_status().await.unwrap().running);
+    }
+}
+
+#[tokio::test]
+async fn damaged_state_is_refused() {
+    for program in programs() {
+        let folder = folder();
+        let qemu = Qemu::start_shared(&program, folder.path(), "source", &[]);
+        let client = qemu.client().await;
+        client.stop().await.unwrap();
+        let state = device_state::save(&client, LIMIT_BYTES).await.unwrap();
+
+        let mut target =
+            Qemu::start_shared(&program, folder.path(), "target", &["-incoming", "defer"]);
+        let into = target.client().await;
+        let before = settings(&into).await;
+        let error = device_state::load(&into, b"not a stream".to_vec()).await.unwrap_err();
+        assert!(matches!(error, DeviceStateError::Header(_)), "{error}");
+        assert_eq!(into.query_status().await.unwrap().state, RunState::InMigrate);
+
+        // Cut short: QEMU itself has to notice.
+        let cut = state.bytes[..state.bytes.len() * 19 / 20 - 100_000].to_vec();
+        let error = device_state::load(&into, cut).await.unwrap_err();
+        println!("{}: cut state: {error}", program.name);
+        if into.version().at_least(9, 1) {
+            assert!(matches!(error, DeviceStateError::Failed { .. }), "{error}");
+            assert!(!target.has_exited());
+            assert_eq!(settings(&into).await, before);
+            assert_ne!(into.query_status().await.unwrap().state, RunState::Running);
+            // Known limit of QEMU 10.0: the process has to be started anew.
+            copy_memory(folder.path(), "source", "target", "ram0");
+            let second = device_state::load(&into, state.bytes).await.unwrap_err();
+            assert!(matches!(second, DeviceStateError::Qmp(_)), "{second}");
+            assert_eq!(settings(&into).await, before);
+        } else {
+            assert!(matches!(error, DeviceStateError::QemuExited), "{error}");
+        }
+    }
 }

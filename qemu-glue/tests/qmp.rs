@@ -128,6 +128,23 @@ async fn answers_find_their_commands_in_any_order() {
 }
 
 #[tokio::test]
+async fn answers_to_an_earlier_client_are_passed_over() {
+    let folder = folder();
+    serve(folder.path(), |mut server| async move {
+        server.send("{\"return\": {}, \"id\": 9}\n{\"event\": \"STOP\"}\n").await;
+        server.negotiate().await;
+        let command = server.line().await;
+        for id in 0..20 {
+            server.reply(&json!(id), &json!("stale")).await;
+        }
+        server.reply(&command["id"], &json!("fresh")).await;
+        server
+    });
+    let client = connect(folder.path()).await;
+    assert_eq!(client.execute("x", Value::Null).await.unwrap(), json!("fresh"));
+}
+
+#[tokio::test]
 async fn lines_may_come_in_pieces() {
     let folder = folder();
     serve(folder.path(), |mut server| async move {

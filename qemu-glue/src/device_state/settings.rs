@@ -64,7 +64,7 @@ pub(super) struct Borrowed {
 impl Borrowed {
     /// Notes the settings and changes them to what the role needs.
     pub(super) async fn take(client: &Client, role: Role) -> Result<Self, DeviceStateError> {
-        restore_capabilities(client).await?;
+        restore(client).await?;
         let known = client.capabilities().await?;
         let (mut mark, mut wanted, mut before) = (MARK, Vec::new(), Vec::new());
         for (bit, (name, save, load)) in CAPABILITIES.into_iter().enumerate() {
@@ -136,11 +136,17 @@ fn read_mark(bandwidth: u64) -> Option<Vec<(&'static str, bool)>> {
 /// to a QEMU in which no transfer of ours was interrupted.
 ///
 /// The capabilities come back as they were; `max-bandwidth` gets QEMU's default; a TLS setting
-/// that the VM's manager had made has to be made again.
+/// that the VM's manager had made has to be made again. A transfer of this same client that was
+/// abandoned and still cleans up is waited for.
 ///
 /// # Errors
 /// [`DeviceStateError::MigrationActive`] while a migration runs, or what QMP says.
 pub async fn restore_capabilities(client: &Client) -> Result<(), DeviceStateError> {
+    let _turn = client.migration_turn().await;
+    restore(client).await
+}
+
+async fn restore(client: &Client) -> Result<(), DeviceStateError> {
     refuse_active(client).await?;
     let parameters = client.migrate_parameters().await?;
     let bandwidth = parameters.get("max-bandwidth").and_then(Value::as_u64).unwrap_or(0);

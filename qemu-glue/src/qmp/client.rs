@@ -6,14 +6,14 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use tokio::io::{AsyncWriteExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{OwnedMutexGuard, broadcast, mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tracing::{debug, trace, warn};
@@ -34,6 +34,9 @@ const EVENTS_KEPT: usize = 1024;
 
 /// Lines that may wait for the writer.
 const LINES_WAITING_MAX: usize = 64;
+
+/// Most messages for an earlier client that are passed over before the greeting.
+const STALE_MESSAGES_MAX: usize = 256;
 
 type Answer = Result<Value, QmpError>;
 
@@ -62,6 +65,8 @@ struct Inner {
     shared: Arc<Shared>,
     /// One descriptor at a time: QEMU keeps only the last one that it has received.
     descriptor_turn: Arc<tokio::sync::Mutex<()>>,
+    /// One migration of ours at a time.
+    migration_turn: Arc<tokio::sync::Mutex<()>>,
     tasks: [AbortHandle; 2],
 }
 
@@ -101,7 +106,7 @@ impl Shared {
     fn new() -> Self {
         let (events, _) = broadcast::channel(EVENTS_KEPT);
         let state = State::Open { waiting: HashMap::new(), events };
-        Self { next_id: AtomicU64::new(1), state: Mutex::new(state) }
+        Self { next_id: AtomicU64::new(first_id()), state: Mutex::new(state) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -230,6 +235,7 @@ impl Client {
             lines,
             shared,
             descriptor_turn: Arc::default(),
+            migration_turn: Arc::default(),
             tasks,
         };
         let client = Self { inner: Arc::new(inner) };
@@ -331,6 +337,11 @@ impl Client {
         }
     }
 
+    /// The right to run a migration and to change its settings; waits for who has it.
+    pub(crate) async fn migration_turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.inner.migration_turn).lock_owned().await
+    }
+
     async fn run(
         &self,
         verb: &str,
@@ -376,19 +387,36 @@ async fn greeting(
 ) -> Result<(QemuVersion, bool), QmpError> {
     let not_qmp = |detail: String| QmpError::NotQmp { path: path.to_owned(), detail };
     let mut line = Vec::new();
-    match wire::read_line(reader, &mut line).await {
-        Ok(Some(())) => {}
-        Ok(None) => return Err(not_qmp("it closed the connection without a greeting".to_owned())),
-        Err(error) => return Err(not_qmp(error.to_string())),
-    }
-    match wire::parse(&line).map_err(not_qmp)? {
-        Message::Greeting { version, oob } => {
-            let version = QemuVersion::from_value(&version)
-                .ok_or_else(|| not_qmp("the greeting names no version".to_owned()))?;
-            Ok((version, oob))
+    for _ in 0..STALE_MESSAGES_MAX {
+        match wire::read_line(reader, &mut line).await {
+            Ok(Some(())) => {}
+            Ok(None) => {
+                let detail = "it closed the connection without a greeting".to_owned();
+                return Err(not_qmp(detail));
+            }
+            Err(error) => return Err(not_qmp(error.to_string())),
         }
-        _ => Err(not_qmp(format!("it began with {}", wire::quote(&line)))),
+        match wire::parse(&line).map_err(not_qmp)? {
+            Message::Greeting { version, oob } => {
+                let version = QemuVersion::from_value(&version)
+                    .ok_or_else(|| not_qmp("the greeting names no version".to_owned()))?;
+                return Ok((version, oob));
+            }
+            Message::Reply { .. } | Message::Event(_) => {
+                debug!("QEMU delivered what an earlier client had not waited for");
+            }
+            Message::Other => break,
+        }
     }
+    Err(not_qmp(format!("it began with {}", wire::quote(&line))))
+}
+
+/// The first command id of a connection. QEMU may deliver the answers that an earlier client left
+/// behind to the next one (seen with 10.0.2), so that two connections must not use the same ids.
+fn first_id() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // QEMU keeps ids as 64-bit signed numbers: the microseconds leave room for all commands.
+    u64::try_from(now.as_micros()).unwrap_or(0).min(1 << 62)
 }
 
 async fn read_task(mut reader: BufReader<OwnedReadHalf>, shared: Arc<Shared>) {

@@ -48,7 +48,10 @@ pub enum QmpError {
         reason: String,
     },
     /// No answer came in time. The command may still take effect.
-    #[error("QEMU has not answered {command:?} for {} ms; it may still act on it", waited.as_millis())]
+    #[error(
+        "QEMU has not answered {command:?} for {} ms; it may still act on it",
+        waited.as_millis()
+    )]
     Timeout {
         /// The command.
         command: String,

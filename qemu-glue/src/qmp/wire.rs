@@ -186,7 +186,7 @@ mod tests {
             }
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let (seen, end) = runtime.block_on(lines_of(&bytes, capacity));
-            let expected: Vec<Vec<u8>> = lines.iter().map(|line| line.clone().into_bytes()).collect();
+            let expected: Vec<Vec<u8>> = lines.into_iter().map(String::into_bytes).collect();
             prop_assert_eq!(seen, expected);
             prop_assert_eq!(end, cut.then_some(io::ErrorKind::UnexpectedEof));
         }
