@@ -10,3 +10,4 @@ pub mod qmp;
 pub mod ram;
 pub mod track;
 pub mod uffd;
+pub mod vm;
