@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -25,7 +26,7 @@ pub(crate) struct Kernel {
 /// Fetches the kernel unless it is there.
 pub(crate) fn provide(
     godwit: &Path,
-    apt: &mut dyn FnMut() -> Result<PrivateApt>,
+    apt: &mut dyn FnMut() -> Result<Rc<PrivateApt>>,
 ) -> Result<Kernel> {
     let kernel = Kernel { image: godwit.join("vmlinuz"), modules: godwit.join("modules") };
     // The list is written last: where it is, everything is.

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -70,7 +71,10 @@ fn unpack(tree: &Path, apt: &PrivateApt) -> Result<()> {
 }
 
 /// QEMU 10.0 under `godwit`, fetched unless it is there.
-pub(crate) fn backport(godwit: &Path, apt: &mut dyn FnMut() -> Result<PrivateApt>) -> Result<Qemu> {
+pub(crate) fn backport(
+    godwit: &Path,
+    apt: &mut dyn FnMut() -> Result<Rc<PrivateApt>>,
+) -> Result<Qemu> {
     let folder = godwit.join("qemu-10.0");
     let qemu = Qemu { bin: folder.join("qemu-system-x86_64"), data: folder.join("data") };
     // The script is written last: where it is, everything is.
@@ -81,7 +85,7 @@ pub(crate) fn backport(godwit: &Path, apt: &mut dyn FnMut() -> Result<PrivateApt
         fs::remove_dir_all(&folder).context("Cannot remove a half-unpacked QEMU")?;
     }
     let tree = folder.join("tree");
-    unpack(&tree, &apt()?)?;
+    unpack(&tree, &*apt()?)?;
     fs::create_dir_all(&qemu.data).context("Cannot create the firmware folder")?;
     for at in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
         for base in [tree.as_path(), Path::new("/")] {

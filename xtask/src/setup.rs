@@ -8,6 +8,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -88,7 +89,14 @@ pub(crate) fn setup(root: &Path) -> Result<Environment> {
     lock.lock().context("Cannot lock the setup")?;
     apt::install(&PACKAGES)?;
     let folder = godwit.join("apt");
-    let mut open = || PrivateApt::open(&folder);
+    // Opened by the first that needs it: that costs a download of package lists.
+    let mut opened = None;
+    let mut open = || {
+        if opened.is_none() {
+            opened = Some(Rc::new(PrivateApt::open(&folder)?));
+        }
+        opened.clone().context("No apt configuration")
+    };
     let qemu_7_2 = qemu::system()?;
     let qemu_10_0 = qemu::backport(&godwit, &mut open)?;
     let kernel = kernel::provide(&godwit, &mut open)?;

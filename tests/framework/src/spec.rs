@@ -273,7 +273,7 @@ impl VmSpec {
             "-accel",
             "tcg,thread=multi",
             "-smp",
-            &self.smp.to_string(),
+            &format!("{0},sockets={0},cores=1,threads=1", self.smp),
             "-nodefaults",
             "-no-user-config",
             "-no-reboot",

@@ -128,7 +128,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Waits until all of the guest's programs run.
+    /// Waits until all of the guest's programs run and a first beat has arrived.
     ///
     /// # Errors
     /// The guest complained, QEMU ended, or `timeout` passed; the console's end is in the error.
@@ -139,7 +139,8 @@ impl Vm {
             if let Some(status) = self.process.exited()? {
                 bail!("QEMU ended with {status}");
             }
-            Ok(console.text()?.contains("GUEST READY").then_some(()))
+            let ready = console.text()?.contains("GUEST READY") && self.heartbeat.count() > 0;
+            Ok(ready.then_some(()))
         });
         ready.with_context(|| {
             format!(

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -55,7 +56,7 @@ fn load_modules() -> Result<()> {
     let list = std::fs::read_to_string(MODULE_LIST)
         .with_context(|| format!("Cannot read {MODULE_LIST}"))?;
     for path in list.lines() {
-        let file = std::fs::File::open(path).with_context(|| format!("Cannot open {path}"))?;
+        let file = File::open(path).with_context(|| format!("Cannot open {path}"))?;
         match finit_module(&file, c"", ModuleInitFlags::empty()) {
             Ok(()) | Err(Errno::EEXIST) => {}
             Err(error) => bail!("Cannot load {path}: {error}"),
@@ -194,8 +195,7 @@ fn execute(programs: &mut BTreeMap<String, Program>, command: &str) -> Result<St
     }
 }
 
-fn serve(mut programs: BTreeMap<String, Program>) -> Result<Infallible> {
-    let port = open_raw(COMMANDS, OFlag::empty())?;
+fn serve(mut programs: BTreeMap<String, Program>, port: File) -> Result<Infallible> {
     let mut output = port.try_clone().context("Cannot duplicate the command port")?;
     let mut input = BufReader::new(port);
     let mut line = Vec::new();
@@ -254,8 +254,10 @@ fn prepare() -> Result<BTreeMap<String, Program>> {
 /// Returns only what went wrong.
 pub(crate) fn run() -> anyhow::Error {
     let outcome = prepare().and_then(|programs| {
+        // Before READY: opening the port discards what has arrived, and hosts speak after READY.
+        let port = open_raw(COMMANDS, OFlag::empty())?;
         tell(&format!("GUEST READY {}", monotonic_us()));
-        serve(programs)
+        serve(programs, port)
     });
     match outcome {
         Ok(never) => match never {},
