@@ -1,5 +1,7 @@
 //! Device state against real QEMUs: hand-over, way back, failure and cleanliness.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::path::PathBuf;

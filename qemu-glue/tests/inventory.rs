@@ -1,5 +1,7 @@
 //! The inventory against real QEMUs in many shapes.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::path::Path;

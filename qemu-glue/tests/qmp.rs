@@ -1,5 +1,7 @@
 //! The QMP client against a server that plays a transcript, and against real QEMUs.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::future::Future;
@@ -17,7 +19,10 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
-const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
+const GREETING: &str = concat!(
+    r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "#,
+    r#""capabilities": ["oob"]}}"#
+);
 
 /// The other side of one connection.
 struct Server {

@@ -77,9 +77,15 @@ mod tests {
 
     use super::*;
 
+    fn node_with(name: &str, driver: &str, cache: Value) -> Value {
+        json!({ "node-name": name, "drv": driver, "file": "/d.img", "cache": cache })
+    }
+
     #[test]
     fn the_reading_node_is_named_once() {
-        let node = |name: &str, driver: &str, direct: bool| json!({ "node-name": name, "drv": driver, "file": "/d.img", "cache": { "direct": direct } });
+        let node = |name: &str, driver: &str, direct: bool| {
+            node_with(name, driver, json!({ "direct": direct }))
+        };
         let nodes = [node("top", "raw", true), node("leaf", "file", true)];
         let reasons = block_nodes(&nodes);
         assert_eq!(reasons.len(), 1);

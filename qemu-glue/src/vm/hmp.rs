@@ -230,7 +230,11 @@ mod tests {
     proptest! {
         #[test]
         fn damaged_texts_never_panic(
-            file in prop::sample::select(vec!["7.2-dimm.ramblock", "10.0-dimm.ramblock", "10.0-numa.mtree"]),
+            file in prop::sample::select(vec![
+                "7.2-dimm.ramblock",
+                "10.0-dimm.ramblock",
+                "10.0-numa.mtree",
+            ]),
             at in any::<prop::sample::Index>(),
             with in "[ -~\n]{0,3}",
         ) {

@@ -3,7 +3,8 @@
 #![allow(
     dead_code,
     clippy::allow_attributes,
-    reason = "each test binary uses another part; expect would fail in those that use all of it"
+    clippy::unwrap_used,
+    reason = "tests may panic; each test binary uses another part, so that expect would not hold"
 )]
 
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ pub(crate) struct Program {
 /// The QEMUs that exist here: `GODWIT_QEMU_7_2` (or the system's) and `GODWIT_QEMU_10_0` with its
 /// firmware in `GODWIT_QEMU_10_0_DATA`.
 pub(crate) fn programs() -> Vec<Program> {
-    let old = std::env::var_os("GODWIT_QEMU_7_2").unwrap_or("qemu-system-x86_64".into());
+    let old = std::env::var_os("GODWIT_QEMU_7_2").unwrap_or_else(|| "qemu-system-x86_64".into());
     let mut programs = vec![Program { name: "7.2", path: old.into(), data: None }];
     match std::env::var_os("GODWIT_QEMU_10_0") {
         Some(new) => programs.push(Program {
