@@ -1,4 +1,0 @@
-//! `migrate demo`.
-use std::process::ExitCode;
-use crate::args::DemoArgs;
-pub(super) async fn run(_args: &DemoArgs) -> ExitCode { ExitCode::SUCCESS }
