@@ -46,6 +46,8 @@ pub enum Input {
     PeerAborted,
     /// No commit came within the lease.
     LeaseEnded,
+    /// Some time has passed since a record or a resumption failed: try it again.
+    Retry,
     /// An operator made sure that the source does not and will not run the guest.
     OperatorRunHere,
 }
@@ -74,6 +76,8 @@ impl Destination {
         match record {
             DestinationRecord::Receiving => Self::refuse(),
             DestinationRecord::Owned => (Self::Owned, vec![Output::ResumeGuest]),
+            // Whether it still runs is its user's business, and it may have moved on.
+            DestinationRecord::Running => (Self::Running, vec![]),
             DestinationRecord::Refused => (Self::Refused, vec![Output::DiscardGuest]),
         }
     }
@@ -93,7 +97,9 @@ impl Destination {
         match self {
             Self::Receiving => match input {
                 Input::Loaded => (Self::Ready, vec![Output::SayReady]),
-                Input::OperatorRunHere | Input::Recorded | Input::Resumed => (self, vec![]),
+                Input::OperatorRunHere | Input::Recorded | Input::Resumed | Input::Retry => {
+                    (self, vec![])
+                }
                 _ => Self::refuse(),
             },
             Self::Ready => match input {
@@ -111,7 +117,11 @@ impl Destination {
                 _ => (self, vec![]),
             },
             Self::Owned => match input {
-                Input::Resumed => (Self::Running, vec![Output::Say(DestinationState::Running)]),
+                Input::Resumed => {
+                    let told = Output::Say(DestinationState::Running);
+                    (Self::Running, vec![told, Output::Record(DestinationRecord::Running)])
+                }
+                Input::Retry => (self, vec![Output::ResumeGuest]),
                 Input::Asked => (self, vec![Output::Say(DestinationState::Owned)]),
                 _ => (self, vec![]),
             },
@@ -127,7 +137,7 @@ impl Destination {
                     (Self::Refused, vec![told, Output::DiscardGuest])
                 }
                 // Not durable: say nothing, try again when somebody asks.
-                Input::Asked | Input::Commit => Self::refuse(),
+                Input::Asked | Input::Commit | Input::Retry => Self::refuse(),
                 _ => (self, vec![]),
             },
             Self::Refused => match input {

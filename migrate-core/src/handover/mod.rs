@@ -19,6 +19,7 @@
 //! | Moving, Ready | resumes the guest | waits for its lease, then refuses for ever, discards |
 //! | HandedOver, Ready | asks; never resumes by itself | commit or refusal, whichever is asked first |
 //! | HandedOver, Owned | asks | resumes the guest |
+//! | HandedOver, Running | asks | nothing: the guest may be stopped or moved on by then |
 //!
 //! Invariant (correctness rule 8): at most one guest runs. The source runs it only in `Moving`, or
 //! after the destination's durable refusal; the destination only after `owned` is durable, which
@@ -56,8 +57,10 @@ pub enum SourceRecord {
 pub enum DestinationRecord {
     /// A migration was accepted; the guest belongs to the source.
     Receiving,
-    /// The guest belongs here.
+    /// The guest belongs here and is to be resumed.
     Owned,
+    /// The guest ran here: nothing is left to do for it, whatever became of it since.
+    Running,
     /// The guest will never run here.
     Refused,
 }

@@ -43,6 +43,9 @@ struct World {
     to_source: VecDeque<FromPeer>,
     link_up: bool,
     fail_next_record: bool,
+    fail_next_resume: bool,
+    /// The guest arrived, and its user stopped it or moved it on since.
+    moved_on: bool,
     digests_agree: bool,
 }
 
@@ -61,8 +64,11 @@ enum Op {
     RestartDestination,
     Cancel,
     LeaseEnds,
+    Retry,
     GiveUpAsking,
     FailNextRecord,
+    ResumeFails,
+    UserStopsGuest,
     DigestsDiffer,
 }
 
@@ -81,6 +87,8 @@ impl World {
             to_source: VecDeque::new(),
             link_up: true,
             fail_next_record: false,
+            fail_next_resume: false,
+            moved_on: false,
             digests_agree: true,
         };
         world.to_destination.push_back(ToPeer::Load);
@@ -152,6 +160,11 @@ impl World {
             Some(FromDestination::Say(state)) => self.say_to_source(FromPeer::State(state)),
             Some(FromDestination::ResumeGuest) => {
                 assert!(self.destination_loaded, "resumed without its state");
+                assert!(!self.moved_on, "resumed although it has moved on");
+                if std::mem::take(&mut self.fail_next_resume) {
+                    self.tell_destination(ToDestination::ResumeFailed);
+                    return;
+                }
                 self.destination_guest_runs = true;
                 self.tell_destination(ToDestination::Resumed);
             }
@@ -221,14 +234,26 @@ impl World {
             Op::RestartDestination => self.restart_destination(),
             Op::Cancel => self.tell_source(ToSource::Cancel),
             Op::LeaseEnds => self.tell_destination(ToDestination::LeaseEnded),
+            Op::Retry => self.tell_destination(ToDestination::Retry),
             Op::GiveUpAsking => self.tell_source(ToSource::GiveUpAsking),
             Op::FailNextRecord => self.fail_next_record = true,
+            Op::ResumeFails => self.fail_next_resume = true,
+            Op::UserStopsGuest => self.user_stops_guest(),
             Op::DigestsDiffer => self.digests_agree = false,
         }
         assert!(
             !(self.source_guest_runs && self.destination_guest_runs),
             "two guests run after {op:?}: {self:?}"
         );
+    }
+
+    /// A guest that arrived for good is its user's, who may stop it or move it on: no journal
+    /// resumes it then. A guest whose arrival is still being recorded is left alone.
+    fn user_stops_guest(&mut self) {
+        if self.destination_journal == DestinationRecord::Running {
+            self.destination_guest_runs = false;
+            self.moved_on = true;
+        }
     }
 
     fn restart_source(&mut self) {
@@ -259,10 +284,12 @@ impl World {
     /// Everything works again: whatever the history, the guest must come out once.
     fn settle(&mut self) {
         self.fail_next_record = false;
+        self.fail_next_resume = false;
         self.link_up = true;
         for _ in 0..20 {
             self.apply(Op::RestartDestination);
             self.apply(Op::RestartSource);
+            self.apply(Op::Retry);
             for _ in 0..20 {
                 self.apply(Op::SourceWork);
                 self.apply(Op::DestinationWork);
@@ -294,7 +321,10 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::RestartDestination),
         1 => Just(Op::Cancel),
         1 => Just(Op::LeaseEnds),
+        1 => Just(Op::Retry),
         1 => Just(Op::GiveUpAsking),
+        1 => Just(Op::ResumeFails),
+        1 => Just(Op::UserStopsGuest),
         1 => Just(Op::FailNextRecord),
         1 => Just(Op::DigestsDiffer),
     ]
@@ -310,7 +340,7 @@ proptest! {
         }
         world.settle();
         prop_assert!(
-            world.source_guest_runs ^ world.destination_guest_runs,
+            world.source_guest_runs ^ (world.destination_guest_runs || world.moved_on),
             "nobody runs after everything works again: {world:?}"
         );
     }

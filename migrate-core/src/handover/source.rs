@@ -106,7 +106,9 @@ impl Source {
                 (Self::Recording, vec![Output::Record(SourceRecord::HandedOver)])
             }
             Input::Ready { agrees: false } | Input::Cancel | Input::Verdict(_) => {
-                let back = vec![Output::SendAbort, Output::ResumeGuest];
+                // No commit was sent, so the destination will not run it whether it is told or not:
+                // the guest does not wait for that.
+                let back = vec![Output::ResumeGuest, Output::SendAbort];
                 (Self::Ended(Outcome::RolledBack), back)
             }
             Input::Lost | Input::PeerAborted | Input::OperatorRunHere => {
@@ -122,7 +124,7 @@ impl Source {
             // The record may have reached the disk all the same; a restart would then ask, and be
             // refused, because no commit was ever sent.
             Input::RecordFailed => {
-                let back = vec![Output::SendAbort, Output::ResumeGuest];
+                let back = vec![Output::ResumeGuest, Output::SendAbort];
                 (Self::Ended(Outcome::RolledBack), back)
             }
             _ => (Self::Recording, vec![]),
