@@ -191,6 +191,19 @@ impl GuestRam {
         Ok(set)
     }
 
+    /// Adds to `dirty` those of the `known` pages that are holes now, and returns how many. A page
+    /// that a balloon gives back while it is clean is not reported by the dirty tracking: ask this
+    /// at the last scan, with the pages of which the other side holds contents other than zero.
+    ///
+    /// # Errors
+    /// [`RamError::Io`].
+    pub fn vanished(&self, known: &PageSet, dirty: &mut PageSet) -> Result<u64, RamError> {
+        let mut holes = known.clone();
+        holes.subtract(&self.data_ranges()?);
+        dirty.union_with(&holes);
+        Ok(holes.len())
+    }
+
     /// Bytes of memory that the blocks occupy. On hugetlbfs, that of the whole file.
     ///
     /// # Errors
@@ -498,4 +511,4 @@ fn map_huge(region: &RamRegion, file: &File, offset_bytes: u64) -> Result<MmapRa
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

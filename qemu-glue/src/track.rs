@@ -11,7 +11,8 @@
 //! - A page is protected again in the step that reports it: a write after the report is found by
 //!   the next scan, so read contents after the scan (design rule 1).
 //! - Pages that were never populated are tracked too (WP_UNPOPULATED).
-//! - A page that became a hole (balloon) is reported as written (rule 14).
+//! - A page that was written and then became a hole (balloon) is reported. A clean one is not: the
+//!   kernel keeps its protection (measured on 6.18). [`GuestRam::vanished`] finds those (rule 14).
 //! - On hugetlbfs all parts of a written large page are reported (rule 15).
 //! - A block that is no longer mapped as it was when tracking began is an error, never silence.
 //! - Dropping the tracker ends all registrations and closes the descriptor. If the engine is killed
@@ -30,9 +31,10 @@ use migrate_core::layout::PAGE_BYTES;
 use migrate_core::pageset::PageSet;
 use userfaultfd::RegisterMode;
 
+use crate::error::ProcError;
 pub use crate::error::TrackError;
 use crate::pagemap::{self, Pagemap, ScanMode};
-use crate::procfs;
+use crate::procfs::{self, Identity};
 use crate::ram::{Backing, GuestRam, RamRegion, covering};
 use crate::uffd::{Features, RegisterError, TargetUffd};
 
@@ -60,6 +62,7 @@ struct Tracked {
 #[derive(Debug)]
 pub struct DirtyTracker {
     pid: i32,
+    identity: Identity,
     uffd: TargetUffd,
     pagemap: Pagemap,
     maps: File,
@@ -79,6 +82,10 @@ impl DirtyTracker {
     pub fn arm(pid: i32, uffd: OwnedFd, ram: &GuestRam) -> Result<Self, TrackError> {
         let proc_failed = |source| TrackError::Proc { pid, source };
         ram.identity().check().map_err(proc_failed)?;
+        let identity = Identity::of(pid).map_err(proc_failed)?;
+        if identity.start_ticks() != ram.identity().start_ticks() {
+            return Err(proc_failed(ProcError::Replaced { pid }));
+        }
         let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
         let pagemap = Pagemap::open(pid).map_err(|source| TrackError::Pagemap { path, source })?;
         let path = PathBuf::from(format!("/proc/{pid}/maps"));
@@ -100,7 +107,7 @@ impl DirtyTracker {
         });
         let pages = ram.layout().pages();
         let blocks = blocks.collect();
-        let mut tracker = Self { pid, uffd, pagemap, maps, blocks, registered: 0, pages };
+        let mut tracker = Self { pid, identity, uffd, pagemap, maps, blocks, registered: 0, pages };
         tracker.check_mapped()?;
         // From here on dropping the tracker undoes what was done.
         tracker.register_all()?;
@@ -114,7 +121,6 @@ impl DirtyTracker {
             let range = block.region.addresses();
             let failed =
                 |what, source| TrackError::Block { what, block: name(), pid: self.pid, source };
-            // Counted first: a registration that fails half-way is undone as well.
             match self.uffd.register(&range, RegisterMode::WRITE_PROTECT) {
                 Ok(()) => {}
                 Err(RegisterError::Busy) => {
@@ -183,19 +189,21 @@ impl DirtyTracker {
     /// Checks that every block is still mapped from its file, without gaps.
     fn check_mapped(&self) -> Result<(), TrackError> {
         for block in &self.blocks {
-            let intact = match self.intact_by_query(block) {
-                Ok(intact) => intact,
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => {
-                    return self.check_by_list();
-                }
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => false,
-                Err(source) => return Err(self.scan_failed(block, source)),
-            };
-            if !intact {
+            if !self.intact(block)? {
                 return Err(self.changed(block));
             }
         }
         Ok(())
+    }
+
+    fn intact(&self, block: &Tracked) -> Result<bool, TrackError> {
+        match self.intact_by_query(block) {
+            Ok(intact) => Ok(intact),
+            // Before Linux 6.11.
+            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.intact_by_list(block),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            Err(source) => Err(self.scan_failed(block, source)),
+        }
     }
 
     fn changed(&self, block: &Tracked) -> TrackError {
@@ -218,24 +226,17 @@ impl DirtyTracker {
         Ok(true)
     }
 
-    /// The same for kernels before 6.11.
-    fn check_by_list(&self) -> Result<(), TrackError> {
+    fn intact_by_list(&self, block: &Tracked) -> Result<bool, TrackError> {
         let failed = |source| TrackError::Proc { pid: self.pid, source };
         let mappings = procfs::mappings(self.pid).map_err(failed)?;
-        for block in &self.blocks {
-            let covering = covering(self.pid, &block.region, &mappings);
-            let first = covering.ok().and_then(|found| found.first().copied());
-            let intact = first.is_some_and(|mapping| {
-                let offset = mapping.offset_bytes + (block.region.hva - mapping.start);
-                let file = (mapping.device, mapping.inode);
-                file == (block.backing.device, block.backing.inode)
-                    && offset == block.backing.offset_bytes
-            });
-            if !intact {
-                return Err(self.changed(block));
-            }
-        }
-        Ok(())
+        let covering = covering(self.pid, &block.region, &mappings);
+        let first = covering.ok().and_then(|found| found.first().copied());
+        Ok(first.is_some_and(|mapping| {
+            let offset = mapping.offset_bytes + (block.region.hva - mapping.start);
+            let file = (mapping.device, mapping.inode);
+            file == (block.backing.device, block.backing.inode)
+                && offset == block.backing.offset_bytes
+        }))
     }
 
     /// Number of pages that a set passed to [`scan`](Self::scan) must hold.
@@ -260,17 +261,16 @@ impl DirtyTracker {
     fn unregister_all(&mut self) -> Result<(), TrackError> {
         let mut result = Ok(());
         for block in self.blocks.iter().take(std::mem::take(&mut self.registered)) {
-            match self.uffd.unregister(&block.region.addresses()) {
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-                Err(source) if result.is_ok() => {
-                    result = Err(TrackError::Block {
-                        what: "end the registration of",
-                        block: block.region.name.clone(),
-                        pid: self.pid,
-                        source,
-                    });
-                }
-                _ => {}
+            let Err(source) = self.uffd.unregister(&block.region.addresses()) else { continue };
+            // With the process or its mapping the registration went away.
+            let gone = self.identity.check().is_err() || matches!(self.intact(block), Ok(false));
+            if !gone && result.is_ok() {
+                result = Err(TrackError::Block {
+                    what: "end the registration of",
+                    block: block.region.name.clone(),
+                    pid: self.pid,
+                    source,
+                });
             }
         }
         result

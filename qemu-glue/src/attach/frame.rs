@@ -94,15 +94,18 @@ pub(super) fn resumed_registers(found: &user_regs_struct) -> user_regs_struct {
     let restart = in_call.then(|| (found.rax as i64).wrapping_neg());
     let again = match restart {
         Some(ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND) => true,
-        // With an absolute timeout the call can simply be made again. One with a relative timeout
+        // With an absolute timeout, or none, the call can simply be made again. One with a relative timeout
         // cannot: rt_sigreturn forgets how much was left, so it ends as if by a signal.
         Some(ERESTART_RESTARTBLOCK) => {
-            let absolute = found.orig_rax == libc::SYS_futex as u64
+            let futex = found.orig_rax == libc::SYS_futex as u64
                 && found.rsi & FUTEX_CMD_MASK == FUTEX_WAIT_BITSET;
-            if !absolute {
+            // poll takes its timeout as an int; a negative one is none.
+            let poll = found.orig_rax == libc::SYS_poll as u64 && found.rdx as u32 >> 31 == 1;
+            let same_again = futex || poll;
+            if !same_again {
                 registers.rax = i64::from(-libc::EINTR) as u64;
             }
-            absolute
+            same_again
         }
         _ => false,
     };
@@ -257,6 +260,11 @@ mod tests {
         let mut futex = registers(202, -516);
         futex.rsi = 9 | 128 | 256;
         assert_eq!(resumed_registers(&futex).rip, 0x1000);
+        let mut poll = registers(7, -516);
+        poll.rdx = 0xffff_ffff;
+        assert_eq!(resumed_registers(&poll).rip, 0x1000);
+        poll.rdx = 20;
+        assert_eq!(resumed_registers(&poll).rax as i64, -4);
         futex.rsi = 0x80;
         assert_eq!(resumed_registers(&futex).rax as i64, -4);
     }

@@ -366,4 +366,4 @@ fn rank(activity: Activity) -> u32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

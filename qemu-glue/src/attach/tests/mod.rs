@@ -1,7 +1,7 @@
 //! Tests on real processes: nothing of the target may change, whatever happens to the engine.
 
 mod kill;
-mod target;
+pub(crate) mod target;
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};

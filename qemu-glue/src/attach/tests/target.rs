@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-pub(super) const ROLE: &str = "GODWIT_TEST_ROLE";
+pub(crate) const ROLE: &str = "GODWIT_TEST_ROLE";
 
 /// What each kind of thread counted; index by the constants below.
 static PROGRESS: [AtomicU64; 9] = [const { AtomicU64::new(0) }; 9];
@@ -416,7 +416,7 @@ fn role_target() {
 }
 
 /// This test binary again, in a role.
-pub(super) fn role(name: &str, test: &str) -> Command {
+pub(crate) fn role(name: &str, test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--ignored", "--nocapture", "--test-threads=1"]);
     command.env(ROLE, name).stdin(Stdio::piped()).stdout(Stdio::piped());
