@@ -1,1 +1,0 @@
-//! The testbed, the comparison with QEMU's own migration, and its report.

@@ -1,0 +1,107 @@
+//! Ways to migrate: Godwit and QEMU's own.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+/// Cache of XBZRLE in bytes.
+const XBZRLE_CACHE_BYTES: u64 = 512 << 20;
+
+/// A way to migrate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Mode {
+    /// `migrate send` with its defaults.
+    Godwit,
+    /// QEMU's pre-copy, bandwidth unlimited.
+    PreCopy,
+    /// QEMU's pre-copy with all its defaults (128 MiB/s at most, downtime 300 ms).
+    PreCopyDefault,
+    /// QEMU's pre-copy with XBZRLE, a cache of 512 MiB.
+    Xbzrle,
+    /// QEMU's multifd with zstd.
+    MultifdZstd,
+    /// QEMU's post-copy, begun after the first pass.
+    PostCopy,
+}
+
+impl Mode {
+    /// All, in the order of their turns.
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Godwit,
+        Self::PreCopy,
+        Self::PreCopyDefault,
+        Self::Xbzrle,
+        Self::MultifdZstd,
+        Self::PostCopy,
+    ];
+
+    /// As typed and shown.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Godwit => "godwit",
+            Self::PreCopy => "pre-copy",
+            Self::PreCopyDefault => "pre-copy-default",
+            Self::Xbzrle => "xbzrle",
+            Self::MultifdZstd => "multifd-zstd",
+            Self::PostCopy => "post-copy",
+        }
+    }
+
+    /// QEMU's capabilities that are switched on at both ends, beside `events`.
+    pub(crate) fn capabilities(self) -> &'static [&'static str] {
+        match self {
+            Self::Godwit | Self::PreCopy | Self::PreCopyDefault => &[],
+            Self::Xbzrle => &["xbzrle"],
+            Self::MultifdZstd => &["multifd"],
+            Self::PostCopy => &["postcopy-ram"],
+        }
+    }
+
+    /// QEMU's parameters that differ from its defaults, set at both ends.
+    pub(crate) fn parameters(self, channels: u32) -> Value {
+        let mut map = Map::new();
+        if self != Self::PreCopyDefault {
+            // 0 is unlimited (migration/qemu-file.c); the default is 128 MiB/s.
+            map.insert("max-bandwidth".into(), json!(0));
+        }
+        match self {
+            Self::Xbzrle => {
+                map.insert("xbzrle-cache-size".into(), json!(XBZRLE_CACHE_BYTES));
+            }
+            Self::MultifdZstd => {
+                map.insert("multifd-channels".into(), json!(channels));
+                map.insert("multifd-compression".into(), json!("zstd"));
+            }
+            _ => {}
+        }
+        Value::Object(map)
+    }
+}
+
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.label())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_those_of_the_command_line_and_the_records() {
+        for mode in Mode::ALL {
+            assert_eq!(Mode::from_str(mode.label(), false), Ok(mode));
+            assert_eq!(serde_json::to_value(mode).unwrap(), mode.label());
+        }
+    }
+
+    #[test]
+    fn only_the_default_keeps_the_bandwidth_cap() {
+        for mode in Mode::ALL {
+            let capped = mode.parameters(2).get("max-bandwidth").is_none();
+            assert_eq!(capped, mode == Mode::PreCopyDefault);
+        }
+    }
+}

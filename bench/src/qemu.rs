@@ -1,0 +1,137 @@
+//! Drives QEMU's own migration over QMP.
+//!
+//! The end is taken from QEMU's events, not by polling: every query costs the main loop time that
+//! a migration needs.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use framework::wait::monotonic_us;
+use framework::{Qmp, Vm};
+use serde_json::{Value, json};
+
+use crate::driver::{DriveOptions, Driven};
+use crate::interrupt;
+use crate::mode::Mode;
+use crate::record::Outcome;
+use crate::testbed::{Guests, Link};
+
+/// Where the destination's QEMU listens; the namespace is ours.
+const PORT: u16 = 4444;
+
+/// How long one wait for an event lasts.
+const STEP: Duration = Duration::from_millis(20);
+
+/// Longest wait for a cancelled migration to end.
+const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
+
+fn configure(qmp: &mut Qmp, mode: Mode, channels: u32) -> Result<()> {
+    let names = [&["events"], mode.capabilities()].concat();
+    let list: Vec<Value> =
+        names.iter().map(|name| json!({ "capability": name, "state": true })).collect();
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
+    qmp.execute("migrate-set-parameters", mode.parameters(channels))?;
+    Ok(())
+}
+
+/// Waits for an event for a short time; nothing if it did not come.
+fn event(vm: &mut Vm, name: &str) -> Result<Option<Value>> {
+    let found = vm.qmp().event(name, STEP).ok();
+    if found.is_none()
+        && let Some(status) = vm.exited()?
+    {
+        bail!("QEMU ended with {status}: {}", vm.stderr().trim());
+    }
+    Ok(found)
+}
+
+/// The status that an event of migration names.
+fn status(event: &Value) -> &str {
+    event["data"]["status"].as_str().unwrap_or_default()
+}
+
+/// Runs one migration.
+///
+/// # Errors
+/// QEMU refuses the mode, or an interruption.
+pub(crate) fn migrate(
+    link: &Link,
+    guests: &mut Guests,
+    mode: Mode,
+    options: &DriveOptions,
+) -> Result<Driven> {
+    let uri = format!("tcp:{}:{PORT}", link.address());
+    configure(guests.destination.qmp(), mode, options.channels)
+        .with_context(|| format!("The destination cannot do {mode}"))?;
+    guests.destination.qmp().execute("migrate-incoming", json!({ "uri": uri }))?;
+    configure(guests.source.qmp(), mode, options.channels)
+        .with_context(|| format!("The source cannot do {mode}"))?;
+    guests.source.qmp().clear_events();
+    let from_us = monotonic_us();
+    guests.source.qmp().execute("migrate", json!({ "uri": uri }))?;
+    let ended = follow(&mut guests.source, mode, Instant::now() + options.limit);
+    let to_us = monotonic_us();
+    interrupt::check()?;
+    let outcome = match ended {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            cancel(&mut guests.source);
+            let why = format!("Not complete after {} s; cancelled", options.limit.as_secs());
+            Err((Outcome::NotConverged, why))
+        }
+        Err(error) => Err((Outcome::Failed, format!("{error:#}"))),
+    };
+    let report = guests.source.qmp().execute("query-migrate", json!({})).unwrap_or_default();
+    let reported_ms = (report["downtime"].as_f64(), report["total-time"].as_f64());
+    Ok(Driven { from_us, to_us, engine_s: (0.0, 0.0), outcome, reported_ms, report })
+}
+
+/// True when it has completed, false at `end`.
+fn follow(source: &mut Vm, mode: Mode, end: Instant) -> Result<bool> {
+    let mut asked_post_copy = mode != Mode::PostCopy;
+    while Instant::now() < end {
+        interrupt::check()?;
+        if !asked_post_copy
+            && let Some(pass) = event(source, "MIGRATION_PASS")?
+            // The first pass is announced when it begins, the second when the first is over.
+            && pass["data"]["pass"].as_u64().is_some_and(|pass| pass >= 2)
+        {
+            source.qmp().execute("migrate-start-postcopy", json!({}))?;
+            asked_post_copy = true;
+        }
+        let Some(change) = event(source, "MIGRATION")? else { continue };
+        match status(&change) {
+            "completed" => return Ok(true),
+            "failed" => {
+                let report = source.qmp().execute("query-migrate", json!({}))?;
+                bail!("QEMU's migration failed: {}", report["error-desc"].as_str().unwrap_or("?"))
+            }
+            _ => {}
+        }
+    }
+    Ok(false)
+}
+
+fn cancel(source: &mut Vm) {
+    let begin = Instant::now();
+    drop(source.qmp().execute("migrate_cancel", json!({})));
+    while begin.elapsed() < CANCEL_TIMEOUT {
+        match event(source, "MIGRATION") {
+            Ok(Some(change)) if ["cancelled", "completed"].contains(&status(&change)) => return,
+            Ok(_) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_status_of_events() {
+        let event = json!({ "event": "MIGRATION", "data": { "status": "completed" } });
+        assert_eq!(status(&event), "completed");
+        assert_eq!(status(&json!({})), "");
+    }
+}

@@ -1,0 +1,106 @@
+//! `bench throughput`: Godwit's goodput on an unshaped link beside a plain quinn transfer.
+//!
+//! The baseline is transport's example `bulk`: as many QUIC connections with the same tuning and
+//! cipher, sender and receiver in one process, bytes from one buffer into nothing. It runs in the
+//! same namespace while the guest and the waiting QEMU of the next migration are up, so that both
+//! have the same neighbours.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use framework::Engine;
+use serde_json::Value;
+
+use crate::args::ThroughputArgs;
+use crate::compare::say;
+use crate::driver::{DriveOptions, measure};
+use crate::mode::Mode;
+use crate::record::{Bulk, Log, Record};
+use crate::testbed::{Bed, GuestPlan, Guests, Link, release};
+use crate::workload::Workload;
+use crate::{host, interrupt, report};
+
+/// The guest has this much memory beyond the resident data, in MiB.
+const SPARE_MIB: u64 = 548;
+
+/// Longest time that the plain transfer may take.
+const BULK_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Measures, records, and prints tables.
+///
+/// # Errors
+/// The testbed does not work, or an interruption.
+pub(crate) fn run(args: &ThroughputArgs) -> Result<()> {
+    let bulk = match &args.bulk {
+        Some(path) => path.clone(),
+        None => release(
+            "GODWIT_BULK",
+            "examples/bulk",
+            "cargo build --release -p transport --example bulk",
+        )?,
+    };
+    let bed = Bed::open(&args.common)?;
+    let name = args.common.name.clone().unwrap_or_else(|| "throughput".to_owned());
+    let mut log = Log::create(&args.common.out, &name, bed.host.clone())?;
+    let measured = turns(&bed, args, &bulk, &mut log);
+    let shown = report::render(log.path());
+    measured?;
+    shown
+}
+
+fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result<()> {
+    let plan = GuestPlan {
+        qemu: args.common.qemu,
+        memory_mib: (args.resident + SPARE_MIB).next_multiple_of(2),
+        smp: args.common.smp,
+        workload: Workload::Resident,
+        resident_mib: args.resident,
+    };
+    let lanes = args.lanes.to_string();
+    let mut send_args = vec!["--lanes".to_owned(), lanes];
+    send_args.extend(args.common.send_args.iter().cloned());
+    let limit = Duration::from_secs(args.common.limit_s);
+    let options = DriveOptions { limit, channels: args.lanes.into(), send_args };
+    let loopback = Link::loopback()?;
+    let veth = if args.veth { Some(Link::veth(0)?) } else { None };
+    for turn in 0..args.repeats {
+        interrupt::check()?;
+        let one = plain(bed, &loopback, &plan, args, bulk, turn)?;
+        eprintln!(
+            "turn {}/{} plain quinn {} Gbit/s",
+            turn + 1,
+            args.repeats,
+            one.bulk["plain_gbps"]
+        );
+        log.add(Record::Bulk(one))?;
+        for link in std::iter::once(&loopback).chain(&veth) {
+            let one = measure(bed, (link, 0), &plan, Mode::Godwit, turn, &options)?;
+            say(&one, args.repeats);
+            log.add(Record::Migration(Box::new(one)))?;
+        }
+    }
+    Ok(())
+}
+
+/// A plain transfer of as many bytes beside the same kind of guest.
+fn plain(
+    bed: &Bed,
+    link: &Link,
+    plan: &GuestPlan,
+    args: &ThroughputArgs,
+    bulk: &Path,
+    turn: u32,
+) -> Result<Bulk> {
+    let neighbours = Guests::boot(bed, link, plan)?;
+    interrupt::check()?;
+    let load1 = host::load1();
+    let (mib, lanes) = (args.resident.to_string(), args.lanes.to_string());
+    let words = [mib.as_str(), lanes.as_str(), "1"];
+    let output = Engine::run(bulk, &words, Some(link.source()), BULK_TIMEOUT)?;
+    drop(neighbours);
+    let output = output.success().context("The plain transfer failed")?;
+    let bulk: Value = output.json().context("The plain transfer printed no JSON")?.clone();
+    bulk["plain_gbps"].as_f64().context("The plain transfer names no `plain_gbps`")?;
+    Ok(Bulk { turn, load1, bulk })
+}
