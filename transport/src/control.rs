@@ -199,7 +199,9 @@ impl ControlSender {
         let finished = async { self.writer.lock().await.finish().await };
         match tokio::time::timeout(within, finished).await {
             Ok(finished) => finished.map_err(|error| error.of_session(&self.closer, PLACE)),
-            Err(_elapsed) => Err(TransportError::Lost { peer: self.closer.peer() }),
+            Err(_elapsed) => {
+                Err(TransportError::NotAcknowledged { peer: self.closer.peer(), within })
+            }
         }
     }
 }

@@ -234,6 +234,14 @@ pub enum TransportError {
         /// The peer's address.
         peer: SocketAddr,
     },
+    /// The peer did not acknowledge the last messages in time; whether they arrived is not known.
+    #[error("Peer {peer} did not acknowledge the last messages within {within:?}")]
+    NotAcknowledged {
+        /// The peer's address.
+        peer: SocketAddr,
+        /// How long was waited.
+        within: Duration,
+    },
     /// The session was not complete in time.
     #[error("No session with {peer} within {after:?}: {waiting_for} did not come")]
     HandshakeTimeout {
@@ -316,6 +324,7 @@ impl Classify for TransportError {
             | Self::ClosedHere { .. }
             | Self::Ended { .. }
             | Self::Lost { .. }
+            | Self::NotAcknowledged { .. }
             | Self::HandshakeTimeout { .. }
             | Self::Socket { .. }
             | Self::Connect { .. }

@@ -107,6 +107,7 @@ impl Listener {
             .incoming_buffer_size_total(INCOMING_BYTES_MAX);
         let count = options.server_sockets;
         let (sockets, udp_buffers) = socket::server(addr, count, options.udp_buffer_bytes)?;
+        udp_buffers.warn_if_small(options.udp_buffer_bytes);
         let failed = |source| TransportError::Socket { what: "use a socket", addr, source };
         let mut endpoints = Vec::with_capacity(sockets.len());
         for socket in sockets {

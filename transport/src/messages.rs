@@ -110,8 +110,8 @@ pub struct Offer {
 }
 
 impl Offer {
-    /// An offer of everything that this build speaks. [`connect`](crate::connect) fills in the
-    /// lanes from its options.
+    /// An offer of everything that this build speaks. [`connect`](crate::connect) fills in lanes
+    /// and features from its options.
     pub fn new(engine: &str, migration: MigrationId, intent: Intent) -> Self {
         Self {
             versions: VERSIONS.to_vec(),
@@ -144,10 +144,6 @@ pub enum RejectCode {
     Version,
     /// Too many sessions wait already; try later.
     Busy,
-    /// The offer breaks a rule that the text names.
-    BadOffer,
-    /// The server is about to end.
-    ShuttingDown,
 }
 
 /// Server, answer to [`Offer`]: no session.

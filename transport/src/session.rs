@@ -77,7 +77,8 @@ pub type SourceSession = Session<LaneSender>;
 /// The session at the server.
 pub type DestinationSession = Session<LaneReceiver>;
 
-/// Makes a session with the listener at `addr`. The offer's lanes are set from the options.
+/// Makes a session with the listener at `addr`. The offer's lanes and features are set from the
+/// options.
 ///
 /// # Errors
 /// [`TransportError`]: what is wrong at this end, at the other, or between them. Nothing is left
@@ -90,7 +91,7 @@ pub async fn connect(
 ) -> Result<SourceSession, TransportError> {
     options.check()?;
     let mut offer = offer;
-    offer.features &= options.features;
+    offer.features = options.features;
     offer.lanes = match offer.intent {
         Intent::Migrate => u16::try_from(options.lanes).unwrap_or(u16::MAX),
         Intent::Ask => 0,
@@ -183,6 +184,7 @@ async fn join(
         .map(|dialled| dialled.udp_buffers)
         .reduce(UdpBuffers::least)
         .unwrap_or(control.udp_buffers);
+    udp_buffers.warn_if_small(options.udp_buffer_bytes);
     let endpoints = all.map(|dialled| dialled.endpoint.clone()).collect();
     let lanes = lanes.into_iter().map(|dialled| dialled.connection).collect();
     let closer = Closer::new(control.connection.clone(), lanes, endpoints, udp_buffers);

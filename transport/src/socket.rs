@@ -7,6 +7,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::TransportError;
 
+/// Buffers below this lose packets at a few Gb/s.
+const SMALL_BYTES: usize = 2 << 20;
+
 /// UDP buffers that the kernel granted, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UdpBuffers {
@@ -17,6 +20,18 @@ pub struct UdpBuffers {
 }
 
 impl UdpBuffers {
+    /// Says so in the log where the kernel granted so little that packets will be lost.
+    pub(crate) fn warn_if_small(self, asked_bytes: usize) {
+        if self.send_bytes.min(self.receive_bytes) < asked_bytes.min(SMALL_BYTES) {
+            tracing::warn!(
+                send_bytes = self.send_bytes,
+                receive_bytes = self.receive_bytes,
+                asked_bytes,
+                "Small UDP buffers lose packets at high speed; raise net.core.rmem_max and wmem_max"
+            );
+        }
+    }
+
     /// The smaller of each.
     pub(crate) fn least(self, other: Self) -> Self {
         Self {

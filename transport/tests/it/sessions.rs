@@ -193,8 +193,7 @@ async fn the_smaller_number_of_lanes_and_the_common_features_hold() {
     let addr = listener.local_addr();
     let identity = pki.identity("a");
     let many = Options { lanes: 5, features: 0b110, ..options() };
-    let mut offer = offer(Intent::Migrate);
-    offer.features = u64::MAX;
+    let offer = offer(Intent::Migrate);
     let (source, destination) =
         tokio::join!(connect(addr, &identity, &many, offer), listener.accept());
     let (source, destination) = (source.unwrap(), destination.unwrap());

@@ -179,7 +179,7 @@ fn largest() -> Vec<Message> {
             intent: Intent::Migrate,
             lanes: 64,
         }),
-        Message::Reject(Reject { code: RejectCode::ShuttingDown, text: long.clone() }),
+        Message::Reject(Reject { code: RejectCode::Version, text: long.clone() }),
         Message::Describe(Describe {
             vm_name: long.clone(),
             vm_uuid: Some(long.clone()),
