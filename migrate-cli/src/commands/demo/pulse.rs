@@ -43,11 +43,8 @@ impl Pulse {
             for line in BufReader::new(stream).split(b'\n') {
                 let at = Instant::now();
                 let Ok(line) = line else { return };
-                let line = String::from_utf8_lossy(&line);
-                let mut words = line.split(' ');
-                let sequence = words.nth(1).and_then(|word| word.parse().ok());
-                // The first line at a new place may be the rest of one that began at the old.
-                let Some(sequence) = sequence.filter(|_| line.starts_with("HB ")) else { continue };
+                // A line that was cut by the move has its halves at both places: neither counts.
+                let Some(sequence) = sequence(&String::from_utf8_lossy(&line)) else { continue };
                 if sender.send(Beat { at, place, sequence }).is_err() {
                     return;
                 }
@@ -86,4 +83,12 @@ impl Pulse {
         let expected = last.sequence - first.sequence + 1;
         Ok((self.beats.len(), expected.saturating_sub(self.beats.len() as u64)))
     }
+}
+
+/// The number in a whole line `HB <number> <guest time> <8 digits naming the guest's run>`.
+fn sequence(line: &str) -> Option<u64> {
+    let mut words = line.strip_prefix("HB ")?.split(' ');
+    let number = words.next()?.parse().ok()?;
+    let whole = words.nth(1).is_some_and(|nonce| nonce.len() == 8) && words.next().is_none();
+    whole.then_some(number)
 }
