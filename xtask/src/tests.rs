@@ -64,12 +64,14 @@ fn tests(command: &mut Command, tally: &mut Tally) -> Result<bool> {
 
 /// Builds `migrate` as tests use it: the plain one, and one with failpoints.
 fn build_commands(root: &Path) -> Result<(PathBuf, PathBuf)> {
-    let folder = root.join("target/failpoints");
-    run(cargo(root).args(["build", "-p", "migrate-cli"]))?;
-    run(cargo(root)
-        .args(["build", "-p", "migrate-cli", "--features", "failpoints", "--target-dir"])
-        .arg(&folder))?;
-    Ok((root.join("target/debug/migrate"), folder.join("debug/migrate")))
+    let built = root.join("target/debug/migrate");
+    let failpoints = root.join("target/failpoints/debug/migrate");
+    // One after the other in the same place: their dependencies are compiled once.
+    run(cargo(root).args(["build", "-p", "migrate-cli", "--features", "failpoints"]))?;
+    std::fs::create_dir_all(root.join("target/failpoints/debug")).context("No folder for it")?;
+    std::fs::copy(&built, &failpoints).context("Cannot set the command aside")?;
+    run(cargo(root).args(["build", "-p", "migrate-cli", "-p", "qemu-glue-preload"]))?;
+    Ok((built, failpoints))
 }
 
 /// Everything, or what the arguments name (passed on to the test programs).

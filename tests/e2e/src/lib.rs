@@ -1,5 +1,7 @@
 //! What the end-to-end tests share: identities, journals, and a migration with its checks.
 
+pub mod untouched;
+
 use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -143,6 +145,16 @@ impl Rig {
         Engine::start_with(&self.migrate, &words, netns, &variables)
     }
 
+    /// What `migrate check` prints about a VM.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn check(&self, vm: &Vm) -> Result<String> {
+        let qmp = text(&vm.qmp_engine());
+        let words = ["check", "--qmp", &qmp];
+        Ok(Engine::run(&self.migrate, &words, None, PATIENCE)?.stdout)
+    }
+
     /// Runs `migrate resolve --json` at one end.
     ///
     /// # Errors
@@ -214,6 +226,16 @@ pub fn check_alive(source: &mut Vm, destination: &mut Vm) -> Result<Pulse> {
     destination.assert_clean()?;
     ensure!(destination.qmp().run_state()? == "running", "The destination does not run");
     Ok(pulse)
+}
+
+/// The library for `LD_PRELOAD`: `GODWIT_PRELOAD`, or the one that cargo built for development.
+///
+/// # Errors
+/// It was not built.
+pub fn preload_library() -> Result<PathBuf> {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/debug/libgodwit_preload.so");
+    let path = std::env::var_os("GODWIT_PRELOAD").map_or_else(|| default.into(), PathBuf::from);
+    path.canonicalize().context("No preload library: cargo build -p qemu-glue-preload")
 }
 
 /// An address on loopback whose port is free at the moment.

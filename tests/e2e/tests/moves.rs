@@ -1,8 +1,11 @@
 //! The main job: guests that work move and work on.
 
-use anyhow::Result;
-use e2e::Rig;
-use framework::{QemuKind, Vm, VmSpec};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::{PATIENCE, Rig, free_address, preload_library};
+use framework::hugepages::HugePages;
+use framework::{Backend, QemuKind, Vm, VmSpec};
 
 /// A guest that writes and checks its memory.
 fn busy(kind: QemuKind) -> VmSpec {
@@ -21,7 +24,7 @@ fn back_and_forth(kinds: [QemuKind; 2], times: usize) -> Result<()> {
         outages.push(moved.outage_ms.round());
         vm = moved.vm;
     }
-    vm.verify_checker(e2e::PATIENCE)?;
+    vm.verify_checker(PATIENCE)?;
     println!("{kinds:?}: outages with --verify in ms: {outages:?}");
     Ok(())
 }
@@ -29,4 +32,144 @@ fn back_and_forth(kinds: [QemuKind; 2], times: usize) -> Result<()> {
 #[test]
 fn twenty_moves_on_7_2() -> Result<()> {
     back_and_forth([QemuKind::V7_2; 2], 20)
+}
+
+#[test]
+fn twenty_moves_on_10_0() -> Result<()> {
+    back_and_forth([QemuKind::V10_0; 2], 20)
+}
+
+#[test]
+fn a_guest_moves_from_7_2_to_10_0() -> Result<()> {
+    let rig = Rig::new()?;
+    let old = Vm::boot(&rig.env, busy(QemuKind::V7_2))?;
+    let moved = rig.migrate(old, QemuKind::V10_0, &["--verify"])?;
+    let moved = rig.migrate(moved.vm, QemuKind::V10_0, &["--verify"])?;
+    let mut vm = moved.vm;
+    vm.verify_checker(PATIENCE)?;
+    Ok(())
+}
+
+/// Guests whose RAM is made of several blocks, or of larger pages.
+#[test]
+fn all_kinds_of_shared_ram_move() -> Result<()> {
+    let rig = Rig::new()?;
+    let mut backends = vec![Backend::Numa2, Backend::Dimm];
+    let huge = HugePages::reserve(1024);
+    match &huge {
+        Ok(pages) => backends.push(Backend::Hugetlb(pages.path().to_owned())),
+        Err(error) => println!("hugetlbfs left out: {error:#}"),
+    }
+    for backend in backends {
+        println!("{backend:?}");
+        let kind = QemuKind::V10_0;
+        let blocks = if matches!(backend, Backend::Hugetlb(_)) { 1 } else { 2 };
+        let spec = busy(kind).smp(2).memory_mib(512).backend(backend);
+        let vm = Vm::boot(&rig.env, spec)?;
+        let mut moved = rig.migrate(vm, kind, &["--verify"])?;
+        moved = rig.migrate(moved.vm, kind, &["--verify"])?;
+        ensure!(moved.report["bytes"]["ram"] == 512u64 << 20, "{}", moved.report);
+        let checked = rig.check(&moved.vm)?;
+        ensure!(checked.contains(&format!("{blocks} block(s)")), "{checked}");
+        moved.vm.verify_checker(PATIENCE)?;
+    }
+    Ok(())
+}
+
+/// QEMU up to 8.0 leaves every shared block out of its stream, memfd too.
+#[test]
+fn a_memfd_guest_moves_on_7_2() -> Result<()> {
+    let rig = Rig::new()?;
+    let vm = Vm::boot(&rig.env, busy(QemuKind::V7_2).backend(Backend::Memfd))?;
+    let mut moved = rig.migrate(vm, QemuKind::V7_2, &["--verify"])?;
+    moved.vm.verify_checker(PATIENCE)?;
+    Ok(())
+}
+
+/// Memory that the guest never touched stays a hole at both ends.
+#[test]
+fn holes_stay_holes() -> Result<()> {
+    let rig = Rig::new()?;
+    let spec = VmSpec::new("idle", QemuKind::V7_2).memory_mib(1024);
+    let vm = Vm::boot(&rig.env, spec)?;
+    let used = populated_bytes(&vm)?;
+    let moved = rig.migrate(vm, QemuKind::V7_2, &["--verify"])?;
+    let there = populated_bytes(&moved.vm)?;
+    println!("{} MiB populated at the source, {} MiB at the destination", used >> 20, there >> 20);
+    ensure!(there <= used + (8 << 20), "{used} bytes became {there}");
+    ensure!(there < 512 << 20, "an idle guest of 1 GiB uses {there} bytes");
+    Ok(())
+}
+
+/// A guest that was paused stays paused, and one whose pages were freed to the host reads zeros.
+#[test]
+fn a_paused_guest_stays_paused() -> Result<()> {
+    let rig = Rig::new()?;
+    let mut source = Vm::boot(&rig.env, busy(QemuKind::V7_2))?;
+    source.qmp().execute("stop", serde_json::json!({}))?;
+    let mut destination = Vm::start(&rig.env, source.spec().successor("next", QemuKind::V7_2))?;
+    let listen = free_address()?;
+    let receive = rig.receive(&destination, &listen, &[])?;
+    rig.send(&source, &listen, &["--verify"])?.wait(PATIENCE)?.success()?;
+    receive.wait(PATIENCE)?.success()?;
+    ensure!(destination.qmp().run_state()? == "paused", "it must not run");
+    destination.qmp().execute("cont", serde_json::json!({}))?;
+    ensure!(destination.heartbeat().beats_within(Duration::from_secs(10)), "it must run on");
+    destination.verify_checker(PATIENCE)?;
+    Ok(())
+}
+
+/// Without ptrace: the preloaded library hands the descriptor over.
+#[test]
+fn a_guest_moves_by_the_preloaded_library() -> Result<()> {
+    let rig = Rig::new()?;
+    let socket = rig.folder.path().join("uffd.sock");
+    let vm = Vm::boot(&rig.env, busy(QemuKind::V7_2).preload(&preload_library()?, &socket))?;
+    let socket = socket.display().to_string();
+    let words = ["--verify", "--preload-socket", &socket];
+    let moved = rig.migrate(vm, QemuKind::V7_2, &words)?;
+    ensure!(moved.report["attach_stopped_us"].is_null(), "{}", moved.report);
+    Ok(())
+}
+
+/// The rate that the user allows is kept.
+#[test]
+fn the_bandwidth_limit_is_kept() -> Result<()> {
+    let rig = Rig::new()?;
+    let vm = Vm::boot(&rig.env, VmSpec::new("idle", QemuKind::V7_2))?;
+    let moved = rig.migrate(vm, QemuKind::V7_2, &["--max-bandwidth", "200M"])?;
+    let wire = moved.report["bytes"]["wire"].as_f64().context("wire")?;
+    let seconds = moved.report["total_ms"].as_f64().context("total")? / 1e3;
+    let rate = wire * 8.0 / seconds / 1e6;
+    println!("{rate:.0} Mb/s under a limit of 200 Mb/s");
+    ensure!(rate < 215.0, "{rate:.0} Mb/s");
+    Ok(())
+}
+
+/// A guest that dirties more than the link carries is not stopped: the user is told why.
+#[test]
+fn a_guest_that_does_not_converge_stays() -> Result<()> {
+    let rig = Rig::new()?;
+    let spec = VmSpec::new("wild", QemuKind::V7_2)
+        .with("godwit.writer=fill=100,hot=80,rate=0,bytes=64,seed=7");
+    let source = Vm::boot(&rig.env, spec)?;
+    let destination = Vm::start(&rig.env, source.spec().successor("next", QemuKind::V7_2))?;
+    let listen = free_address()?;
+    let receive = rig.receive(&destination, &listen, &[])?;
+    let words = ["--max-bandwidth", "100M", "--patience-s", "4", "--max-downtime-ms", "100"];
+    let sent = rig.send(&source, &listen, &words)?.wait(PATIENCE)?;
+    drop(receive);
+    ensure!(sent.code == Some(1), "{}", sent.stderr);
+    for word in ["does not converge", "MB/s", "--max-downtime-ms"] {
+        ensure!(sent.stderr.contains(word), "{}", sent.stderr);
+    }
+    ensure!(source.heartbeat().beats_within(Duration::from_secs(5)), "it must run on");
+    source.assert_clean()
+}
+
+/// Bytes of the VM's RAM files that are no holes.
+fn populated_bytes(vm: &Vm) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let sizes = vm.ram_files().iter().map(|file| Ok(std::fs::metadata(file)?.blocks() * 512));
+    sizes.sum()
 }

@@ -76,6 +76,8 @@ pub struct VmSpec {
     pub netns: Option<String>,
     /// Further arguments for QEMU.
     pub extra: Vec<String>,
+    /// Environment variables for QEMU. Not kept by [`VmSpec::successor`].
+    pub variables: Vec<(String, String)>,
 }
 
 impl VmSpec {
@@ -96,6 +98,7 @@ impl VmSpec {
             incoming: false,
             netns: None,
             extra: Vec::new(),
+            variables: Vec::new(),
         }
     }
 
@@ -149,6 +152,15 @@ impl VmSpec {
         Self { netns: Some(name.to_owned()), ..self }
     }
 
+    /// Starts QEMU with the preloaded library, listening on `socket`.
+    #[must_use]
+    pub fn preload(mut self, library: &Path, socket: &Path) -> Self {
+        let variables = [("LD_PRELOAD", library), ("GODWIT_PRELOAD_SOCKET", socket)];
+        let variables = variables.map(|(name, path)| (name.to_owned(), path.display().to_string()));
+        self.variables.extend(variables);
+        self
+    }
+
     /// Adds arguments for QEMU.
     #[must_use]
     pub fn extra(mut self, words: &[&str]) -> Self {
@@ -161,7 +173,7 @@ impl VmSpec {
     #[must_use]
     pub fn successor(&self, name: &str, qemu: QemuKind) -> Self {
         let name = name.to_owned();
-        Self { name, qemu, incoming: true, netns: None, ..self.clone() }
+        Self { name, qemu, incoming: true, netns: None, variables: Vec::new(), ..self.clone() }
     }
 
     /// RAM backends as (id, MiB).

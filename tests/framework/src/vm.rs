@@ -89,6 +89,7 @@ impl Vm {
         let stderr = std::fs::File::create(at.join("qemu.stderr")).context("Cannot log stderr")?;
         command
             .args(spec.arguments(env, &stem, &at)?)
+            .envs(spec.variables.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);

@@ -16,8 +16,8 @@ fn send(pair: &NetnsPair, mib: u64) -> Result<f64> {
     let receive = format!("exec busybox nc -l -p {PORT} -e sh -c 'cat > /dev/null'");
     let receiver = Engine::start(shell, &["-c", &receive], Some(pair.destination.name()))?;
     std::thread::sleep(Duration::from_millis(300));
-    let address = NetnsPair::DESTINATION;
-    let script = format!("exec busybox nc {address} {PORT} -e head -c {mib}M /dev/zero");
+    let (address, bytes) = (NetnsPair::DESTINATION, mib << 20);
+    let script = format!("exec busybox nc {address} {PORT} -e head -c {bytes} /dev/zero");
     let start = Instant::now();
     let sender = Engine::start(shell, &["-c", &script], Some(pair.source.name()))?;
     receiver.wait(Duration::from_secs(60))?.success()?;
