@@ -136,7 +136,12 @@ impl Vm {
     pub fn wait_ready(&mut self, timeout: Duration) -> Result<()> {
         let console = self.console.clone();
         let ready = wait::until("GUEST READY on the console", timeout, || {
-            console.assert_clean()?;
+            if !console.bad_lines()?.is_empty() {
+                // Serial lines arrive in pieces: let this one become whole, for the error's text.
+                let whole = || Ok(console.text()?.ends_with('\n').then_some(()));
+                drop(wait::until("the end of a line", Duration::from_secs(5), whole));
+                console.assert_clean()?;
+            }
             if let Some(status) = self.process.exited()? {
                 bail!("QEMU ended with {status}");
             }
