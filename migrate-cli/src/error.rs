@@ -59,7 +59,9 @@ pub enum EngineError {
     #[error("The migration cannot be recorded")]
     Journal(#[from] JournalError),
     /// RAM cannot be numbered, or differs.
-    #[error("The guest's RAM does not fit")]
+    #[error(
+        "The guest's RAM does not fit: start the destination's QEMU with the source's memory options"
+    )]
     Layout(#[from] LayoutError),
     /// A bug: a state machine was called out of turn.
     #[error("The engine lost its way; please report this")]
@@ -117,7 +119,9 @@ pub enum EngineError {
         wanted: &'static str,
     },
     /// RAM changed its shape during the migration.
-    #[error("The guest's RAM blocks changed during the migration; migrate it again once that is over")]
+    #[error(
+        "The guest's RAM blocks changed during the migration; migrate it again once that is over"
+    )]
     RamChanged,
     /// Mismatches under `--verify`.
     #[error("{mismatches} of {pages} pages differ at the destination; please report this")]
@@ -156,6 +160,20 @@ pub enum EngineError {
         /// The VM's QMP socket.
         qmp: PathBuf,
     },
+    /// The guest belongs here and does not run.
+    #[error(
+        "The migration was undone ({why}), but the guest could not be resumed; put that right and \
+         run `migrate resolve --qmp {qmp}`"
+    )]
+    Stuck {
+        /// The VM's QMP socket.
+        qmp: PathBuf,
+        /// What ended the migration.
+        why: String,
+        /// What kept the guest from running.
+        #[source]
+        source: Box<EngineError>,
+    },
     /// A task of the engine ended unexpectedly.
     #[error("A part of the engine ended unexpectedly: {0}")]
     Internal(String),
@@ -193,6 +211,7 @@ impl Classify for EngineError {
             | Self::RamChanged
             | Self::Mismatch { .. }
             | Self::InDoubt { .. }
+            | Self::Stuck { .. }
             | Self::Internal(_) => ErrorBin::System,
         }
     }
@@ -224,7 +243,9 @@ impl EngineError {
             Self::Ram(_) | Self::Track(_) | Self::Attach(_) | Self::RamChanged => AbortCode::Memory,
             Self::Mismatch { .. } => AbortCode::Mismatch,
             Self::TooSlow { .. } => AbortCode::Timeout,
-            Self::OutOfPlace { .. } | Self::Contradiction(_) | Self::Apply(_) => AbortCode::Protocol,
+            Self::OutOfPlace { .. } | Self::Contradiction(_) | Self::Apply(_) => {
+                AbortCode::Protocol
+            }
             _ => AbortCode::Internal,
         }
     }
@@ -239,10 +260,7 @@ impl EngineError {
 
     /// Whether another attempt at the same may succeed without a change.
     pub fn is_busy(&self) -> bool {
-        matches!(
-            self,
-            Self::Transport(TransportError::Rejected { code: RejectCode::Busy, .. })
-        )
+        matches!(self, Self::Transport(TransportError::Rejected { code: RejectCode::Busy, .. }))
     }
 }
 

@@ -14,10 +14,8 @@ pub async fn hit(name: &str) {
     let file = dir.join(name);
     match std::fs::read_to_string(&file).as_deref().map(str::trim) {
         Ok("kill") => {
-            let _gone = nix::sys::signal::kill(
-                nix::unistd::Pid::this(),
-                nix::sys::signal::Signal::SIGKILL,
-            );
+            let _gone =
+                nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
         }
         Ok("hold") => {
             let _note = std::fs::write(dir.join(format!("{name}.reached")), "");

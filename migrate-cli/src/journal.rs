@@ -5,11 +5,14 @@
 //! exist already, and a torn write leaves the previous record valid. The file and its directory are
 //! synced once, on creation, before the guest is touched.
 //!
+//! Invariant: one process at a time writes a journal. It holds an exclusive lock on the file, which
+//! the kernel releases when the process ends in whatever way.
+//!
 //! ```text
 //!   slot 0: magic, sequence, length, checksum, JSON     slot 1: the same
 //! ```
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -44,8 +47,14 @@ pub struct Entry {
     pub peer: String,
     /// Directory of the identity in use.
     pub identity: PathBuf,
+    /// The name in the other end's certificate, if it is known: nobody else is believed later.
+    #[serde(default)]
+    pub peer_name: Option<String>,
     /// Whether the guest ran when the migration began.
     pub was_running: bool,
+    /// Whether the source's QEMU is to stay, paused, after success.
+    #[serde(default)]
+    pub keep_source: bool,
     /// Whether the other end is known to know how it ended.
     pub heard: bool,
 }
@@ -71,7 +80,9 @@ impl Record {
 
 /// A journal cannot be kept.
 #[derive(Debug, Error)]
-#[error("The journal {path} cannot be {action}; free space there or choose another place with --journal DIR")]
+#[error(
+    "The journal {path} cannot be {action}; free space there or choose another place with --journal DIR"
+)]
 pub struct JournalError {
     path: PathBuf,
     action: &'static str,
@@ -92,6 +103,25 @@ pub struct Journal {
     path: PathBuf,
     sequence: u64,
     entry: Entry,
+}
+
+/// A journal that was found on disk.
+#[derive(Debug)]
+pub enum Found {
+    /// Nobody is at work on this migration.
+    Free(Journal),
+    /// Another process is at work on this migration; what its journal said at the moment.
+    Held(Entry),
+}
+
+impl Found {
+    /// What the journal says.
+    pub fn entry(&self) -> &Entry {
+        match self {
+            Self::Free(journal) => journal.entry(),
+            Self::Held(entry) => entry,
+        }
+    }
 }
 
 /// Where journals lie unless the user says otherwise.
@@ -123,23 +153,38 @@ impl Journal {
             .open(&path)
             .map_err(|error| fail("created", error))?;
         let mut journal = Self { file, path: path.clone(), sequence: 0, entry };
-        journal
-            .file
-            .write_all_at(&[0; 2 * SLOT_BYTES], 0)
-            .map_err(|error| fail("written", error))?;
-        journal.write()?;
-        journal.file.sync_all().map_err(|error| fail("synced", error))?;
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| fail("synced", error))?;
-        Ok(journal)
+        match journal.write_first(dir) {
+            Ok(()) => Ok(journal),
+            Err(error) => {
+                // Half a journal says nothing and only takes space.
+                journal.remove();
+                Err(error)
+            }
+        }
     }
 
-    /// Opens an existing journal; nothing if the file holds no valid entry.
+    fn write_first(&mut self, dir: &Path) -> Result<(), JournalError> {
+        let path = self.path.clone();
+        let fail = |action, source| JournalError { path: path.clone(), action, source };
+        self.file.lock().map_err(|error| fail("locked", error))?;
+        self.file.write_all_at(&[0; 2 * SLOT_BYTES], 0).map_err(|error| fail("written", error))?;
+        self.write()?;
+        self.file.sync_all().map_err(|error| fail("synced", error))?;
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(|error| fail("synced", error))
+    }
+
+    /// Opens and locks an existing journal; nothing if the file holds no valid entry.
     ///
     /// # Errors
-    /// [`JournalError`] if the file cannot be read.
-    pub fn open(path: &Path) -> Result<Option<Self>, JournalError> {
+    /// [`JournalError`] if the file cannot be read, [`Found::Held`] is no error.
+    pub fn open(path: &Path) -> Result<Option<Found>, JournalError> {
         let fail = |source| JournalError { path: path.to_owned(), action: "read", source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
+        let held = match file.try_lock() {
+            Ok(()) => false,
+            Err(TryLockError::WouldBlock) => true,
+            Err(TryLockError::Error(error)) => return Err(fail(error)),
+        };
         let mut newest: Option<(u64, Entry)> = None;
         for slot in 0..2 {
             let mut bytes = vec![0; SLOT_BYTES];
@@ -152,11 +197,14 @@ impl Journal {
                 newest = Some(found);
             }
         }
-        Ok(newest.map(|(sequence, entry)| Self { file, path: path.to_owned(), sequence, entry }))
+        Ok(newest.map(|(sequence, entry)| match held {
+            true => Found::Held(entry),
+            false => Found::Free(Self { file, path: path.to_owned(), sequence, entry }),
+        }))
     }
 
     /// All journals in a directory; files that are none are skipped.
-    pub fn list(dir: &Path) -> Vec<Self> {
+    pub fn list(dir: &Path) -> Vec<Found> {
         let Ok(files) = fs::read_dir(dir) else { return vec![] };
         files
             .flatten()
@@ -209,8 +257,7 @@ impl Journal {
     }
 
     fn write(&mut self) -> Result<(), JournalError> {
-        let fail =
-            |source| JournalError { path: self.path.clone(), action: "written", source };
+        let fail = |source| JournalError { path: self.path.clone(), action: "written", source };
         self.sequence += 1;
         let bytes = encode(self.sequence, &self.entry).map_err(fail)?;
         let offset = (self.sequence % 2) * SLOT_BYTES as u64;
@@ -263,7 +310,9 @@ mod tests {
             qemu_start_ticks: 2,
             peer: "127.0.0.1:1".into(),
             identity: "/etc/godwit".into(),
+            peer_name: None,
             was_running: true,
+            keep_source: false,
             heard: false,
         }
     }
@@ -275,6 +324,7 @@ mod tests {
         journal.record(Record::Source(SourceRecord::HandedOver)).unwrap();
         let path = journal.path.clone();
         let read = || Journal::open(&path).unwrap().unwrap().entry().record;
+        assert!(matches!(Journal::list(dir.path())[..], [Found::Held(_)]), "it is locked");
         assert_eq!(read(), Record::Source(SourceRecord::HandedOver));
         // Sequence 2 lies in slot 0: tear it.
         journal.file.write_all_at(b"torn", 40).unwrap();
@@ -282,6 +332,23 @@ mod tests {
         journal.file.write_all_at(&[0xff; 2 * SLOT_BYTES], 0).unwrap();
         assert!(Journal::open(&path).unwrap().is_none());
         assert!(Journal::list(dir.path()).is_empty());
+    }
+
+    #[test]
+    fn a_journal_has_one_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::create(dir.path(), entry()).unwrap();
+        let path = journal.path.clone();
+        assert!(matches!(Journal::open(&path).unwrap(), Some(Found::Held(_))));
+        drop(journal);
+        assert!(matches!(Journal::open(&path).unwrap(), Some(Found::Free(_))));
+    }
+
+    #[test]
+    fn entries_of_older_builds_are_read() {
+        let mut old = serde_json::to_value(entry()).unwrap();
+        old.as_object_mut().unwrap().retain(|key, _| key != "peer_name" && key != "keep_source");
+        assert_eq!(serde_json::from_value::<Entry>(old).unwrap(), entry());
     }
 
     #[test]
@@ -295,5 +362,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let long = Entry { vm: "v".repeat(SLOT_BYTES), ..entry() };
         assert!(Journal::create(dir.path(), long).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "half a journal was left");
     }
 }

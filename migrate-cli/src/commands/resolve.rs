@@ -4,9 +4,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use migrate_core::error::GuestPlace;
 use migrate_core::handover::source::Input;
 use migrate_core::handover::{Outcome, SourceRecord};
-use migrate_core::error::GuestPlace;
 use qemu_glue::qmp::Client;
 use serde::Serialize;
 use transport::Identity;
@@ -49,21 +49,37 @@ pub(super) async fn run(args: &ResolveArgs) -> ExitCode {
 }
 
 async fn resolve(args: &ResolveArgs) -> Result<Resolution, EngineError> {
-    let client = Client::connect(&args.qmp).await.ok();
-    let mut unfinished = recover::unfinished(args.journal.as_deref(), &args.qmp);
+    let mut unfinished = recover::unfinished(args.journal.as_deref(), &args.qmp)?;
     match unfinished.pop() {
-        Some(journal) => resolve_source(args, client.as_ref(), journal).await,
-        None => resolve_destination(args, client.as_ref()).await,
+        Some(journal) => resolve_source(args, journal).await,
+        None => resolve_destination(args).await,
+    }
+}
+
+/// QEMU's monitor; nothing if the QEMU that the migration was about is gone. One that lives but
+/// does not answer is an error: its guest would be left as it is without a word.
+async fn monitor(args: &ResolveArgs, lives: bool) -> Result<Option<Client>, EngineError> {
+    match Client::connect(&args.qmp).await {
+        Ok(client) => Ok(Some(client)),
+        Err(_) if !lives => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 
 async fn resolve_source(
     args: &ResolveArgs,
-    client: Option<&Client>,
     mut journal: Journal,
 ) -> Result<Resolution, EngineError> {
     let entry = journal.entry().clone();
-    let client = client.filter(|_| recover::is_same_qemu(&entry));
+    let lives = recover::is_same_qemu(&entry);
+    let client = monitor(args, lives).await?;
+    let client = client.as_ref().filter(|_| lives);
+    if args.runs_there && place(client).await == GuestPlace::Running {
+        return Err(EngineError::Misuse {
+            what: "The guest runs here, so it does not run there".into(),
+            remedy: "Leave --runs-there out".into(),
+        });
+    }
     let addr = args.to.as_deref().unwrap_or(&entry.peer);
     let identity = args.identity.as_ref().unwrap_or(&entry.identity);
     let identity = Identity::load(identity)
@@ -74,12 +90,13 @@ async fn resolve_source(
         (_, true, Record::Source(SourceRecord::HandedOver)) => Some(Input::OperatorRunThere),
         _ => None,
     };
-    let outcome =
-        recover::finish(client, &mut journal, &mut contact, operator, ASK_FOR).await;
+    let outcome = recover::finish(client, &mut journal, &mut contact, operator, ASK_FOR).await?;
     contact.close("resolved").await;
     let vm = place(client).await;
     let (outcome, message) = match outcome {
-        Outcome::Completed => (ReportOutcome::Completed, "the guest runs at the destination".into()),
+        Outcome::Completed => {
+            (ReportOutcome::Completed, "the guest runs at the destination".into())
+        }
         Outcome::RolledBack => (ReportOutcome::Failed, "the guest belongs to this host".into()),
         Outcome::InDoubt => {
             let text = format!(
@@ -96,12 +113,11 @@ async fn resolve_source(
     Ok(Resolution { v: 1, outcome, migration, role: "source", vm, message })
 }
 
-async fn resolve_destination(
-    args: &ResolveArgs,
-    client: Option<&Client>,
-) -> Result<Resolution, EngineError> {
+async fn resolve_destination(args: &ResolveArgs) -> Result<Resolution, EngineError> {
     let dir = args.journal.clone().unwrap_or_else(default_dir);
-    let mut archive = Archive::open(&dir, &args.qmp);
+    let mut archive = Archive::open(&dir, &args.qmp)?;
+    let client = monitor(args, archive.has_living_qemu()).await?;
+    let client = client.as_ref();
     if args.run_here {
         archive.operator_run_here(client).await?;
     }
@@ -110,9 +126,7 @@ async fn resolve_destination(
     let (outcome, message) = match archive.latest() {
         None => (ReportOutcome::Completed, "nothing is unfinished here".to_owned()),
         Some((_, true)) => (ReportOutcome::Completed, "the guest belongs to this host".to_owned()),
-        Some((_, false)) => {
-            (ReportOutcome::Failed, "the guest belongs to its source".to_owned())
-        }
+        Some((_, false)) => (ReportOutcome::Failed, "the guest belongs to its source".to_owned()),
     };
     let migration = archive.latest().map(|(id, _)| id);
     Ok(Resolution { v: 1, outcome, migration, role: "destination", vm, message })

@@ -7,12 +7,12 @@ use migrate_core::handover::destination::{Input, Output};
 use migrate_core::handover::{Destination, DestinationRecord, DestinationState};
 use qemu_glue::qmp::{Client, RunState};
 use transport::messages::{Message, Verdict};
-use transport::{DestinationSession, close_code};
+use transport::{DestinationSession, TransportError, close_code};
 
 use super::owner::{discard, resume_guest};
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, Record};
-use crate::source::recover::is_same_qemu;
+use crate::source::recover::{free_journals, is_same_qemu};
 
 /// Longest wait for the question, and for the answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -29,19 +29,55 @@ pub struct Archive {
 
 impl Archive {
     /// Reads the journals in `dir` that are about the VM at `qmp`.
-    pub fn open(dir: &Path, qmp: &Path) -> Self {
-        let qmp = std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned());
-        let mut journals = vec![];
-        for journal in Journal::list(dir) {
-            let mine = journal.entry().qmp == qmp
-                && matches!(journal.entry().record, Record::Destination(_));
-            match mine {
-                true if journal.age() > KEEP => journal.remove(),
-                true => journals.push(journal),
-                false => {}
-            }
+    ///
+    /// # Errors
+    /// [`EngineError::Misuse`] if another process is at work on one of them.
+    pub fn open(dir: &Path, qmp: &Path) -> Result<Self, EngineError> {
+        let is_ours = |record| matches!(record, Record::Destination(_));
+        let (old, mut journals): (Vec<_>, Vec<_>) =
+            free_journals(dir, qmp, is_ours)?.into_iter().partition(|journal| journal.age() > KEEP);
+        for journal in old {
+            journal.remove();
         }
-        Self { journals, qmp }
+        journals.sort_by_key(|journal| std::cmp::Reverse(journal.age()));
+        let qmp = std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned());
+        Ok(Self { journals, qmp })
+    }
+
+    /// Whether a QEMU that took a guest in still is the one at the socket.
+    pub fn has_living_qemu(&self) -> bool {
+        self.journals.iter().any(|journal| is_same_qemu(journal.entry()))
+    }
+
+    /// A guest that is sent on has arrived for good: what its journal says of its arrival must never
+    /// resume it again.
+    ///
+    /// # Errors
+    /// [`EngineError::Misuse`] if its arrival is not over, or a journal that cannot be written.
+    pub async fn settle_before_sending(&mut self, qmp: &Path) -> Result<(), EngineError> {
+        for journal in &mut self.journals {
+            let over = match journal.entry().record {
+                Record::Destination(DestinationRecord::Running) => true,
+                Record::Destination(_) => !is_same_qemu(journal.entry()),
+                Record::Source(_) => true,
+            };
+            if over {
+                continue;
+            }
+            let owned = Record::Destination(DestinationRecord::Owned);
+            let status = Client::connect(qmp).await?.query_status().await?;
+            if journal.entry().record != owned || !status.running {
+                return Err(EngineError::Misuse {
+                    what: format!(
+                        "The arrival of this guest ({}) was interrupted",
+                        journal.entry().migration
+                    ),
+                    remedy: format!("End it with `migrate resolve --qmp {}` first", qmp.display()),
+                });
+            }
+            journal.record(Record::Destination(DestinationRecord::Running))?;
+        }
+        Ok(())
     }
 
     /// Ends what a killed engine left unfinished: an arrival is refused for ever, an owned guest is
@@ -67,7 +103,10 @@ impl Archive {
     /// Id of the latest arrival, and whether the guest belongs here.
     pub fn latest(&self) -> Option<(String, bool)> {
         let entry = self.journals.last()?.entry();
-        let owned = entry.record == Record::Destination(DestinationRecord::Owned);
+        let owned = matches!(
+            entry.record,
+            Record::Destination(DestinationRecord::Owned | DestinationRecord::Running)
+        );
         Some((entry.migration.clone(), owned))
     }
 
@@ -114,11 +153,12 @@ impl Archive {
             return;
         };
         let id = ask.migration.to_string();
-        let known = self.journals.iter_mut().find(|journal| journal.entry().migration == id);
+        let mut known_at = None;
+        let known = self.journals.iter().enumerate().find(|(_, one)| one.entry().migration == id);
         let (state, text) = match known {
-            Some(journal) => {
+            Some((at, journal)) => {
                 let verdict = state_of(journal, client).await;
-                journal.mark_heard();
+                known_at = Some(at);
                 verdict
             }
             None => {
@@ -131,8 +171,16 @@ impl Archive {
         if let Err(error) = session.control_sender.send(&verdict).await {
             tracing::info!(%error, "not answered");
         }
-        // The asker closes when it has heard.
-        let _closed = tokio::time::timeout(PATIENCE, session.control_receiver.recv()).await;
+        // The asker closes when it has heard; what is not final it will ask again.
+        let closed = tokio::time::timeout(PATIENCE, session.closer.closed()).await;
+        let heard = matches!(closed, Ok(TransportError::Closed { .. }));
+        let last_word = matches!(state, DestinationState::Running | DestinationState::Refused);
+        if heard
+            && last_word
+            && let Some(journal) = known_at.and_then(|at| self.journals.get_mut(at))
+        {
+            journal.mark_heard();
+        }
         session.close(close_code::DONE, "answered").await;
     }
 }
@@ -142,15 +190,13 @@ async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: O
     let mut todo = std::collections::VecDeque::from(outputs);
     while let Some(output) = todo.pop_front() {
         let input = match (output, client) {
-            (Output::Record(record), _) => {
-                match journal.record(Record::Destination(record)) {
-                    Ok(()) => Input::Recorded,
-                    Err(error) => {
-                        tracing::error!(%error, "refusal not recorded");
-                        Input::RecordFailed
-                    }
+            (Output::Record(record), _) => match journal.record(Record::Destination(record)) {
+                Ok(()) => Input::Recorded,
+                Err(error) => {
+                    tracing::error!(%error, "refusal not recorded");
+                    Input::RecordFailed
                 }
-            }
+            },
             (Output::ResumeGuest, Some(client)) => {
                 eprintln!("the guest of migration {} belongs here", journal.entry().migration);
                 match resume_guest(client, journal.entry().was_running).await {
@@ -178,6 +224,9 @@ async fn state_of(journal: &Journal, client: Option<&Client>) -> (DestinationSta
         Record::Destination(DestinationRecord::Refused) => {
             (DestinationState::Refused, "it never ran here and never will".into())
         }
+        Record::Destination(DestinationRecord::Running) => {
+            (DestinationState::Running, "it ran here".into())
+        }
         Record::Destination(DestinationRecord::Owned) => owned_state(journal.entry(), client).await,
         _ => (DestinationState::Unknown, "its arrival is not over".into()),
     }
@@ -189,7 +238,9 @@ async fn owned_state(entry: &Entry, client: Option<&Client>) -> (DestinationStat
         return (DestinationState::Owned, "it belongs here, but its QEMU is gone".into());
     };
     match client.query_status().await {
-        Ok(status) if status.running || !entry.was_running => (DestinationState::Running, "it runs here".into()),
+        Ok(status) if status.running || !entry.was_running => {
+            (DestinationState::Running, "it runs here".into())
+        }
         Ok(status) => (DestinationState::Owned, format!("it belongs here and is {}", status.state)),
         Err(error) => (DestinationState::Owned, format!("it belongs here; {error}")),
     }

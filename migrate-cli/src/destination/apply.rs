@@ -189,8 +189,7 @@ fn apply(shared: &Shared, batch: &Batch) -> Result<(), ApplyError> {
                 RunKind::Zero => shared.ram.discard(first, pages)?,
                 RunKind::Raw => {
                     let bytes = pages as usize * migrate_core::layout::PAGE_BYTES;
-                    let (part, rest) =
-                        content.split_at_checked(bytes).ok_or(ApplyError::Short)?;
+                    let (part, rest) = content.split_at_checked(bytes).ok_or(ApplyError::Short)?;
                     shared.ram.write(first, part)?;
                     content = rest;
                 }

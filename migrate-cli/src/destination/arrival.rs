@@ -19,7 +19,9 @@ use transport::messages::{
     self, Abort, Accept, DIGESTS_MAX, Describe, Load, Message, Progress, Ready, Refuse, RefuseCode,
     Sync, Synced, VerifyChunk, VerifyEnd, VerifyRequest,
 };
-use transport::{Closer, ControlReceiver, ControlSender, DestinationSession, LaneReceiver, close_code};
+use transport::{
+    Closer, ControlReceiver, ControlSender, DestinationSession, LaneReceiver, close_code,
+};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::Place;
@@ -34,6 +36,9 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(5);
 
 /// Longest silence of a source that is connected but does nothing.
 const IDLE_MAX: Duration = Duration::from_secs(120);
+
+/// Longest wait for the description of the guest: it is ready when the source connects.
+const DESCRIBE_WITHIN: Duration = Duration::from_secs(10);
 
 /// Takes one guest in. Returns its journal if one was begun, and how it ended.
 pub async fn take_guest(
@@ -74,10 +79,10 @@ async fn begin(
     place: &Place,
     session: &mut DestinationSession,
 ) -> Result<(Arc<GuestRam>, Journal), EngineError> {
-    let described = tokio::time::timeout(IDLE_MAX, session.control_receiver.recv()).await;
+    let described = tokio::time::timeout(DESCRIBE_WITHIN, session.control_receiver.recv()).await;
     let described = described.map_err(|_| EngineError::TooSlow {
         wanted: "a description of the guest",
-        seconds: IDLE_MAX.as_secs(),
+        seconds: DESCRIBE_WITHIN.as_secs(),
     })??;
     let Message::Describe(guest) = described else {
         return Err(EngineError::OutOfPlace { got: described.name(), wanted: "Describe" });
@@ -99,12 +104,30 @@ async fn begin(
             qemu_start_ticks: procfs::start_time_ticks(place.vm.pid)?,
             peer: session.peer.addr.to_string(),
             identity: place.identity_dir.clone(),
+            peer_name: Some(session.peer.name.clone()),
             was_running: true,
+            keep_source: false,
             heard: false,
         },
     )?;
+    match accept(place, session, &ram).await {
+        Ok(()) => Ok((ram, journal)),
+        Err(error) => {
+            // The source never heard that it was accepted, or has gone: nobody will ask.
+            journal.remove();
+            Err(error)
+        }
+    }
+}
+
+/// Empties the place and tells the source that it may begin.
+async fn accept(
+    place: &Place,
+    session: &DestinationSession,
+    ram: &Arc<GuestRam>,
+) -> Result<(), EngineError> {
     // What an earlier attempt left must not shine through pages that are zero at the source.
-    let clean = Arc::clone(&ram);
+    let clean = Arc::clone(ram);
     let cleaned = tokio::task::spawn_blocking(move || empty(&clean)).await;
     cleaned.map_err(|error| EngineError::Internal(error.to_string()))??;
     let version = &place.vm.qemu;
@@ -112,8 +135,7 @@ async fn begin(
         qemu_version: (version.major, version.minor, version.micro),
         resident_bytes: ram.resident_bytes()?,
     };
-    session.control_sender.send(&Message::Accept(accept)).await?;
-    Ok((ram, journal))
+    Ok(session.control_sender.send(&Message::Accept(accept)).await?)
 }
 
 fn check_machine(place: &Place, guest: &Describe) -> Result<(), EngineError> {
@@ -234,6 +256,8 @@ impl Arrival {
             ready,
             ram: &self.ram,
             commit: None,
+            is_lost: false,
+            source_knows: true,
         };
         let outcome = owner.drive(Destination::Receiving, input).await;
         error.map_or(Ok(outcome), Err)
@@ -302,7 +326,8 @@ impl Arrival {
             let digests = tokio::task::spawn_blocking(move || {
                 verify::digests(&ram, seed, PageIndex(first), count)
             });
-            let digests = digests.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+            let digests =
+                digests.await.map_err(|error| EngineError::Internal(error.to_string()))??;
             let chunk = VerifyChunk { first_page: first, digests };
             self.control.send(&Message::VerifyChunk(chunk)).await?;
         }

@@ -31,8 +31,9 @@ use crate::args::ReceiveArgs;
 use crate::error::EngineError;
 use crate::{cancel, journal};
 
-/// How long `--once` stays after the guest has arrived, to answer a source that lost contact.
-const LINGER: Duration = Duration::from_secs(5);
+/// How long this stays after the guest has arrived, in times of the lease, to answer a source that
+/// lost contact: it asks for 30 s unless told otherwise, and the lease is 20 s.
+const LINGER_LEASES: u32 = 2;
 
 /// Questions about an arriving guest that may wait for it to answer.
 const ASKS_WAITING: usize = 4;
@@ -67,27 +68,32 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         expected_peer: args.common.peer.clone(),
         ..Options::default()
     };
-    let mut archive = Archive::open(&journal_dir, &args.common.qmp);
+    let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
     let client = Client::connect(&args.common.qmp).await;
     archive.recover(client.as_ref().ok()).await;
-    let vm = match client {
-        Ok(client) => waiting_vm(&client).await.map(|vm| (client, vm)),
-        Err(error) => Err(error.into()),
+    let (client, vm) = match client {
+        Ok(client) => {
+            let vm = waiting_vm(&client).await;
+            (Some(client), vm)
+        }
+        Err(error) => (None, Err(EngineError::from(error))),
     };
-    let (client, vm) = match vm {
-        Ok(found) => found,
-        // A source may still ask about a guest that never came to run here.
-        Err(error) if archive.is_asked_for() => {
+    let vm = match vm {
+        Ok(vm) => vm,
+        // A source may still ask about a guest that came here, or never came to run here.
+        Err(why) if archive.is_asked_for() => {
             let mut listener = Listener::bind(args.listen, &identity, &options)?;
             eprintln!(
-                "{}; answering questions about earlier migrations only, on {}",
-                error.tell(),
+                "{}; answering questions about earlier migrations only, listening on {}",
+                why.tell(),
                 listener.local_addr()
             );
-            return answer_only(&mut listener, &mut archive, args.once, error).await;
+            let client = client.as_ref();
+            return answer_only(&mut listener, &mut archive, client, args.once, why).await;
         }
-        Err(error) => return Err(error),
+        Err(why) => return Err(why),
     };
+    let client = client.ok_or_else(|| EngineError::Internal("QEMU's monitor is gone".into()))?;
     let mut listener = Listener::bind(args.listen, &identity, &options)?;
     // Scripts wait for this line.
     eprintln!("listening on {}", listener.local_addr());
@@ -116,6 +122,7 @@ async fn waiting_vm(client: &Client) -> Result<VmInventory, EngineError> {
 async fn answer_only(
     listener: &mut Listener,
     archive: &mut Archive,
+    client: Option<&Client>,
     once: bool,
     why: EngineError,
 ) -> Result<Outcome, EngineError> {
@@ -128,9 +135,12 @@ async fn answer_only(
             session.close(close_code::REJECTED, &why.tell()).await;
             continue;
         }
-        archive.answer(None, session).await;
-        if once {
-            return Ok(Outcome::RolledBack);
+        archive.answer(client, session).await;
+        if once && !archive.is_asked_for() {
+            return Ok(match archive.latest() {
+                Some((_, true)) => Outcome::Completed,
+                _ => Outcome::RolledBack,
+            });
         }
     }
 }
@@ -153,17 +163,17 @@ async fn serve(
             }
             Ok(session) => session,
         };
-        match take(listener, place, archive, session).await {
-            Ok(outcome) => eprintln!("{}", describe(outcome)),
+        let taken = take(listener, place, archive, session).await;
+        match &taken {
+            Ok(outcome) => eprintln!("{}", describe(*outcome)),
             Err(error) => eprintln!("refused: {}", error.tell()),
         }
         // QEMU takes one guest; after that, or after a failure half-way, it is of no more use.
         let Err(over) = check_waiting(&place.client).await else { continue };
-        let arrived = place.client.query_status().await.is_ok_and(|status| status.running);
         if !archive.source_knows() {
             linger(listener, place, archive).await;
         }
-        return if arrived { Ok(Outcome::Completed) } else { Err(over) };
+        return taken.map_err(|_told| over);
     }
 }
 
@@ -187,9 +197,12 @@ async fn take(
     let (journal, outcome) = {
         let mut arrival = pin!(arrival::take_guest(Arc::clone(place), session, &mut asks));
         loop {
-            tokio::select! {
+            let other = tokio::select! {
                 done = &mut arrival => break done,
-                other = listener.accept() => match other {
+                other = listener.accept() => other,
+            };
+            let answered = async {
+                match other {
                     Ok(other) if other.intent == Intent::Migrate => {
                         other.close(close_code::REJECTED, "another guest is arriving here").await;
                     }
@@ -200,7 +213,12 @@ async fn take(
                     }
                     Ok(other) => archive.answer(Some(&place.client), other).await,
                     Err(error) => tracing::info!(%error, "session refused"),
-                },
+                }
+            };
+            // A slow asker must not hold up the guest that is arriving.
+            tokio::select! {
+                done = &mut arrival => break done,
+                () = answered => {}
             }
         }
     };
@@ -217,14 +235,16 @@ async fn linger(listener: &mut Listener, place: &Arc<Place>, archive: &mut Archi
             match listener.accept().await {
                 Ok(session) if session.intent == Intent::Ask => {
                     archive.answer(Some(&place.client), session).await;
-                    return;
+                    if archive.source_knows() {
+                        return;
+                    }
                 }
                 Ok(session) => session.close(close_code::SHUTDOWN, "the guest has arrived").await,
                 Err(_) => return,
             }
         }
     };
-    let _nobody_asked = tokio::time::timeout(LINGER, asked).await;
+    let _nobody_asked = tokio::time::timeout(place.lease * LINGER_LEASES, asked).await;
 }
 
 /// A guest can come in only while QEMU waits for one.

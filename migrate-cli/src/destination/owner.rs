@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use migrate_core::handover::destination::{Input, Output};
 use migrate_core::handover::{Destination, DestinationState, Outcome};
-use qemu_glue::qmp::{Client, RunState};
+use qemu_glue::qmp::{Client, MigrationStatus, RunState};
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
 use transport::messages::{self, Message, Ready, Running, Verdict};
@@ -24,6 +24,15 @@ use crate::journal::{Journal, Record};
 
 /// How long the source has to close the session after it was told that the guest runs.
 const GOODBYE: Duration = Duration::from_secs(5);
+
+/// Longest wait until a word is on its way.
+const TELL_WITHIN: Duration = Duration::from_secs(5);
+
+/// Pause before something that failed is tried again.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How often QEMU is looked after while the commit is due.
+const QEMU_WATCH_EVERY: Duration = Duration::from_millis(100);
 
 /// A session to talk to the source over.
 #[derive(Debug)]
@@ -65,6 +74,10 @@ pub struct Owner<'a> {
     pub ram: &'a Arc<GuestRam>,
     /// The source's commit, once it came.
     pub commit: Option<Committed>,
+    /// Whether `voice` has ended.
+    pub is_lost: bool,
+    /// Whether the source knows how it ended, or will never ask: it asks only about what was ready.
+    pub source_knows: bool,
 }
 
 impl Owner<'_> {
@@ -81,7 +94,12 @@ impl Owner<'_> {
                         self.say_goodbye(outcome).await;
                         return outcome;
                     }
-                    None => Some(self.hear(lease_ends).await),
+                    // Nobody can resume it any more, and it may have run: the source stays stopped.
+                    None if state == Destination::Owned && self.client.is_closed() => {
+                        eprintln!("the guest belongs here, but its QEMU is gone");
+                        return Outcome::InDoubt;
+                    }
+                    None => Some(self.hear(state, lease_ends).await),
                 },
             };
             if let Some(input) = input {
@@ -113,6 +131,7 @@ impl Owner<'_> {
                 })
             }
             Output::SayReady => {
+                self.source_knows = false;
                 if let Some(ready) = self.ready.clone() {
                     self.tell(Message::Ready(ready)).await;
                 }
@@ -156,63 +175,70 @@ impl Owner<'_> {
         }
     }
 
-    /// The next thing that the source, or time, says.
-    async fn hear(&mut self, lease_ends: Instant) -> Input {
-        loop {
+    /// The next thing that the source, QEMU or time says.
+    async fn hear(&mut self, state: Destination, lease_ends: Instant) -> Input {
+        let is_ready = state == Destination::Ready;
+        let over = if is_ready { lease_ends } else { Instant::now() + RETRY_AFTER };
+        // Once the session is lost there is only a new one to wait for.
+        let mut is_lost = self.is_lost;
+        let heard = loop {
             tokio::select! {
-                message = self.voice.receiver.recv() => match message {
+                message = self.voice.receiver.recv(), if !is_lost => match message {
                     Ok(Message::Commit(commit)) if commit.migration == self.migration => {
                         failpoint::hit("destination-committed").await;
                         self.commit = Some(Committed { resume: commit.resume, at: Instant::now() });
-                        return Input::Commit;
+                        break if self.client.is_closed() { Input::ResumeFailed } else { Input::Commit };
                     }
-                    Ok(Message::Ask(ask)) if ask.migration == self.migration => return Input::Asked,
+                    Ok(Message::Ask(ask)) if ask.migration == self.migration => break Input::Asked,
                     Ok(Message::Abort(abort)) => {
                         eprintln!("the source gave up: {}", abort.text);
-                        return Input::PeerAborted;
+                        self.source_knows = true;
+                        break Input::PeerAborted;
                     }
                     Ok(other) => tracing::warn!(message = other.name(), "out of place"),
                     Err(error) => {
                         eprintln!("{error}; waiting for the source to come back");
-                        match self.wait_for_ask(lease_ends).await {
-                            Some(voice) => self.voice = voice,
-                            None => return Input::LeaseEnded,
-                        }
+                        is_lost = true;
                     }
                 },
-                Some(session) = self.asks.recv() => self.voice = Voice::of(session),
-                () = tokio::time::sleep_until(lease_ends.into()) => return Input::LeaseEnded,
+                Some(session) = self.asks.recv() => {
+                    self.voice = Voice::of(session);
+                    is_lost = false;
+                }
+                () = tokio::time::sleep_until(over.into()) => {
+                    break if is_ready { Input::LeaseEnded } else { Input::Retry };
+                }
+                () = tokio::time::sleep(QEMU_WATCH_EVERY), if is_ready => {
+                    if self.client.is_closed() {
+                        eprintln!("QEMU is gone");
+                        break Input::ResumeFailed;
+                    }
+                }
             }
-        }
-    }
-
-    async fn wait_for_ask(&mut self, lease_ends: Instant) -> Option<Voice> {
-        let asked = tokio::time::timeout_at(lease_ends.into(), self.asks.recv()).await;
-        asked.ok().flatten().map(Voice::of)
+        };
+        self.is_lost = is_lost;
+        heard
     }
 
     async fn tell(&self, message: Message) {
-        if let Err(error) = self.voice.control.send(&message).await {
-            tracing::info!(%error, message = message.name(), "not told");
+        let told = tokio::time::timeout(TELL_WITHIN, self.voice.control.send(&message)).await;
+        match told {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::info!(%error, message = message.name(), "not told"),
+            Err(_elapsed) => tracing::info!(message = message.name(), "not told in time"),
         }
     }
 
     /// Waits for the source to end the session, so that it has heard the last word.
     async fn say_goodbye(&mut self, outcome: Outcome) {
         if outcome == Outcome::Completed {
-            let closed = async {
-                loop {
-                    match self.voice.receiver.recv().await {
-                        Err(TransportError::Closed { code, .. }) => return code == close_code::DONE,
-                        Err(_) => return false,
-                        Ok(_) => {}
-                    }
-                }
-            };
-            let heard = tokio::time::timeout(GOODBYE, closed).await.unwrap_or(false);
-            if heard {
-                self.journal.mark_heard();
-            }
+            // The stream ends a little before the session: only the session's code says that all is well.
+            let closed = tokio::time::timeout(GOODBYE, self.voice.closer.closed()).await;
+            self.source_knows =
+                matches!(closed, Ok(TransportError::Closed { code: close_code::DONE, .. }));
+        }
+        if self.source_knows {
+            self.journal.mark_heard();
         }
         self.voice.closer.close_now(close_code::DONE, &messages::text("done"));
     }
@@ -250,10 +276,15 @@ pub async fn resume_guest(client: &Client, wanted: bool) -> Result<(), EngineErr
 /// Makes sure that a guest that belongs to its source does not stay here: memory of a QEMU that still
 /// waits is given back; a QEMU that holds a loaded guest is quit, so that nobody resumes it.
 pub async fn discard(client: &Client, ram: Option<&Arc<GuestRam>>) {
+    let failed = client.query_migrate().await.is_ok_and(|info| {
+        matches!(info.status, Some(MigrationStatus::Failed | MigrationStatus::Cancelled))
+    });
     let waiting =
-        client.query_status().await.is_ok_and(|status| status.state == RunState::InMigrate);
+        client.query_status().await.is_ok_and(|status| status.state == RunState::InMigrate)
+            && !failed;
     if !waiting {
-        eprintln!("the guest stays at its source; this QEMU, which holds a copy, is quit");
+        let why = if failed { "can take no other" } else { "holds a copy" };
+        eprintln!("the guest stays at its source; this QEMU, which {why}, is quit");
         if let Err(error) = client.quit().await {
             tracing::info!(%error, "QEMU not quit");
         }

@@ -18,6 +18,9 @@ use crate::error::EngineError;
 /// and syncs its journal in this time.
 const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 
+/// Longest wait until a last word is on its way.
+const ABORT_WITHIN: Duration = Duration::from_secs(2);
+
 /// Pause between two attempts to ask.
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(500);
 
@@ -53,7 +56,7 @@ impl Contact {
         let code = error.abort_code();
         if let Some((link, closer)) = self.session.take() {
             let told = link.send(Message::Abort(Abort { code, text: text.clone() }));
-            let _lost_contact_is_noticed_there = tokio::time::timeout(ANSWER_WITHIN, told).await;
+            let _lost_contact_is_noticed_there = tokio::time::timeout(ABORT_WITHIN, told).await;
             closer.close(close_code::ABORTED, &text).await;
         }
     }
@@ -72,7 +75,9 @@ impl Contact {
                     tracing::info!(?state, "the destination is not done");
                 }
                 Ok(state) => return Input::Verdict(state),
-                Err(error) => tracing::info!(error = %error.tell(), "the destination was not asked"),
+                Err(error) => {
+                    tracing::info!(error = %error.tell(), "the destination was not asked")
+                }
             }
             if Instant::now() >= deadline {
                 return Input::GiveUpAsking;
@@ -86,7 +91,8 @@ impl Contact {
         let session = transport::connect(self.addr, &self.identity, &self.options, offer).await?;
         let closer = session.closer.clone();
         let gate = Arc::new(Gate::new(None));
-        let mut link = Link::start(session.control_sender, session.control_receiver, gate, Instant::now());
+        let mut link =
+            Link::start(session.control_sender, session.control_receiver, gate, Instant::now());
         link.send(Message::Ask(Ask { migration: self.migration })).await?;
         match link.recv_within("a verdict", ANSWER_WITHIN).await? {
             Message::Verdict(verdict) => {

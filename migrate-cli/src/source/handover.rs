@@ -35,6 +35,8 @@ pub struct Owner<'a> {
     pub keep_source: bool,
     /// Why the migration is undone, to tell the destination.
     pub why: Option<&'a EngineError>,
+    /// Why the guest, which belongs here, could not be resumed.
+    pub stuck: Option<EngineError>,
 }
 
 impl Owner<'_> {
@@ -91,22 +93,40 @@ impl Owner<'_> {
                 Some(self.contact.ask(since + self.ask_for).await)
             }
             Output::ResumeGuest => {
-                if let Some(client) = self.client
-                    && let Err(error) = take_back(client, self.journal.entry().was_running).await
-                {
-                    tracing::error!(error = %error.tell(), "the guest could not be resumed here");
-                }
+                self.resume().await;
                 None
             }
             Output::ReleaseGuest => {
-                if let Some(client) = self.client
-                    && !self.keep_source
-                    && let Err(error) = client.quit().await
-                {
-                    tracing::warn!(%error, "the source's QEMU was not quit");
-                }
+                self.release().await;
                 None
             }
+        }
+    }
+
+    /// Lets the guest run here again; a failure is kept in `stuck`.
+    pub async fn resume(&mut self) {
+        if let Some(client) = self.client
+            && let Err(error) = take_back(client, self.journal.entry().was_running).await
+        {
+            tracing::error!(error = %error.tell(), "the guest could not be resumed here");
+            self.stuck = Some(error);
+        }
+    }
+
+    /// Quits the QEMU that the guest has left, unless it is to stay. One whose guest runs is never
+    /// quit: then somebody said what is not so.
+    pub async fn release(&self) {
+        let Some(client) = self.client.filter(|_| !self.keep_source) else { return };
+        match client.query_status().await {
+            Ok(status) if status.running => {
+                tracing::error!("the guest runs here; its QEMU is not quit");
+            }
+            Ok(_) => {
+                if let Err(error) = client.quit().await {
+                    tracing::warn!(%error, "the source's QEMU was not quit");
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the source's QEMU was not quit"),
         }
     }
 }

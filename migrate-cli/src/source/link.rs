@@ -52,10 +52,9 @@ impl Link {
                                 Err(error) => Err(error),
                             }
                         }
-                        Ok(Message::Abort(abort)) => Err(EngineError::PeerAborted {
-                            code: abort.code,
-                            text: abort.text,
-                        }),
+                        Ok(Message::Abort(abort)) => {
+                            Err(EngineError::PeerAborted { code: abort.code, text: abort.text })
+                        }
                         Ok(message) => Ok(message),
                         Err(error) => Err(error.into()),
                     };
@@ -135,6 +134,12 @@ fn note(
         EngineError::Contradiction(format!("that it applied {bytes} bytes, more than were sent"))
     })?;
     let mut applied = applied.lock().unwrap_or_else(PoisonError::into_inner);
+    if bytes < applied.bytes {
+        return Err(EngineError::Contradiction(format!(
+            "that it applied {bytes} bytes, after {} before",
+            applied.bytes
+        )));
+    }
     applied.bytes = bytes;
     applied.goodput.note(now, bytes, under_way);
     if let Some(rate) = applied.goodput.bytes_per_s() {

@@ -77,9 +77,10 @@ fn fail(report: &mut Report, error: &EngineError, source: GuestPlace, destinatio
 /// Everything up to the journal; errors from here mean that nothing was touched.
 async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(), EngineError> {
     prepare::check_asked(args)?;
-    let identity = Arc::new(Identity::load(&args.common.identity).map_err(|error| {
-        EngineError::Transport(transport::TransportError::Identity(error))
-    })?);
+    let identity = Arc::new(
+        Identity::load(&args.common.identity)
+            .map_err(|error| EngineError::Transport(transport::TransportError::Identity(error)))?,
+    );
     let addr = prepare::resolve_address(&args.to).await?;
     recover::before_sending(args).await?;
     let guest = prepare::guest(args).await?;
@@ -90,7 +91,7 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
     let closer = session.closer.clone();
     let accepted = prepare::describe(&mut session, &guest, args.verify).await;
     let journal = match accepted {
-        Ok(_) => prepare::journal(args, &guest, migration),
+        Ok(_) => prepare::journal(args, &guest, migration, &session.peer.name),
         Err(error) => Err(error),
     };
     let journal = match journal {
@@ -100,13 +101,12 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
             return Err(error);
         }
     };
+    let peer_name = session.peer.name.clone();
     let gate = Arc::new(Gate::new(args.max_bandwidth));
-    let link = Link::start(
-        session.control_sender,
-        session.control_receiver,
-        Arc::clone(&gate),
-        clock,
-    );
+    let link =
+        Link::start(session.control_sender, session.control_receiver, Arc::clone(&gate), clock);
+    // Whoever else of the authority answers at this address later is not believed.
+    let options = transport::Options { expected_peer: Some(peer_name), ..options };
     let contact = Contact {
         addr,
         identity,
@@ -165,8 +165,10 @@ impl Migration<'_> {
             ask_for: Duration::from_secs(self.args.ask_s),
             keep_source: self.args.keep_source,
             why: moved.as_ref().err(),
+            stuck: None,
         };
         let outcome = owner.drive(Source::Moving, input).await;
+        let stuck = owner.stuck.take();
         if let Some(stopped_at) = stopped_at {
             let over = self.contact.running_at.unwrap_or_else(Instant::now);
             report.downtime_ms = (over - stopped_at).as_secs_f64() * 1e3;
@@ -179,10 +181,16 @@ impl Migration<'_> {
             Err(error) => (None, Some(error)),
         };
         let _dropped = on_thread(move || drop(mover)).await;
-        self.conclude(report, outcome, error).await;
+        self.conclude(report, outcome, error, stuck).await;
     }
 
-    async fn conclude(mut self, report: &mut Report, outcome: Outcome, why: Option<EngineError>) {
+    async fn conclude(
+        mut self,
+        report: &mut Report,
+        outcome: Outcome,
+        why: Option<EngineError>,
+        stuck: Option<EngineError>,
+    ) {
         let wire = self.closer.stats().wire;
         report.bytes.wire = wire.sent + wire.received;
         let client = Some(&self.guest.client);
@@ -199,7 +207,18 @@ impl Migration<'_> {
                 });
                 fail(report, &error, place(client).await, GuestPlace::Incoming);
                 self.contact.abort(&error).await;
-                self.journal.remove();
+                match stuck {
+                    None => self.journal.remove(),
+                    // `migrate resolve` can try again with it.
+                    Some(stuck) => {
+                        let error = EngineError::Stuck {
+                            qmp: self.args.common.qmp.clone(),
+                            why: error.tell(),
+                            source: Box::new(stuck),
+                        };
+                        fail(report, &error, place(client).await, GuestPlace::Incoming);
+                    }
+                }
             }
             Outcome::InDoubt => {
                 let qmp = self.args.common.qmp.clone();
@@ -229,7 +248,8 @@ impl Migration<'_> {
             ));
         }
         failpoint::hit("source-attaching").await;
-        let attached = attaching::attach(self.guest.vm.pid, self.args.preload_socket.as_deref()).await?;
+        let attached =
+            attaching::attach(self.guest.vm.pid, self.args.preload_socket.as_deref()).await?;
         report.attach_stopped_us = attached.stopped_us;
         let pid = self.guest.vm.pid;
         let (tracker, data) = on_thread({
@@ -240,11 +260,8 @@ impl Migration<'_> {
             }
         })
         .await??;
-        let pages = Arc::new(SourcePages::new(
-            ram.layout().pages(),
-            window.is_some(),
-            random::number()?,
-        ));
+        let pages =
+            Arc::new(SourcePages::new(ram.layout().pages(), window.is_some(), random::number()?));
         describe_memory(report, &pages, &data);
         let queues = self.lanes.queues();
         let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);

@@ -26,6 +26,9 @@ const RAM_BLOCKS: &str = "info ramblock";
 const BUSY_RETRIES: u32 = 3;
 const BUSY_WAIT: Duration = Duration::from_secs(1);
 
+/// Longest wait for the destination to look at its place and empty it.
+const ACCEPT_WITHIN: Duration = Duration::from_secs(60);
+
 /// The guest and everything known of it.
 #[derive(Debug)]
 pub struct Guest {
@@ -89,7 +92,8 @@ pub async fn resolve_address(text: &str) -> Result<SocketAddr, EngineError> {
         what: format!("{text:?} is no address of a destination: {why}"),
         remedy: "Give HOST:PORT, as in 192.0.2.7:7700".into(),
     };
-    let mut found = tokio::net::lookup_host(text).await.map_err(|error| misuse(error.to_string()))?;
+    let mut found =
+        tokio::net::lookup_host(text).await.map_err(|error| misuse(error.to_string()))?;
     found.next().ok_or_else(|| misuse("the name has no address".into()))
 }
 
@@ -146,7 +150,10 @@ pub async fn describe(
         verify,
     };
     session.control_sender.send(&Message::Describe(description)).await?;
-    match session.control_receiver.recv().await? {
+    let wanted = "whether it takes the guest";
+    let late = |_| EngineError::TooSlow { wanted, seconds: ACCEPT_WITHIN.as_secs() };
+    let answer = tokio::time::timeout(ACCEPT_WITHIN, session.control_receiver.recv()).await;
+    match answer.map_err(late)?? {
         Message::Accept(accept) => Ok(accept),
         Message::Refuse(refuse) => {
             Err(EngineError::Refused { code: refuse.code, text: refuse.text })
@@ -163,6 +170,7 @@ pub fn journal(
     args: &SendArgs,
     guest: &Guest,
     migration: MigrationId,
+    peer_name: &str,
 ) -> Result<Journal, EngineError> {
     let dir = args.common.journal.clone().unwrap_or_else(crate::journal::default_dir);
     let entry = Entry {
@@ -174,7 +182,9 @@ pub fn journal(
         qemu_start_ticks: procfs::start_time_ticks(guest.vm.pid)?,
         peer: args.to.clone(),
         identity: args.common.identity.clone(),
+        peer_name: Some(peer_name.to_owned()),
         was_running: guest.vm.status.running,
+        keep_source: args.keep_source,
         heard: false,
     };
     Ok(Journal::create(&dir, entry)?)

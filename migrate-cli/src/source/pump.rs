@@ -9,9 +9,9 @@
 //! of a page leave in order (correctness rule 3). What is under way to the destination is bounded by
 //! the [`Gate`]; memory in use is bounded by the queues' lengths and one batch a lane.
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use migrate_core::batch::{CHUNK_PAGES, lane_of, wire_bytes};

@@ -14,20 +14,55 @@ use super::contact::Contact;
 use super::handover::Owner;
 use super::{parse_migration, prepare};
 use crate::args::SendArgs;
+use crate::destination::answer::Archive;
 use crate::error::EngineError;
-use crate::journal::{self, Entry, Journal, Record};
+use crate::journal::{self, Entry, Found, Journal, Record};
 
-/// Unfinished migrations whose source is the VM at `qmp`.
-pub fn unfinished(dir: Option<&Path>, qmp: &Path) -> Vec<Journal> {
+/// Unfinished migrations whose source is the VM at `qmp`; one that may be at its destination comes
+/// last.
+///
+/// # Errors
+/// [`EngineError::Misuse`] if another process is at work on one of them.
+pub fn unfinished(dir: Option<&Path>, qmp: &Path) -> Result<Vec<Journal>, EngineError> {
     let dir = dir.map_or_else(journal::default_dir, PathBuf::from);
+    let is_ours = |record| matches!(record, Record::Source(_));
+    let mut found = free_journals(&dir, qmp, is_ours)?;
+    found.sort_by_key(|journal| {
+        let entry = journal.entry();
+        (is_same_qemu(entry), entry.record == Record::Source(SourceRecord::HandedOver))
+    });
+    Ok(found)
+}
+
+/// The journals in `dir` about the VM at `qmp` whose record `is_ours`.
+///
+/// # Errors
+/// [`EngineError::Misuse`] if another process is at work on one of them.
+pub fn free_journals(
+    dir: &Path,
+    qmp: &Path,
+    is_ours: impl Fn(Record) -> bool,
+) -> Result<Vec<Journal>, EngineError> {
     let qmp = std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned());
-    Journal::list(&dir)
-        .into_iter()
-        .filter(|journal| {
-            let entry = journal.entry();
-            entry.qmp == qmp && matches!(entry.record, Record::Source(_))
-        })
-        .collect()
+    let mut free = vec![];
+    for found in Journal::list(dir) {
+        if found.entry().qmp != qmp || !is_ours(found.entry().record) {
+            continue;
+        }
+        match found {
+            Found::Free(journal) => free.push(journal),
+            Found::Held(entry) => {
+                return Err(EngineError::Misuse {
+                    what: format!(
+                        "Another `migrate` is at work on migration {} of this VM",
+                        entry.migration
+                    ),
+                    remedy: "Wait for its end, or end it with Ctrl-C".into(),
+                });
+            }
+        }
+    }
+    Ok(free)
 }
 
 /// Whether the QEMU that a journal speaks of is still the one it was.
@@ -36,12 +71,15 @@ pub fn is_same_qemu(entry: &Entry) -> bool {
 }
 
 /// Cleans up after an engine that died: a guest that was never handed over is taken back; one that
-/// may have been is not touched.
+/// may have been is not touched, one that was is released. A guest whose arrival here is not over
+/// is not sent on.
 ///
 /// # Errors
-/// [`EngineError::Unresolved`] if the guest may be at the destination.
+/// [`EngineError::Unresolved`] if the guest may be at the destination, [`EngineError::Misuse`] if it
+/// is there for certain, or what kept it from being taken back.
 pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
-    for mut journal in unfinished(args.common.journal.as_deref(), &args.common.qmp) {
+    let qmp = &args.common.qmp;
+    for mut journal in unfinished(args.common.journal.as_deref(), qmp)? {
         let entry = journal.entry().clone();
         if !is_same_qemu(&entry) {
             tracing::warn!(migration = entry.migration, "journal of a QEMU that is gone");
@@ -54,15 +92,22 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
             let (migration, qmp) = (entry.migration, entry.qmp);
             return Err(EngineError::Unresolved { migration, qmp });
         }
-        eprintln!("an earlier migration of this VM was interrupted; its guest is taken back first");
-        let client = Client::connect(&args.common.qmp).await?;
+        eprintln!("an earlier migration of this VM was interrupted; it is ended first");
+        let client = Client::connect(qmp).await?;
         let identity = Identity::load(&args.common.identity)
             .map_err(|error| EngineError::Transport(transport::TransportError::Identity(error)))?;
         let mut contact = contact(&entry, Arc::new(identity), &args.to).await?;
-        finish(Some(&client), &mut journal, &mut contact, None, Duration::ZERO).await;
+        let done = finish(Some(&client), &mut journal, &mut contact, None, Duration::ZERO).await?;
         journal.remove();
+        if done == Outcome::Completed {
+            return Err(EngineError::Misuse {
+                what: format!("This guest was handed over to {} and runs there", entry.peer),
+                remedy: "Migrate it from that host".into(),
+            });
+        }
     }
-    Ok(())
+    let dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
+    Archive::open(&dir, qmp)?.settle_before_sending(qmp).await
 }
 
 /// The destination of an interrupted migration.
@@ -80,7 +125,7 @@ pub async fn contact(
     Ok(Contact {
         addr: prepare::resolve_address(addr).await?,
         identity,
-        options: Options::default(),
+        options: Options { expected_peer: entry.peer_name.clone(), ..Options::default() },
         migration,
         session: None,
         resume: entry.was_running,
@@ -89,25 +134,28 @@ pub async fn contact(
 }
 
 /// Brings an interrupted hand-over to its end; `operator` is what an operator says of it.
+///
+/// # Errors
+/// The guest belongs here and could not be resumed; the journal is to be kept.
 pub async fn finish(
     client: Option<&Client>,
     journal: &mut Journal,
     contact: &mut Contact,
     operator: Option<Input>,
     ask_for: Duration,
-) -> Outcome {
-    let Record::Source(record) = journal.entry().record else { return Outcome::InDoubt };
+) -> Result<Outcome, EngineError> {
+    let Record::Source(record) = journal.entry().record else { return Ok(Outcome::InDoubt) };
     let state = Source::recovered(record);
     let input = operator.unwrap_or(Input::Lost);
-    let was_running = journal.entry().was_running;
+    let keep_source = journal.entry().keep_source;
     let mut owner =
-        Owner { client, journal, contact, ask_for, keep_source: false, why: None };
-    let outcome = owner.drive(state, input).await;
+        Owner { client, journal, contact, ask_for, keep_source, why: None, stuck: None };
     // A crash between the record and the act: do what the record says once more.
-    if let (Source::Ended(Outcome::RolledBack), Some(client)) = (state, client)
-        && let Err(error) = super::handover::take_back(client, was_running).await
-    {
-        tracing::error!(error = %error.tell(), "the guest could not be resumed here");
+    match state {
+        Source::Ended(Outcome::RolledBack) => owner.resume().await,
+        Source::Ended(Outcome::Completed) => owner.release().await,
+        _ => {}
     }
-    outcome
+    let outcome = owner.drive(state, input).await;
+    owner.stuck.map_or(Ok(outcome), Err)
 }

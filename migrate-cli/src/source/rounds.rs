@@ -128,7 +128,7 @@ impl Mover {
             };
             show(progress);
             let counts = self.send(round, link, || show(progress)).await?;
-            precopy.round_sent()?;
+            precopy.round_sent(&counts)?;
             report.pages.add(&counts);
             let dirty = self.scan()?;
             let state = LinkState {

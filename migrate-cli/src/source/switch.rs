@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use migrate_core::precopy::Precopy;
 use qemu_glue::device_state;
 use transport::messages::{
-    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, Ready, Sync, Synced,
-    VerifyRequest,
+    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, Ready, Sync,
+    Synced, VerifyRequest,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -97,7 +97,9 @@ pub async fn switch(
     part(report, "transfer_and_load", began);
     report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
     if ready.version_digest != mover.pages.digest() {
-        return Err(EngineError::Contradiction("that other pages are in place than were sent".into()));
+        return Err(EngineError::Contradiction(
+            "that other pages are in place than were sent".into(),
+        ));
     }
     Ok(())
 }
@@ -152,7 +154,8 @@ async fn compare(mover: &Mover, link: &mut Link) -> Result<VerifyReport, EngineE
                 let count = chunk.digests.len() as u64;
                 let ours =
                     tokio::task::spawn_blocking(move || verify::digests(&ram, seed, first, count));
-                let ours = ours.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+                let ours =
+                    ours.await.map_err(|error| EngineError::Internal(error.to_string()))??;
                 if ours.len() != chunk.digests.len() {
                     let text = format!("that there are more than {total} pages");
                     return Err(EngineError::Contradiction(text));
