@@ -194,10 +194,12 @@ pub struct SendArgs {
 
 /// `migrate resolve`.
 #[derive(Debug, Clone, Args)]
-#[command(after_help = "Run it where an engine died or a `send` ended in doubt (exit code 3). It reads the \
+#[command(
+    after_help = "Run it where an engine died or a `send` ended in doubt (exit code 3). It reads the \
     journal, asks the other end where that is possible, and resumes, releases or discards the guest \
     accordingly. Only with --run-here or --runs-there does it act on your word: use them after you made \
-    sure (fencing, a look at the other host) that they are true.")]
+    sure (fencing, a look at the other host) that they are true."
+)]
 pub struct ResolveArgs {
     /// QMP socket of the VM, as it was given to the command that was interrupted.
     #[arg(long, value_name = "SOCK")]

@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use migrate_core::convergence::Stall;
@@ -49,6 +50,17 @@ pub enum EngineError {
     /// The session failed.
     #[error("The session failed")]
     Transport(#[from] TransportError),
+    /// Nobody answers where the destination should be.
+    #[error(
+        "Nobody answers at {addr}: is `migrate receive` running there, and does UDP get through?"
+    )]
+    Unreachable {
+        /// Where.
+        addr: SocketAddr,
+        /// What was noticed.
+        #[source]
+        source: TransportError,
+    },
     /// Pages could not be sent.
     #[error("Pages cannot be sent")]
     Pump(#[from] PumpError),
@@ -211,6 +223,7 @@ impl Classify for EngineError {
             | Self::RamChanged
             | Self::Mismatch { .. }
             | Self::InDoubt { .. }
+            | Self::Unreachable { .. }
             | Self::Stuck { .. }
             | Self::Internal(_) => ErrorBin::System,
         }

@@ -31,6 +31,8 @@ pub struct PageCounts {
     pub raw: u64,
     /// Of those sent, how many had been sent before.
     pub resent: u64,
+    /// Of those sent, how many were looked at without being known as written.
+    pub looked_sent: u64,
 }
 
 impl PageCounts {
@@ -40,6 +42,7 @@ impl PageCounts {
         self.zero += other.zero;
         self.raw += other.raw;
         self.resent += other.resent;
+        self.looked_sent += other.looked_sent;
     }
 
     /// Pages that travelled in some form.
@@ -84,6 +87,7 @@ impl BatchBuilder {
             return Err(error);
         }
         let mut keep_end = start;
+        let sent_before = self.counts.sent();
         for (page, at) in (first.0..).zip((start..).step_by(PAGE_BYTES)).take(pages) {
             let content = self.batch.payload.get(at..at + PAGE_BYTES).unwrap_or_default();
             match table.judge(PageIndex(page), content, reason) {
@@ -105,6 +109,9 @@ impl BatchBuilder {
             }
         }
         self.batch.payload.truncate(keep_end);
+        if reason == Reason::Look {
+            self.counts.looked_sent += self.counts.sent() - sent_before;
+        }
         Ok(())
     }
 

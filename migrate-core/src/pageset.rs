@@ -72,6 +72,13 @@ impl PageSet {
         }
     }
 
+    /// Keeps only the pages that `other` holds too.
+    pub fn intersect(&mut self, other: &Self) {
+        for (word, keep) in self.words.iter_mut().zip(&other.words) {
+            *word &= keep;
+        }
+    }
+
     /// Empties the set.
     pub fn clear(&mut self) {
         self.words.fill(0);

@@ -17,14 +17,18 @@
 //! The caller carries out each [`Step`] and reports with the matching method; a call that does not
 //! fit the state is an error, not a guess. Correctness rules kept here: a page is scanned (armed)
 //! before it is read (1); everything reported is looked at again where direct I/O is possible (6);
-//! the last scans come after the guest stopped and after its device state was written (13).
+//! the last scans come after the guest stopped and after its device state was written (13); where
+//! larger pages back a block, a report means all of such a page, so its parts are looked at and sent
+//! only if their content differs (15).
 
 use std::time::Duration;
 
 use thiserror::Error;
 
 use crate::convergence::{Config, Convergence, Decision, Observation, Prediction, Stall};
+use crate::encode::PageCounts;
 use crate::error::{Classify, ErrorBin};
+use crate::layout::{PAGE_BYTES, RamLayout};
 use crate::pageset::PageSet;
 use crate::second_look::SecondLook;
 
@@ -119,6 +123,12 @@ pub struct LinkState {
 pub struct Precopy {
     state: State,
     pages: u64,
+    /// Pages of blocks whose reports cover more than one page.
+    coarse: Option<PageSet>,
+    /// Share of the pages looked at that had changed, as last seen.
+    changed_share: f64,
+    /// Pages that the round being sent looks at.
+    looked_pages: u64,
     convergence: Convergence,
     second_look: Option<SecondLook>,
     /// Before this time the guest is not stopped: reads that were in flight when tracking was armed
@@ -128,11 +138,15 @@ pub struct Precopy {
 }
 
 impl Precopy {
-    /// A machine for a guest of `pages` pages.
-    pub fn new(pages: u64, config: PrecopyConfig) -> Self {
+    /// A machine for a guest with this RAM.
+    pub fn new(layout: &RamLayout, config: PrecopyConfig) -> Self {
+        let pages = layout.pages();
         Self {
             state: State::Idle,
             pages,
+            coarse: coarse_pages(layout),
+            changed_share: 1.0,
+            looked_pages: 0,
             convergence: Convergence::new(config.convergence),
             second_look: config.direct_io_window.map(|window| SecondLook::new(pages, window)),
             earliest_stop: Duration::ZERO,
@@ -164,14 +178,22 @@ impl Precopy {
         }))
     }
 
+    /// Whether pages are looked at, which needs their hashes.
+    pub fn needs_hashes(&self) -> bool {
+        self.coarse.is_some() || self.second_look.is_some()
+    }
+
     /// All pages of the round are on the lanes: scan next and call [`Self::scanned`].
     ///
     /// # Errors
     /// [`OutOfTurn`] if no round is being sent.
-    pub fn round_sent(&mut self) -> Result<(), OutOfTurn> {
+    pub fn round_sent(&mut self, counts: &PageCounts) -> Result<(), OutOfTurn> {
         let State::Sending { number } = self.state else {
             return Err(self.out_of_turn("round_sent"));
         };
+        if self.looked_pages > 0 {
+            self.changed_share = counts.looked_sent as f64 / self.looked_pages as f64;
+        }
         self.state = State::Scanning { number };
         Ok(())
     }
@@ -182,15 +204,18 @@ impl Precopy {
     /// [`OutOfTurn`] if no scan was due.
     pub fn scanned(
         &mut self,
-        dirty: PageSet,
+        mut dirty: PageSet,
         link: LinkState,
         now: Duration,
     ) -> Result<Step, OutOfTurn> {
         let State::Scanning { number } = self.state else {
             return Err(self.out_of_turn("scanned"));
         };
-        let dirtied_pages = dirty.len();
-        let look = self.look_after_scan(&dirty, now);
+        let second_look = self.look_after_scan(&dirty, now);
+        let mut look = self.split_coarse(&mut dirty);
+        let dirtied_pages = dirty.len() + (look.len() as f64 * self.changed_share) as u64;
+        let again = second_look.len();
+        look.union_with(&second_look);
         let seen = Observation {
             dirty_pages: dirtied_pages,
             outstanding_bytes: link.outstanding_bytes,
@@ -202,7 +227,8 @@ impl Precopy {
         self.last_scan = now;
         let mut next = Round { number: number + 1, dirty, look, not_before: now };
         Ok(match self.convergence.decide(&seen, now) {
-            Decision::Stop if now >= self.earliest_stop && next.look.is_empty() => {
+            Decision::Stop if now >= self.earliest_stop && again == 0 => {
+                next.dirty.union_with(&next.look);
                 self.state = State::Stopping { number: next.number, dirty: next.dirty };
                 Step::StopGuest
             }
@@ -211,6 +237,7 @@ impl Precopy {
                     next.not_before = self.earliest_stop.min(now + IDLE_ROUND);
                 }
                 self.state = State::Sending { number: next.number };
+                self.looked_pages = next.look.len();
                 Step::Send(next)
             }
             Decision::GiveUp(stall) => {
@@ -228,6 +255,17 @@ impl Precopy {
         look
     }
 
+    /// Takes the pages out of `dirty` whose reports may mean their neighbours.
+    fn split_coarse(&self, dirty: &mut PageSet) -> PageSet {
+        let mut look = PageSet::new(self.pages);
+        if let Some(coarse) = &self.coarse {
+            look.union_with(dirty);
+            look.intersect(coarse);
+            dirty.subtract(coarse);
+        }
+        look
+    }
+
     /// The guest is stopped and was scanned afterwards: these are the last pages but for those that
     /// writing the device state touches.
     ///
@@ -239,10 +277,10 @@ impl Precopy {
         };
         let number = *number;
         dirty.union_with(waiting);
-        let mut look = self
-            .second_look
-            .as_mut()
-            .map_or_else(|| PageSet::new(self.pages), SecondLook::take_all);
+        let mut look = self.split_coarse(&mut dirty);
+        if let Some(second_look) = &mut self.second_look {
+            look.union_with(&second_look.take_all());
+        }
         look.subtract(&dirty);
         self.state = State::Final { number };
         Ok(Round { number, dirty, look, not_before: Duration::ZERO })
@@ -252,15 +290,11 @@ impl Precopy {
     ///
     /// # Errors
     /// [`OutOfTurn`] if the final round was not sent yet.
-    pub fn tail(&mut self, dirty: PageSet) -> Result<Round, OutOfTurn> {
+    pub fn tail(&mut self, mut dirty: PageSet) -> Result<Round, OutOfTurn> {
         let State::Final { number } = self.state else { return Err(self.out_of_turn("tail")) };
         self.state = State::Tail;
-        Ok(Round {
-            number: number + 1,
-            dirty,
-            look: PageSet::new(self.pages),
-            not_before: Duration::ZERO,
-        })
+        let look = self.split_coarse(&mut dirty);
+        Ok(Round { number: number + 1, dirty, look, not_before: Duration::ZERO })
     }
 
     /// The latest prediction of downtime.
@@ -273,9 +307,30 @@ impl Precopy {
     }
 }
 
+/// Pages of blocks that are backed by larger pages, if there are any.
+fn coarse_pages(layout: &RamLayout) -> Option<PageSet> {
+    let mut coarse = PageSet::new(layout.pages());
+    for (index, block) in layout.blocks().iter().enumerate() {
+        if block.page_bytes > PAGE_BYTES as u64 {
+            coarse.insert_range(layout.block_pages(index));
+        }
+    }
+    (!coarse.is_empty()).then_some(coarse)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::BlockSpec;
+
+    fn layout(page_bytes: u64) -> RamLayout {
+        let block = |name: &str, pages, page_bytes| BlockSpec {
+            name: name.into(),
+            length_bytes: pages * PAGE_BYTES as u64,
+            page_bytes,
+        };
+        RamLayout::new(vec![block("small", 32, 4096), block("other", 32, page_bytes)]).unwrap()
+    }
 
     fn set(pages: &[u64]) -> PageSet {
         let mut set = PageSet::new(64);
@@ -305,10 +360,10 @@ mod tests {
 
     #[test]
     fn pages_of_the_deciding_scan_travel_in_the_final_round() {
-        let mut precopy = Precopy::new(64, config(None));
+        let mut precopy = Precopy::new(&layout(4096), config(None));
         let Step::Send(first) = precopy.armed(set(&[1, 2]), at(0)).unwrap() else { panic!() };
         assert_eq!(first.dirty, set(&[1, 2]));
-        precopy.round_sent().unwrap();
+        precopy.round_sent(&PageCounts::default()).unwrap();
         assert!(matches!(precopy.scanned(set(&[3]), LINK, at(10)).unwrap(), Step::StopGuest));
         let last = precopy.stopped(set(&[4])).unwrap();
         assert_eq!(last.dirty, set(&[3, 4]));
@@ -317,25 +372,44 @@ mod tests {
 
     #[test]
     fn with_direct_io_everything_is_looked_at_before_the_stop() {
-        let mut precopy = Precopy::new(64, config(Some(at(1000))));
+        let mut precopy = Precopy::new(&layout(4096), config(Some(at(1000))));
         precopy.armed(set(&[1]), at(0)).unwrap();
-        precopy.round_sent().unwrap();
+        precopy.round_sent(&PageCounts::default()).unwrap();
         let Step::Send(round) = precopy.scanned(set(&[3]), LINK, at(10)).unwrap() else { panic!() };
         assert!(round.look.is_empty());
-        precopy.round_sent().unwrap();
+        precopy.round_sent(&PageCounts::default()).unwrap();
         let step = precopy.scanned(set(&[]), LINK, at(1001)).unwrap();
         let Step::Send(round) = step else { panic!("{step:?}") };
         assert!(round.look.contains(1) && round.look.contains(63) && !round.look.contains(3));
-        precopy.round_sent().unwrap();
+        precopy.round_sent(&PageCounts::default()).unwrap();
         assert!(matches!(precopy.scanned(set(&[]), LINK, at(1005)).unwrap(), Step::StopGuest));
         let last = precopy.stopped(set(&[])).unwrap();
         assert_eq!(last.look, set(&[3]), "reported at 10 ms: due at the stop");
     }
 
     #[test]
+    fn parts_of_larger_pages_are_looked_at() {
+        let mut precopy = Precopy::new(&layout(8 * 4096), config(None));
+        assert!(precopy.needs_hashes());
+        precopy.armed(set(&[1, 40]), at(0)).unwrap();
+        precopy.round_sent(&PageCounts::default()).unwrap();
+        let far = LinkState { goodput_bytes_per_s: Some(1e3), ..LINK };
+        let step = precopy.scanned(set(&[1, 40, 41]), far, at(10)).unwrap();
+        let Step::Send(round) = step else { panic!("{step:?}") };
+        assert_eq!((round.dirty, round.look), (set(&[1]), set(&[40, 41])));
+        // Half of what was looked at had changed: half of the next report counts.
+        precopy.round_sent(&PageCounts { looked_sent: 1, ..PageCounts::default() }).unwrap();
+        assert!(matches!(precopy.scanned(set(&[40]), LINK, at(20)).unwrap(), Step::StopGuest));
+        let last = precopy.stopped(set(&[2, 48])).unwrap();
+        assert_eq!((last.dirty, last.look), (set(&[2]), set(&[40, 48])));
+        let tail = precopy.tail(set(&[3, 63])).unwrap();
+        assert_eq!((tail.dirty, tail.look), (set(&[3]), set(&[63])));
+    }
+
+    #[test]
     fn calls_out_of_turn_are_refused() {
-        let mut precopy = Precopy::new(64, config(None));
-        assert!(precopy.round_sent().is_err());
+        let mut precopy = Precopy::new(&layout(4096), config(None));
+        assert!(precopy.round_sent(&PageCounts::default()).is_err());
         assert!(precopy.stopped(set(&[])).is_err());
         precopy.armed(set(&[]), at(0)).unwrap();
         assert!(precopy.armed(set(&[]), at(0)).is_err());

@@ -45,7 +45,10 @@ fn print_json(report: &impl serde::Serialize) {
 fn tell(report: &Report) {
     if let Some(error) = &report.error {
         eprintln!("error: {}", error.message);
-        eprintln!("guest: {} at the source, {} at the destination", error.source_vm, error.destination_vm);
+        eprintln!(
+            "guest: {} at the source, {} at the destination",
+            error.source_vm, error.destination_vm
+        );
     }
     if let Some(verify) = report.verify {
         eprintln!("verify: {} pages compared, {} differ", verify.pages, verify.mismatches);

@@ -20,9 +20,8 @@ pub(super) fn run(command: &PkiCommand) -> ExitCode {
         }
         PkiCommand::Issue { dir, name, days } => {
             let options = IssueOptions { days: *days, ..IssueOptions::default() };
-            pki::issue(dir, name, &options).map(|out| {
-                format!("identity of {name} in {}; copy it to that host", out.display())
-            })
+            pki::issue(dir, name, &options)
+                .map(|out| format!("identity of {name} in {}; copy it to that host", out.display()))
         }
     };
     match done {

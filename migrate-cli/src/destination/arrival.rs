@@ -4,7 +4,7 @@ use std::future::pending;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migrate_core::error::Classify;
+use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::handover::destination::Input;
 use migrate_core::handover::{Destination, DestinationRecord, Outcome};
 use migrate_core::layout::{PageIndex, RamLayout};
@@ -385,12 +385,12 @@ async fn drain(mut lane: LaneReceiver, inlet: LaneInlet, closer: Closer) {
                 }
             }
             Ok(None) => break,
+            Err(error) if error.bin() == ErrorBin::PeerMisbehaved => {
+                closer.close(close_code::PROTOCOL, &EngineError::from(error).tell()).await;
+                break;
+            }
             Err(error) => {
-                tracing::warn!(lane = lane.index(), %error, "lane ended");
-                if closer.close_reason().is_none() {
-                    let text = EngineError::from(error).tell();
-                    closer.close(close_code::PROTOCOL, &text).await;
-                }
+                tracing::info!(lane = lane.index(), %error, "lane ended");
                 break;
             }
         }

@@ -260,8 +260,21 @@ impl Migration<'_> {
             }
         })
         .await??;
-        let pages =
-            Arc::new(SourcePages::new(ram.layout().pages(), window.is_some(), random::number()?));
+        let mut precopy = Precopy::new(
+            ram.layout(),
+            PrecopyConfig {
+                convergence: Config {
+                    max_downtime: Duration::from_millis(self.args.max_downtime_ms),
+                    patience: Duration::from_secs(self.args.patience_s),
+                },
+                direct_io_window: window,
+            },
+        );
+        let pages = Arc::new(SourcePages::new(
+            ram.layout().pages(),
+            precopy.needs_hashes(),
+            random::number()?,
+        ));
         describe_memory(report, &pages, &data);
         let queues = self.lanes.queues();
         let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
@@ -279,16 +292,6 @@ impl Migration<'_> {
             gate: Arc::clone(&self.gate),
             clock: self.clock,
         };
-        let mut precopy = Precopy::new(
-            mover.ram.layout().pages(),
-            PrecopyConfig {
-                convergence: Config {
-                    max_downtime: Duration::from_millis(self.args.max_downtime_ms),
-                    patience: Duration::from_secs(self.args.patience_s),
-                },
-                direct_io_window: window,
-            },
-        );
         failpoint::hit("source-precopy").await;
         mover.precopy(&mut precopy, data, link, progress, report).await?;
         *stopped_at = Some(Instant::now());

@@ -12,7 +12,7 @@ use qemu_glue::qmp::Client;
 use qemu_glue::ram::GuestRam;
 use qemu_glue::vm::{self, VmInventory};
 use transport::messages::{Accept, Describe, Intent, Message, MigrationId};
-use transport::{Identity, Offer, Options, SourceSession};
+use transport::{Identity, Offer, Options, SourceSession, TransportError};
 
 use crate::args::{CommonArgs, Mode, PathChoice, SendArgs};
 use crate::error::EngineError;
@@ -125,6 +125,9 @@ pub async fn connect(
                 tries += 1;
                 tokio::time::sleep(BUSY_WAIT).await;
             }
+            Err(EngineError::Transport(
+                source @ (TransportError::Lost { .. } | TransportError::HandshakeTimeout { .. }),
+            )) => return Err(EngineError::Unreachable { addr, source }),
             other => return other,
         }
     }
