@@ -92,7 +92,7 @@ impl Pagemap {
     /// The range must be registered with a userfaultfd that has WP_ASYNC.
     ///
     /// # Errors
-    /// `EPERM` if part of the range is mapped but not registered so; `ESRCH` if the process is gone.
+    /// `EPERM` if part of the range is mapped but not registered so; `ESRCH` if the process ended.
     pub fn scan(
         &mut self,
         range: &Range<u64>,

@@ -188,6 +188,12 @@ pub fn thread_state(pid: i32, tid: i32) -> Result<char, ProcError> {
     state.ok_or_else(|| malformed(&path, ""))
 }
 
+/// The processor on which a thread ran last; nothing if that cannot be told.
+pub fn processor(pid: i32, tid: i32) -> Option<usize> {
+    let path = PathBuf::from(format!("/proc/{pid}/task/{tid}/stat"));
+    stat_fields(pid, &path).ok()?.get(36)?.parse().ok()
+}
+
 fn numbers_in(pid: i32, path: &Path, most: usize) -> Result<Vec<i32>, ProcError> {
     let failed = |source: io::Error| match source.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH) => ProcError::Gone { pid },

@@ -294,11 +294,12 @@ impl Block {
         if offset.checked_add(data.len()).is_none_or(|end| end > map.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
+        let source = data.as_ptr();
         // SAFETY: the target range lies within the mapping (checked above), which lives as long as
         // `self`; no Rust reference to it exists anywhere, the source is private to the caller, and
         // the pages exist (fallocate above), so the stores do not fault for want of memory.
         unsafe {
-            std::ptr::copy_nonoverlapping(data.as_ptr(), map.as_mut_ptr().add(offset), data.len())
+            std::ptr::copy_nonoverlapping(source, map.as_mut_ptr().add(offset), data.len());
         };
         Ok(())
     }

@@ -76,7 +76,7 @@ impl DirtyTracker {
     /// Registers all blocks with a fresh userfaultfd of the process and marks every page clean.
     ///
     /// # Errors
-    /// [`TrackError::Busy`] if another userfaultfd holds a block, [`TrackError::Changed`] if a block
+    /// [`TrackError::Busy`] if another userfaultfd holds a block, [`TrackError::Changed`] if one
     /// is no longer mapped as `ram` found it, [`TrackError::Unsupported`] on old kernels. What was
     /// registered by then is undone.
     pub fn arm(pid: i32, uffd: OwnedFd, ram: &GuestRam) -> Result<Self, TrackError> {
@@ -253,7 +253,7 @@ impl DirtyTracker {
     ///
     /// # Errors
     /// [`TrackError::Block`] for the first block whose registration could not be ended; closing the
-    /// descriptor ends it all the same unless QEMU holds a copy. A process that is gone is no error.
+    /// descriptor ends it all the same unless QEMU holds a copy. A process that ended is no error.
     pub fn disarm(mut self) -> Result<(), TrackError> {
         self.unregister_all()
     }

@@ -90,7 +90,7 @@ pub fn handshake(uffd: impl AsFd, wanted: Features) -> io::Result<Features> {
 fn create_local() -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
     // The kernel's features do not depend on the flag that needs no privilege, so fall back to it.
-    // SAFETY: an uninitialised userfaultfd has no influence on memory; this one never registers any.
+    // SAFETY: an uninitialised userfaultfd has no influence on memory; no range is registered.
     unsafe { rustix::mm::userfaultfd(flags) }
         .or_else(|_| {
             let user_only = UserfaultfdFlags::from_bits_retain(flags.bits() | 1);

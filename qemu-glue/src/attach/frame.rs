@@ -94,8 +94,8 @@ pub(super) fn resumed_registers(found: &user_regs_struct) -> user_regs_struct {
     let restart = in_call.then(|| (found.rax as i64).wrapping_neg());
     let again = match restart {
         Some(ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND) => true,
-        // With an absolute timeout, or none, the call can simply be made again. One with a relative timeout
-        // cannot: rt_sigreturn forgets how much was left, so it ends as if by a signal.
+        // With an absolute timeout, or none, the call can simply be made again. One with a
+        // relative timeout cannot: rt_sigreturn forgets how much was left, so it ends as if by a signal.
         Some(ERESTART_RESTARTBLOCK) => {
             let futex = found.orig_rax == libc::SYS_futex as u64
                 && found.rsi & FUTEX_CMD_MASK == FUTEX_WAIT_BITSET;

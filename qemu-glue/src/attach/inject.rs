@@ -93,6 +93,17 @@ pub(super) struct Session<'a> {
     /// What was on the stack where the frame is.
     below: Vec<u8>,
     began: Instant,
+    /// When it was seen to stand still.
+    stopped: Instant,
+}
+
+/// For how long a thread was held.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HeldFor {
+    /// From the request to stop it until it was let go of.
+    pub(super) from_request: Duration,
+    /// From when it was seen to stand still.
+    pub(super) from_stop: Duration,
 }
 
 /// Points at which tests let the engine die.
@@ -138,9 +149,11 @@ impl<'a> Session<'a> {
         held.interrupt().map_err(|source| ptrace_failed("interrupt", tid, source))?;
         // A thread that does not stop is let go of when this OS thread ends.
         wait_held(&held)?;
+        let stopped = Instant::now();
         match Self::prepare(target, &held, status.seccomp) {
             Ok((found, signal_mask, frame, below)) => {
-                let session = Self { target, held, found, signal_mask, frame, below, began };
+                let session =
+                    Self { target, held, found, signal_mask, frame, below, began, stopped };
                 match session.change() {
                     Ok(()) => Ok(session),
                     Err(error) => {
@@ -278,7 +291,7 @@ impl<'a> Session<'a> {
     }
 
     /// Puts everything back and lets go. Returns how long the thread was held.
-    pub(super) fn close(self) -> Result<Duration, AttachError> {
+    pub(super) fn close(self) -> Result<HeldFor, AttachError> {
         let tid = self.held.tid();
         let failed = |what| move |source| ptrace_failed(what, tid, source);
         let now = match self.held.registers() {
@@ -289,7 +302,7 @@ impl<'a> Session<'a> {
         if !self.target.gadgets.holds(now.rip) {
             // The frame brought it back before it could be stopped.
             self.held.detach(0).map_err(failed("let go of"))?;
-            return Ok(self.began.elapsed());
+            return Ok(self.held_for());
         }
         reach(Point::BetweenCalls);
         // In this order: the frame is valid until the registers are the thread's own again.
@@ -301,9 +314,13 @@ impl<'a> Session<'a> {
         let put_back = write_memory(tid, self.frame.address, &self.below);
         reach(Point::StackRestored);
         self.held.detach(0).map_err(failed("let go of"))?;
-        let took = self.began.elapsed();
+        let took = self.held_for();
         put_back.map_err(failed("restore the free part of the stack of"))?;
         Ok(took)
+    }
+
+    fn held_for(&self) -> HeldFor {
+        HeldFor { from_request: self.began.elapsed(), from_stop: self.stopped.elapsed() }
     }
 
     fn stop_again(&self) -> Result<user_regs_struct, AttachError> {

@@ -66,8 +66,11 @@ pub enum CloseRemote {
 /// What an injection did.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InjectionReport {
-    /// How long the thread was held, from the request to stop it on, in microseconds.
+    /// How long the thread stood still as far as was seen, in microseconds: on a busy host it may
+    /// have stood still for longer, but not for longer than `requested_us`.
     pub stopped_us: u64,
+    /// The same from the request to stop it on, including the time until it got a processor.
+    pub requested_us: u64,
     /// Which thread it was.
     pub thread: i32,
     /// Number of the copy that QEMU still has.
@@ -233,7 +236,7 @@ fn on_thread(
     std::thread::scope(|scope| {
         let tracer = std::thread::Builder::new().name("godwit-ptrace".to_owned());
         let tracer = tracer.spawn_scoped(scope, || {
-            ptrace::prepare_own_thread();
+            ptrace::prepare_own_thread(procfs::processor(pid, tid));
             hold_and_work(identity, target, tid, work)
         });
         match tracer {
@@ -263,9 +266,17 @@ fn hold_and_work(
     let closed = session.close();
     // What went wrong first says more; but a descriptor is worthless if QEMU was not left well.
     let made = result?;
-    let stopped_us = u64::try_from(closed?.as_micros()).unwrap_or(u64::MAX);
+    let held = closed?;
+    let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
     let Made { fd, remote_fd, left_over_closed } = made;
-    Ok((fd, InjectionReport { stopped_us, thread: tid, remote_fd, left_over_closed }))
+    let report = InjectionReport {
+        stopped_us: us(held.from_stop),
+        requested_us: us(held.from_request),
+        thread: tid,
+        remote_fd,
+        left_over_closed,
+    };
+    Ok((fd, report))
 }
 
 #[derive(Default)]

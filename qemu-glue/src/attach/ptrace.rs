@@ -12,6 +12,7 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use libc::{c_int, c_long, c_uint, user_regs_struct};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Longest extended state that is read: XCR0 with all features defined today needs about 11 KiB.
 pub(super) const XSTATE_BYTES_MAX: usize = 32 << 10;
@@ -26,10 +27,10 @@ const PTRACE_EVENT_STOP: c_int = 128;
 
 /// For how long a wait burns its processor before it lets others run: a stop takes 5-30 us, unless
 /// the thread that is waited for needs this very processor.
-const SPIN: Duration = Duration::from_micros(30);
+const SPIN: Duration = Duration::from_micros(20);
 
 /// How long a wait sleeps between two looks after that.
-const NAP: Duration = Duration::from_micros(10);
+const NAP: Duration = Duration::from_micros(20);
 
 /// Why a held thread stands still.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,9 +218,15 @@ fn decode(status: c_int) -> Stop {
     }
 }
 
-/// Makes the calling thread fit for holding another: no signals, exact naps, and before all others
-/// where that is allowed, so that the held thread does not wait for a busy host.
-pub(super) fn prepare_own_thread() {
+/// Makes the calling thread fit for holding another: no signals, exact naps, before all others
+/// where that is allowed, and not on the processor that the other one needs.
+pub(super) fn prepare_own_thread(processor_of_other: Option<usize>) {
+    let processor = processor_of_other.filter(|number| *number < CpuSet::MAX_CPU);
+    if let (Some(processor), Ok(mut set)) = (processor, sched_getaffinity(None)) {
+        set.unset(processor);
+        // With one processor only, or none allowed besides, this fails and changes nothing.
+        let _ = sched_setaffinity(None, &set);
+    }
     let set_slack = libc::PR_SET_TIMERSLACK;
     // SAFETY: plain numbers; naps get as short as asked for instead of 50 us longer.
     unsafe { libc::prctl(set_slack, 1, 0, 0, 0) };

@@ -107,7 +107,8 @@ pub(crate) mod writer {
         match kind.split(':').collect::<Vec<_>>()[..] {
             ["memfd"] => {
                 let name = "ram";
-                let memfd = rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+                let memfd =
+                    rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap();
                 file = File::from(memfd);
                 file.set_len(bytes as u64).unwrap();
                 fd = file.as_raw_fd();
@@ -139,15 +140,19 @@ pub(crate) mod writer {
         let advise = |advice| {
             let start = address + number(2);
             // SAFETY: a range of a block of this process.
-            let result =
-                unsafe { libc::madvise(start as *mut _, usize::try_from(number(3)).unwrap(), advice) };
+            let result = unsafe {
+                libc::madvise(start as *mut _, usize::try_from(number(3)).unwrap(), advice)
+            };
             assert_eq!(result, 0, "{}", io::Error::last_os_error());
         };
         match words[0] {
             "write" => {
                 assert!(number(2) < bytes as u64);
+                let value = words[3].parse().unwrap();
                 // SAFETY: within a block of this process.
-                unsafe { ((address + number(2)) as *mut u8).write_volatile(words[3].parse().unwrap()) };
+                unsafe {
+                    ((address + number(2)) as *mut u8).write_volatile(value);
+                };
             }
             "every" => {
                 let step = usize::try_from(number(2)).unwrap();
@@ -216,7 +221,7 @@ fn every_shared_backend_is_read_and_written() {
     child.write(1, 2 * MIB, 22);
     child.write(2, MIB - 1, 33);
     // Several mappings of one file, as mbind makes them.
-    child.order(&format!("split 1 {} {}", MIB, MIB));
+    child.order(&format!("split 1 {MIB} {MIB}"));
     // The name may be gone.
     std::fs::remove_file(&path).unwrap();
     let ram = GuestRam::open(child.pid(), &child.regions, true).unwrap();
@@ -275,7 +280,8 @@ fn what_is_not_shared_memory_is_refused() {
     // The test's own folder is on a disk.
     let disk = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     disk.set_len(MIB).unwrap();
-    let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&disk));
+    let path =
+        format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&disk));
     let child = Writer::start(&[(Kind::File { path, offset: 0 }, MIB)], 4096);
     let error = GuestRam::open(child.pid(), &child.regions, false).unwrap_err();
     assert!(matches!(error, RamError::WrongFileSystem { .. }), "{error:?}");
@@ -289,7 +295,13 @@ fn what_is_not_shared_memory_is_refused() {
     let mut beyond = child.regions.clone();
     beyond[0].length_bytes = 64 << 30;
     let error = GuestRam::open(child.pid(), &beyond, false).unwrap_err();
-    assert!(matches!(error, RamError::NotMapped { .. } | RamError::Private { .. } | RamError::Scattered { .. }), "{error:?}");
+    assert!(
+        matches!(
+            error,
+            RamError::NotMapped { .. } | RamError::Private { .. } | RamError::Scattered { .. }
+        ),
+        "{error:?}"
+    );
     child.order("unmap 0");
     let error = GuestRam::open(child.pid(), &child.regions, false).unwrap_err();
     assert!(matches!(error, RamError::NotMapped { .. }), "{error:?}");
@@ -302,7 +314,8 @@ fn reads_and_writes_stay_within_a_block() {
     let child = Writer::start(&[(Kind::Memfd, MIB), (Kind::Memfd, MIB)], 4096);
     let ram = GuestRam::open(child.pid(), &child.regions, false).unwrap();
     let mut buffer = vec![0; 2 * PAGE_BYTES];
-    let outside = |result| assert!(matches!(result, Err(RamError::OutOfRange { .. })), "{result:?}");
+    let outside =
+        |result| assert!(matches!(result, Err(RamError::OutOfRange { .. })), "{result:?}");
     outside(ram.read(PageIndex(255), &mut buffer));
     outside(ram.read(PageIndex(512), &mut buffer));
     outside(ram.read(PageIndex(u64::MAX), &mut buffer));
@@ -312,7 +325,8 @@ fn reads_and_writes_stay_within_a_block() {
     outside(ram.discard(PageIndex(0), 0));
     ram.read(PageIndex(254), &mut buffer).unwrap();
     ram.read(PageIndex(256), &mut buffer).unwrap();
-    let read_only = |result| assert!(matches!(result, Err(RamError::ReadOnly { .. })), "{result:?}");
+    let read_only =
+        |result| assert!(matches!(result, Err(RamError::ReadOnly { .. })), "{result:?}");
     read_only(ram.write(PageIndex(0), &buffer));
     read_only(ram.discard(PageIndex(0), 1));
 }

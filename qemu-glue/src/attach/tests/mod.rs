@@ -207,10 +207,10 @@ fn a_debugger_is_named() {
         &Work::Create { keep_remote: false, left_over: Vec::new() },
     );
     let tracer_pid = i32::try_from(tracer.id()).unwrap();
-    assert!(
-        matches!(result, Err(AttachError::AlreadyTraced { tracer_pid: found, .. }) if found == tracer_pid),
-        "{result:?}"
-    );
+    let Err(AttachError::AlreadyTraced { tracer_pid: found, .. }) = result else {
+        panic!("{result:?}")
+    };
+    assert_eq!(found, tracer_pid);
     tracer.kill().unwrap();
     tracer.wait().unwrap();
     wait_until(|| userfaultfd_by_injection(pid, false).is_ok());
@@ -229,6 +229,32 @@ fn role_tracer() {
     let held: Vec<_> = threads.filter_map(|tid| ptrace::Held::seize(tid).ok()).collect();
     assert!(!held.is_empty());
     std::thread::sleep(Duration::from_secs(60));
+}
+
+/// A filter that would kill the process is asked first; one that allows the call is no obstacle.
+#[test]
+fn seccomp_filters_are_asked_first() {
+    for (role, allowed) in [("filtered-kill", false), ("filtered-allow", true)] {
+        let mut command = target::role(role, "attach::tests::target::role_filtered");
+        let mut child = command.spawn().unwrap();
+        let mut lines = io::BufReader::new(child.stdout.take().unwrap());
+        let mut line = String::new();
+        while !line.starts_with("TARGET: ready") {
+            line.clear();
+            assert_ne!(io::BufRead::read_line(&mut lines, &mut line).unwrap(), 0);
+        }
+        let result = userfaultfd_by_injection(i32::try_from(child.id()).unwrap(), false);
+        match result {
+            Ok(_) => assert!(allowed),
+            Err(AttachError::Seccomp { call: "userfaultfd", action, .. }) => {
+                assert!(!allowed && action == "KillProcess");
+            }
+            Err(other) => panic!("{role}: {other:?}"),
+        }
+        // It lives, and ends in peace when its input does.
+        drop(child.stdin.take());
+        assert!(child.wait().unwrap().success(), "{role}");
+    }
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn spin_round(input: &[u64; WORDS], rounds: u64, wide: bool) -> [u64; WORDS] {
     let mut output = [0u64; WORDS];
     let (source, target) = (input.as_ptr(), output.as_mut_ptr());
     macro_rules! round {
-        ($load:literal, $store:literal) => {
+        ($load:expr, $store:expr) => {
             // SAFETY: reads WORDS words behind `source`, writes as many behind `target`; all
             // registers that are changed are named; the red zone is free, as the compiler must
             // expect pushes here.
@@ -113,8 +113,16 @@ fn spin_round(input: &[u64; WORDS], rounds: u64, wide: bool) -> [u64; WORDS] {
     }
     if wide {
         round!(
-            ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\nvmovdqu64 zmm\\r, [rsi + \\r*64]\n.endr",
-            ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\nvmovdqu64 [rdi + \\r*64], zmm\\r\n.endr\nvzeroupper"
+            concat!(
+                ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,",
+                "16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n",
+                "vmovdqu64 zmm\\r, [rsi + \\r*64]\n.endr"
+            ),
+            concat!(
+                ".irp r,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,",
+                "16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31\n",
+                "vmovdqu64 [rdi + \\r*64], zmm\\r\n.endr\nvzeroupper"
+            )
         );
     } else {
         round!(
@@ -413,6 +421,36 @@ fn role_target() {
     if std::env::var(ROLE).as_deref() == Ok("target") {
         serve();
     }
+}
+
+/// Not a test: forbids itself userfaultfd, or nothing, and waits.
+#[test]
+#[ignore = "the process with a seccomp filter of another test"]
+fn role_filtered() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let action = match role.as_str() {
+        "filtered-kill" => libc::SECCOMP_RET_KILL_PROCESS,
+        "filtered-allow" => libc::SECCOMP_RET_ALLOW,
+        _ => return,
+    };
+    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut filter = [
+        op(0x20, 0, 0, 0),
+        op(0x15, 0, 1, u32::try_from(libc::SYS_userfaultfd).unwrap()),
+        op(0x06, 0, 0, action),
+        op(0x06, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: plain numbers, and a program of this frame that the kernel copies.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let (call, mode) = (libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER);
+        let all_threads = libc::SECCOMP_FILTER_FLAG_TSYNC;
+        assert_eq!(libc::syscall(call, mode, all_threads, &raw const program), 0);
+    }
+    println!("\nTARGET: ready");
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
 }
 
 /// This test binary again, in a role.
