@@ -105,8 +105,7 @@ pub(crate) struct ThroughputArgs {
     /// Also migrates over an unshaped veth between two namespaces (without a plain transfer).
     #[arg(long)]
     pub(crate) veth: bool,
-    /// The plain transfer: built by `cargo build --release -p transport --example bulk`
-    /// [default: target/release/examples/bulk].
+    /// The plain transfer, transport's example `bulk` [default: built by cargo].
     #[arg(long, value_name = "BIN")]
     pub(crate) bulk: Option<PathBuf>,
 }

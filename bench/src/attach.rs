@@ -60,7 +60,7 @@ pub(crate) fn run(args: &AttachArgs) -> Result<()> {
 
 fn all(bed: &Bed, plan: &GuestPlan, args: &AttachArgs, log: &mut Log) -> Result<()> {
     let link = Link::loopback()?;
-    let mut guests = Guests::boot(bed, &link, plan)?;
+    let mut guests = Guests::boot(bed, &link, plan, Mode::Godwit.backend())?;
     let vm = describe(&guests.source)?;
     let ram = GuestRam::open(vm.pid, &vm.regions, false)?;
     for turn in 0..args.count {

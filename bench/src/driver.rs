@@ -70,7 +70,7 @@ pub(crate) fn measure(
 ) -> Result<Migration> {
     interrupt::check()?;
     let (link, link_bits) = link;
-    let mut guests = Guests::boot(bed, link, plan)?;
+    let mut guests = Guests::boot(bed, link, plan, mode.backend())?;
     std::thread::sleep(SETTLE);
     let writer_pages_per_s = plan.workload.pages_per_s(&mut guests.source)?;
     let cpu = || -> Result<(f64, f64)> {

@@ -1,6 +1,7 @@
 //! Ways to migrate: Godwit and QEMU's own.
 
 use clap::ValueEnum;
+use framework::Backend;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -17,6 +18,9 @@ pub(crate) enum Mode {
     PreCopy,
     /// QEMU's pre-copy with all its defaults (128 MiB/s at most, downtime 300 ms).
     PreCopyDefault,
+    /// QEMU's pre-copy of a guest with private memory, bandwidth unlimited: QEMU's ordinary setup.
+    /// On shared tmpfs its search for zero pages populates every hole, at both ends.
+    PreCopyPrivate,
     /// QEMU's pre-copy with XBZRLE, a cache of 512 MiB.
     Xbzrle,
     /// QEMU's multifd with zstd.
@@ -27,10 +31,11 @@ pub(crate) enum Mode {
 
 impl Mode {
     /// All, in the order of their turns.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Godwit,
         Self::PreCopy,
         Self::PreCopyDefault,
+        Self::PreCopyPrivate,
         Self::Xbzrle,
         Self::MultifdZstd,
         Self::PostCopy,
@@ -42,6 +47,7 @@ impl Mode {
             Self::Godwit => "godwit",
             Self::PreCopy => "pre-copy",
             Self::PreCopyDefault => "pre-copy-default",
+            Self::PreCopyPrivate => "pre-copy-private",
             Self::Xbzrle => "xbzrle",
             Self::MultifdZstd => "multifd-zstd",
             Self::PostCopy => "post-copy",
@@ -51,10 +57,18 @@ impl Mode {
     /// QEMU's capabilities that are switched on at both ends, beside `events`.
     pub(crate) fn capabilities(self) -> &'static [&'static str] {
         match self {
-            Self::Godwit | Self::PreCopy | Self::PreCopyDefault => &[],
+            Self::Godwit | Self::PreCopy | Self::PreCopyDefault | Self::PreCopyPrivate => &[],
             Self::Xbzrle => &["xbzrle"],
             Self::MultifdZstd => &["multifd"],
             Self::PostCopy => &["postcopy-ram"],
+        }
+    }
+
+    /// Where the guest's memory lies, at both ends.
+    pub(crate) fn backend(self) -> Backend {
+        match self {
+            Self::PreCopyPrivate => Backend::Private,
+            _ => Backend::Tmpfs,
         }
     }
 

@@ -64,11 +64,14 @@ pub(crate) fn number(value: f64) -> String {
     }
 }
 
-/// `median (min-max)`, or a dash.
+/// `median (min-max)`, a single value, or a dash.
 pub(crate) fn span(span: Option<Span>) -> String {
     span.map_or_else(
         || "-".to_owned(),
-        |span| format!("{} ({}-{})", number(span.median), number(span.min), number(span.max)),
+        |span| match span.count {
+            1 => number(span.median),
+            _ => format!("{} ({}-{})", number(span.median), number(span.min), number(span.max)),
+        },
     )
 }
 

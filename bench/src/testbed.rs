@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use framework::netns::{Netns, NetnsPair};
-use framework::{Env, Pki, QemuKind, Vm, VmSpec};
+use framework::{Backend, Env, Pki, QemuKind, Vm, VmSpec};
 use tempfile::TempDir;
 
 use crate::args::CommonArgs;
@@ -174,8 +174,9 @@ impl Guests {
     ///
     /// # Errors
     /// QEMU does not start, or the guest does not become ready.
-    pub(crate) fn boot(bed: &Bed, link: &Link, plan: &GuestPlan) -> Result<Self> {
+    pub(crate) fn boot(bed: &Bed, link: &Link, plan: &GuestPlan, backend: Backend) -> Result<Self> {
         let spec = VmSpec::new("source", plan.qemu).memory_mib(plan.memory_mib).smp(plan.smp);
+        let spec = spec.backend(backend);
         let spec = plan.workload.give_to(spec, plan.resident_mib).netns(link.source());
         let waiting = spec.successor("target", plan.qemu).netns(link.destination());
         let mut source = Vm::boot(&bed.env, spec).context("The guest does not boot")?;

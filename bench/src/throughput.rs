@@ -5,10 +5,11 @@
 //! same namespace while the guest and the waiting QEMU of the next migration are up, so that both
 //! have the same neighbours.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use framework::Engine;
 use serde_json::Value;
 
@@ -34,11 +35,7 @@ const BULK_TIMEOUT: Duration = Duration::from_secs(120);
 pub(crate) fn run(args: &ThroughputArgs) -> Result<()> {
     let bulk = match &args.bulk {
         Some(path) => path.clone(),
-        None => release(
-            "GODWIT_BULK",
-            "examples/bulk",
-            "cargo build --release -p transport --example bulk",
-        )?,
+        None => build_bulk()?,
     };
     let bed = Bed::open(&args.common)?;
     let name = args.common.name.clone().unwrap_or_else(|| "throughput".to_owned());
@@ -47,6 +44,16 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<()> {
     let shown = report::render(log.path());
     measured?;
     shown
+}
+
+/// Builds the plain transfer, as it must be of the same sources as what it is compared with.
+fn build_bulk() -> Result<PathBuf> {
+    let words = ["build", "--release", "-p", "transport", "--example", "bulk"];
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let status = Command::new("cargo").args(words).current_dir(root).status();
+    let status = status.context("Cannot run cargo to build the plain transfer")?;
+    ensure!(status.success(), "The plain transfer cannot be built: `cargo {}`", words.join(" "));
+    release("GODWIT_BULK", "examples/bulk", &format!("cargo {}", words.join(" ")))
 }
 
 fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result<()> {
@@ -92,7 +99,7 @@ fn plain(
     bulk: &Path,
     turn: u32,
 ) -> Result<Bulk> {
-    let neighbours = Guests::boot(bed, link, plan)?;
+    let neighbours = Guests::boot(bed, link, plan, Mode::Godwit.backend())?;
     interrupt::check()?;
     let load1 = host::load1();
     let (mib, lanes) = (args.resident.to_string(), args.lanes.to_string());
