@@ -21,7 +21,7 @@
 //! Limits: x86-64 only; threads with a shadow stack are refused. A thread blocked in one of the
 //! calls that the kernel never restarts (epoll_wait, io_uring_enter, KVM_RUN, sigtimedwait) sees
 //! `EINTR`, as after any stop; such threads are taken last. While a thread is held, no other thread
-//! of the engine may call `waitpid(-1)`.
+//! of the engine may wait for any child (`waitpid(-1)`): it would be told of the stops.
 
 mod cpu;
 mod frame;

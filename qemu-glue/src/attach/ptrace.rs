@@ -4,7 +4,7 @@
 //! ends, the kernel lets go of everything that it held.
 //!
 //! Source: ptrace(2), kernel/ptrace.c, include/uapi/linux/ptrace.h.
-#![expect(unsafe_code, reason = "ptrace and waitpid on threads take raw pointers and numbers")]
+#![expect(unsafe_code, reason = "ptrace and waitid on threads take raw pointers and numbers")]
 
 use std::ffi::c_void;
 use std::io;
@@ -168,24 +168,31 @@ impl Held {
         }
     }
 
+    /// The stop that the thread has come to, if any. An end is seen, but left for the parent of the
+    /// process to collect, which may be this process.
+    fn look(&self) -> io::Result<Option<Stop>> {
+        let result = match wait_id(self.tid, libc::WSTOPPED) {
+            Ok(None) => wait_id(self.tid, libc::WEXITED | libc::WNOWAIT),
+            other => other,
+        };
+        match result {
+            Ok(None) => Ok(None),
+            Ok(Some((libc::CLD_TRAPPED | libc::CLD_STOPPED, status))) => Ok(Some(decode(status))),
+            Ok(Some(_)) => Ok(Some(Stop::Exited)),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR) => Ok(None),
+                Some(libc::ECHILD) => Ok(Some(Stop::Exited)),
+                _ => Err(error),
+            },
+        }
+    }
+
     /// Waits for the next stop, at most `timeout`; nothing if there was none.
     pub(super) fn wait(&self, timeout: Duration) -> io::Result<Option<Stop>> {
         let began = Instant::now();
         loop {
-            let mut status = 0;
-            let options = libc::WNOHANG | libc::__WALL | libc::__WNOTHREAD;
-            // SAFETY: `status` is an integer of this frame.
-            match unsafe { libc::waitpid(self.tid, &raw mut status, options) } {
-                0 => {}
-                -1 => {
-                    let error = io::Error::last_os_error();
-                    match error.raw_os_error() {
-                        Some(libc::EINTR) => continue,
-                        Some(libc::ECHILD) => return Ok(Some(Stop::Exited)),
-                        _ => return Err(error),
-                    }
-                }
-                _ => return Ok(Some(decode(status))),
+            if let Some(stop) = self.look()? {
+                return Ok(Some(stop));
             }
             let waited = began.elapsed();
             if waited > timeout {
@@ -204,17 +211,29 @@ fn signal_data(signal: c_int) -> usize {
     usize::try_from(signal).unwrap_or(0)
 }
 
+/// `status` is the low half of what the kernel calls the exit code: signal and event.
 fn decode(status: c_int) -> Stop {
-    if !libc::WIFSTOPPED(status) {
-        return Stop::Exited;
-    }
-    let signal = libc::WSTOPSIG(status);
-    if status >> 16 == PTRACE_EVENT_STOP {
+    if status >> 8 == PTRACE_EVENT_STOP {
         Stop::Event
-    } else if signal == libc::SIGTRAP | 0x80 {
+    } else if status == libc::SIGTRAP | 0x80 {
         Stop::Syscall
     } else {
-        Stop::Signal(signal)
+        Stop::Signal(status & 0x7f)
+    }
+}
+
+/// waitid(2) for one thread that this OS thread traces; returns code and status if there is news.
+fn wait_id(tid: i32, options: c_int) -> io::Result<Option<(c_int, c_int)>> {
+    let Ok(id) = libc::id_t::try_from(tid) else { return Ok(None) };
+    let options = options | libc::WNOHANG | libc::__WALL | libc::__WNOTHREAD;
+    // SAFETY: the structure is a union of integers, for which zero is a value; its fields for a
+    // child are read only after the kernel has filled them in.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        if libc::waitid(libc::P_PID, id, &raw mut info, options) == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok((info.si_pid() != 0).then(|| (info.si_code, info.si_status())))
     }
 }
 
