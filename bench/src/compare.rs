@@ -80,9 +80,10 @@ fn order(modes: &[Mode], turn: u32) -> Vec<Mode> {
 pub(crate) fn say(one: &Migration, turns: u32) {
     let shown = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
     eprintln!(
-        "turn {}/{turns} {:<16} outage {:>7} ms, total {:>7} ms, wire {:>7} MiB, load {}{}",
+        "turn {}/{turns} {:<16} {:<8} outage {:>7} ms, total {:>7} ms, wire {:>7} MiB, load {}{}",
         one.turn + 1,
         one.mode.label(),
+        one.link,
         shown(one.outage_ms),
         number(one.total_ms),
         number((one.wire_out_bytes + one.wire_back_bytes) as f64 / f64::from(1 << 20)),

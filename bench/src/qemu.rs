@@ -25,6 +25,9 @@ const STEP: Duration = Duration::from_millis(20);
 /// Longest wait for a cancelled migration to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Longest wait for QEMU's own times after the end.
+const LAST_WORD_TIMEOUT: Duration = Duration::from_secs(2);
+
 fn configure(qmp: &mut Qmp, mode: Mode, channels: u32) -> Result<()> {
     let names = [&["events"], mode.capabilities()].concat();
     let list: Vec<Value> =
@@ -81,9 +84,24 @@ pub(crate) fn migrate(
         }
         Err(error) => Err((Outcome::Failed, format!("{error:#}"))),
     };
-    let report = guests.source.qmp().execute("query-migrate", json!({})).unwrap_or_default();
+    let report = last_word(guests.source.qmp());
     let reported_ms = (report["downtime"].as_f64(), report["total-time"].as_f64());
     Ok(Driven { from_us, to_us, engine_s: (0.0, 0.0), outcome, reported_ms, report })
+}
+
+/// QEMU's account after the end. It announces `completed` before it has worked out its times
+/// (migration/migration.c), which are 0 until then.
+fn last_word(qmp: &mut Qmp) -> Value {
+    let begin = Instant::now();
+    loop {
+        let report = qmp.execute("query-migrate", json!({})).unwrap_or_default();
+        let unfinished =
+            report["status"] == "completed" && report["total-time"].as_u64().unwrap_or(0) == 0;
+        if !unfinished || begin.elapsed() > LAST_WORD_TIMEOUT {
+            return report;
+        }
+        std::thread::sleep(STEP);
+    }
 }
 
 /// True when it has completed, false at `end`.
