@@ -59,7 +59,7 @@ pub enum EngineError {
         addr: SocketAddr,
         /// What was noticed.
         #[source]
-        source: TransportError,
+        source: Box<TransportError>,
     },
     /// Pages could not be sent.
     #[error("Pages cannot be sent")]
@@ -184,7 +184,7 @@ pub enum EngineError {
         why: String,
         /// What kept the guest from running.
         #[source]
-        source: Box<EngineError>,
+        source: Box<Self>,
     },
     /// A task of the engine ended unexpectedly.
     #[error("A part of the engine ended unexpectedly: {0}")]
@@ -273,7 +273,11 @@ impl EngineError {
 
     /// Whether another attempt at the same may succeed without a change.
     pub fn is_busy(&self) -> bool {
-        matches!(self, Self::Transport(TransportError::Rejected { code: RejectCode::Busy, .. }))
+        matches!(
+            self,
+            Self::Transport(TransportError::Rejected { code: RejectCode::Busy, .. })
+                | Self::Refused { code: RefuseCode::Busy, .. }
+        )
     }
 }
 

@@ -76,7 +76,7 @@ impl Contact {
                 }
                 Ok(state) => return Input::Verdict(state),
                 Err(error) => {
-                    tracing::info!(error = %error.tell(), "the destination was not asked")
+                    tracing::info!(error = %error.tell(), "the destination was not asked");
                 }
             }
             if Instant::now() >= deadline {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate_core::convergence::Goodput;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use transport::messages::Message;
 use transport::{ControlReceiver, ControlSender};
@@ -28,6 +28,7 @@ pub struct Link {
     sender: ControlSender,
     inbox: mpsc::Receiver<Result<Message, EngineError>>,
     applied: Arc<Mutex<Applied>>,
+    over: watch::Receiver<bool>,
     task: JoinHandle<()>,
 }
 
@@ -41,6 +42,7 @@ impl Link {
     ) -> Self {
         let (queue, inbox) = mpsc::channel(INBOX);
         let applied = Arc::new(Mutex::new(Applied::default()));
+        let (ends, over) = watch::channel(false);
         let task = tokio::spawn({
             let applied = Arc::clone(&applied);
             async move {
@@ -61,6 +63,7 @@ impl Link {
                     let over = message.is_err();
                     if over {
                         gate.close();
+                        ends.send_replace(true);
                     }
                     if queue.send(message).await.is_err() || over {
                         return;
@@ -68,7 +71,7 @@ impl Link {
                 }
             }
         });
-        Self { sender, inbox, applied, task }
+        Self { sender, inbox, applied, over, task }
     }
 
     /// Sends a message.
@@ -87,6 +90,25 @@ impl Link {
         self.inbox.recv().await.unwrap_or_else(|| {
             Err(EngineError::Internal("the control stream's reader is gone".into()))
         })
+    }
+
+    /// Returns when the session is over or the destination gave up; [`Self::recv`] then says why.
+    pub async fn ended(&self) {
+        let mut over = self.over.clone();
+        // The reader's end without a word is an end, too.
+        let _reader_is_gone = over.wait_for(|over| *over).await;
+    }
+
+    /// Why the session ended, where something else failed first that may be only its consequence.
+    pub async fn why_over(&mut self, within: Duration) -> Option<EngineError> {
+        let why = async {
+            loop {
+                if let Err(error) = self.recv().await {
+                    return error;
+                }
+            }
+        };
+        tokio::time::timeout(within, why).await.ok()
     }
 
     /// Waits for a message for at most `within`.

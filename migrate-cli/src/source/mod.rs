@@ -39,7 +39,7 @@ use self::gate::Gate;
 use self::handover::{Owner, place};
 use self::link::Link;
 use self::prepare::Guest;
-use self::pump::{LANE_QUEUE, LaneQueue, Pump};
+use self::pump::{LANE_QUEUE, LaneQueue, Pump, PumpError};
 use self::rounds::Mover;
 use crate::args::SendArgs;
 use crate::error::EngineError;
@@ -47,6 +47,9 @@ use crate::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{ErrorReport, Report, ReportOutcome};
 use crate::{attaching, cancel, failpoint, random};
+
+/// How long the control stream may take to tell why a lane has ended.
+const WHY_WITHIN: Duration = Duration::from_secs(2);
 
 /// Migrates a guest as asked; everything that happens is in the report.
 pub async fn send(args: &SendArgs) -> Report {
@@ -87,14 +90,10 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
     report.vm = guest.vm.label();
     let migration = prepare::new_migration()?;
     let options = prepare::options(&args.common, prepare::lanes(args.lanes));
-    let mut session = prepare::connect(addr, &identity, &options, migration).await?;
+    let session =
+        prepare::accepted(addr, &identity, &options, migration, &guest, args.verify).await?;
     let closer = session.closer.clone();
-    let accepted = prepare::describe(&mut session, &guest, args.verify).await;
-    let journal = match accepted {
-        Ok(_) => prepare::journal(args, &guest, migration, &session.peer.name),
-        Err(error) => Err(error),
-    };
-    let journal = match journal {
+    let journal = match prepare::journal(args, &guest, migration, &session.peer.name) {
         Ok(journal) => journal,
         Err(error) => {
             session.close(transport::close_code::ABORTED, &error.tell()).await;
@@ -151,6 +150,10 @@ impl Migration<'_> {
             () = cancel::requested() => Err(EngineError::Cancelled),
         };
         progress.finish();
+        let moved = match moved {
+            Err(error) => Err(self.root_cause(error).await),
+            moved => moved,
+        };
         failpoint::hit("source-ready").await;
         let input = match &moved {
             Ok(_) => Input::Ready { agrees: true },
@@ -228,6 +231,16 @@ impl Migration<'_> {
         }
     }
 
+    /// A lane that ends is the consequence of something that the control stream tells.
+    async fn root_cause(&mut self, error: EngineError) -> EngineError {
+        match (&error, &mut self.contact.session) {
+            (EngineError::Pump(PumpError::LaneClosed), Some((link, _))) => {
+                link.why_over(WHY_WITHIN).await.unwrap_or(error)
+            }
+            _ => error,
+        }
+    }
+
     /// Attaches, runs the rounds, stops the guest and brings the rest over.
     async fn move_guest(
         &mut self,
@@ -289,6 +302,7 @@ impl Migration<'_> {
             ram,
             pages,
             tracker: Arc::new(Mutex::new(tracker)),
+            populated: self.guest.vm.discards.then(|| Mutex::new(data.clone())),
             gate: Arc::clone(&self.gate),
             clock: self.clock,
         };

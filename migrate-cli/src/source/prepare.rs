@@ -107,28 +107,52 @@ pub fn options(common: &CommonArgs, lanes: usize) -> Options {
     }
 }
 
-/// Opens the session. A busy destination is asked again a few times.
+/// Opens the session and describes the guest. A busy destination is asked again a few times.
 ///
 /// # Errors
-/// What the transport says.
-pub async fn connect(
+/// What the transport says, or [`EngineError::Refused`] with the destination's reason.
+pub async fn accepted(
     addr: SocketAddr,
     identity: &Identity,
     options: &Options,
     migration: MigrationId,
+    guest: &Guest,
+    verify: bool,
 ) -> Result<SourceSession, EngineError> {
     let mut tries = 0;
     loop {
-        let offer = Offer::new(ENGINE, migration, Intent::Migrate);
-        match transport::connect(addr, identity, options, offer).await.map_err(EngineError::from) {
+        let accepted = accepted_once(addr, identity, options, migration, guest, verify).await;
+        match accepted {
             Err(error) if error.is_busy() && tries < BUSY_RETRIES => {
                 tries += 1;
                 tokio::time::sleep(BUSY_WAIT).await;
             }
-            Err(EngineError::Transport(
-                source @ (TransportError::Lost { .. } | TransportError::HandshakeTimeout { .. }),
-            )) => return Err(EngineError::Unreachable { addr, source }),
             other => return other,
+        }
+    }
+}
+
+async fn accepted_once(
+    addr: SocketAddr,
+    identity: &Identity,
+    options: &Options,
+    migration: MigrationId,
+    guest: &Guest,
+    verify: bool,
+) -> Result<SourceSession, EngineError> {
+    let offer = Offer::new(ENGINE, migration, Intent::Migrate);
+    let session = transport::connect(addr, identity, options, offer).await;
+    let mut session = session.map_err(|error| match error {
+        source @ (TransportError::Lost { .. } | TransportError::HandshakeTimeout { .. }) => {
+            EngineError::Unreachable { addr, source: Box::new(source) }
+        }
+        other => EngineError::from(other),
+    })?;
+    match describe(&mut session, guest, verify).await {
+        Ok(_accept) => Ok(session),
+        Err(error) => {
+            session.close(transport::close_code::ABORTED, &error.tell()).await;
+            Err(error)
         }
     }
 }

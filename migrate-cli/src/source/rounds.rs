@@ -13,7 +13,7 @@ use qemu_glue::track::DirtyTracker;
 
 use super::gate::Gate;
 use super::link::Link;
-use super::pump::Pump;
+use super::pump::{Pump, PumpError};
 use crate::error::EngineError;
 use crate::progress::{Progress, Snapshot};
 use crate::report::{Report, RoundReport};
@@ -37,6 +37,8 @@ pub struct Mover {
     pub pages: Arc<SourcePages>,
     /// Write tracking.
     pub tracker: Arc<Mutex<DirtyTracker>>,
+    /// Pages that are no holes, where a balloon may make holes of them unreported (rule 14).
+    pub populated: Option<Mutex<PageSet>>,
     /// Encoder threads.
     pub pump: Arc<Pump>,
     /// Back-pressure.
@@ -46,15 +48,24 @@ pub struct Mover {
 }
 
 impl Mover {
-    /// Scans for written pages and arms them again.
+    /// Scans for written pages and arms them again. Pages that became holes count as written.
     ///
     /// # Errors
     /// If the kernel refuses: QEMU is gone or changed its memory.
     pub fn scan(&self) -> Result<PageSet, EngineError> {
-        let mut dirty = PageSet::new(self.ram.layout().pages());
+        let pages = self.ram.layout().pages();
+        let mut dirty = PageSet::new(pages);
         let mut tracker = self.tracker.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = tracker.scan(&mut dirty)?;
         tracing::debug!(pages = seen.pages, took_us = seen.took.as_micros() as u64, "scan");
+        if let Some(populated) = &self.populated {
+            let mut populated = populated.lock().unwrap_or_else(PoisonError::into_inner);
+            populated.union_with(&dirty);
+            let mut holes = PageSet::new(pages);
+            self.ram.vanished(&populated, &mut holes)?;
+            populated.subtract(&holes);
+            dirty.union_with(&holes);
+        }
         Ok(dirty)
     }
 
@@ -77,6 +88,7 @@ impl Mover {
                     let sent = sent.map_err(|error| EngineError::Internal(error.to_string()))?;
                     return Ok(sent?);
                 }
+                () = link.ended() => return Err(EngineError::Pump(PumpError::LaneClosed)),
                 () = tokio::time::sleep(TICK) => {}
             }
             tick();
