@@ -266,7 +266,7 @@ impl Case {
             (Some(send), None) => send.stderr(),
             (None, None) => "(killed)".to_owned(),
         };
-        let received = self.receive.as_ref().map_or("(killed)".to_owned(), Engine::stderr);
+        let received = self.receive.as_ref().map_or_else(|| "(killed)".to_owned(), Engine::stderr);
         format!("{:?} at {}\nsend: {sent}\nreceive: {received}", self.victim, self.step)
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use e2e::untouched::Before;
+use e2e::untouched::{Before, assert_detached};
 use e2e::{PATIENCE, Rig, free_address};
 use framework::{Engine, Pki, QemuKind, Vm, VmSpec};
 use migrate_core::batch::{PageRun, RunKind};
@@ -157,7 +157,6 @@ fn strangers_do_not_get_in_and_do_no_harm() -> Result<()> {
 /// `send` with identities that the receiver must not take, and with a receiver that it must not.
 fn bad_identities(target: &Target, ca: &Path) -> Result<()> {
     let mut vm = Vm::start(&target.rig.env, guest("pretender"))?;
-    let before = Before::of(&mut vm)?;
     let other = Pki::init(&target.rig.migrate)?;
     let old = IssueOptions { days: 5, backdate_days: 10, out_dir: None };
     let cases: [(PathBuf, &[&str], &str); 3] = [
@@ -178,9 +177,8 @@ fn bad_identities(target: &Target, ca: &Path) -> Result<()> {
         ensure!(message.contains("TLS") || message.contains("certificate"), "{what}: {message}");
         println!("{what}: {message}");
     }
-    ensure!(vm.heartbeat().count() < 1 || vm.qmp().run_state()? == "running", "Not running");
-    let _unused = before;
-    Ok(())
+    ensure!(vm.qmp().run_state()? == "running", "The pretender's guest does not run");
+    assert_detached(vm.pid())
 }
 
 fn description() -> Describe {
@@ -398,7 +396,7 @@ enum Trick {
     VerdictAtOnce,
     /// Accepts everything, then says that other pages are in place.
     WrongDigest,
-    /// Accepts everything, then answers the commit to another migration's question.
+    /// Accepts, then closes the session.
     Leaves,
 }
 
