@@ -144,7 +144,8 @@ pub struct Report {
     pub mode: &'static str,
     /// Path used.
     pub path: &'static str,
-    /// From the command's start to its end, in milliseconds.
+    /// From the command's start to the word that the guest runs at the destination, or to the
+    /// command's end if it does not, in milliseconds.
     pub total_ms: f64,
     /// From the stop of the guest here to the word that it runs there, in milliseconds.
     pub downtime_ms: f64,

@@ -28,8 +28,8 @@ const WIRE_BYTES_PER_PAGE: f64 = PAGE_BYTES as f64 + 16.0;
 /// Another round must improve the predicted downtime to below this share to be worth it.
 const WORTHWHILE: f64 = 0.9;
 
-/// Rounds under the target after which the guest is stopped even if each still improves a little.
-const POLISH_ROUNDS_MAX: u32 = 6;
+/// Time under the target after which the guest is stopped even if waiting still improves a little.
+const POLISH: Duration = Duration::from_millis(500);
 
 /// Window over which goodput is averaged.
 const GOODPUT_WINDOW: Duration = Duration::from_millis(500);
@@ -134,19 +134,27 @@ pub struct Stall {
 pub struct Convergence {
     config: Config,
     best: Option<(f64, Duration)>,
-    polish_rounds: u32,
+    /// Since when the prediction has been under the target.
+    under_target_since: Option<Duration>,
     last: Option<Prediction>,
 }
 
 impl Convergence {
     /// A fresh decision maker.
     pub fn new(config: Config) -> Self {
-        Self { config, best: None, polish_rounds: 0, last: None }
+        Self { config, best: None, under_target_since: None, last: None }
     }
 
     /// The latest prediction.
     pub fn prediction(&self) -> Option<Prediction> {
         self.last
+    }
+
+    /// How long the bytes under way alone will take: a scan before that finds little to do.
+    pub fn drain(seen: &Observation) -> Duration {
+        let seconds = seen.goodput_bytes_per_s.filter(|rate| *rate > 0.0);
+        let seconds = seconds.map_or(0.0, |rate| seen.outstanding_bytes as f64 / rate);
+        Duration::try_from_secs_f64(seconds).unwrap_or_default()
     }
 
     /// Decides what to do with what a scan at `now` found.
@@ -169,14 +177,14 @@ impl Convergence {
         self.last = Some(Prediction { now_ms, next_ms, best_ms });
         let target_ms = self.config.max_downtime.as_secs_f64() * 1e3;
         if now_ms <= target_ms {
-            self.polish_rounds += 1;
+            let since = *self.under_target_since.get_or_insert(now);
             let improves = next_ms < now_ms * WORTHWHILE;
-            if !improves || self.polish_rounds > POLISH_ROUNDS_MAX {
+            if !improves || now.saturating_sub(since) > POLISH {
                 return Decision::Stop;
             }
             return Decision::Continue;
         }
-        self.polish_rounds = 0;
+        self.under_target_since = None;
         if self.best.is_some_and(|(_, at)| now.saturating_sub(at) > self.config.patience) {
             return Decision::GiveUp(Stall {
                 dirty_bytes_per_s: dirty_per_s * PAGE_BYTES as f64,

@@ -35,6 +35,12 @@ use crate::second_look::SecondLook;
 /// Length of a round while only direct I/O's window is waited for.
 const IDLE_ROUND: Duration = Duration::from_millis(50);
 
+/// A round of fewer pages waits until half of what is under way has arrived...
+const SMALL_ROUND_PAGES: u64 = 256;
+
+/// ...but no longer than this.
+const DRAIN_WAIT_MAX: Duration = Duration::from_millis(20);
+
 /// What to do next.
 #[derive(Debug)]
 pub enum Step {
@@ -235,6 +241,9 @@ impl Precopy {
             decision @ (Decision::Continue | Decision::Stop) => {
                 if decision == Decision::Stop && now < self.earliest_stop {
                     next.not_before = self.earliest_stop.min(now + IDLE_ROUND);
+                } else if dirtied_pages < SMALL_ROUND_PAGES {
+                    // What is under way goes first in any case: scanning faster is in vain.
+                    next.not_before = now + (Convergence::drain(&seen) / 2).min(DRAIN_WAIT_MAX);
                 }
                 self.state = State::Sending { number: next.number };
                 self.looked_pages = next.look.len();

@@ -11,7 +11,7 @@ use crate::messages::text;
 use crate::socket::UdpBuffers;
 
 /// How long [`Closer::close`] waits for the peer to hear of it.
-const CLOSE_WAIT: Duration = Duration::from_millis(300);
+const CLOSE_WAIT: Duration = Duration::from_millis(50);
 
 /// UDP payload bytes over all connections of a session, with all of QUIC's overhead and
 /// retransmissions.

@@ -60,7 +60,9 @@ pub async fn send(args: &SendArgs) -> Report {
         let client = Client::connect(&args.common.qmp).await.ok();
         fail(&mut report, &error, place(client.as_ref()).await, GuestPlace::Unknown);
     }
-    report.total_ms = began.elapsed().as_secs_f64() * 1e3;
+    if report.outcome != ReportOutcome::Completed {
+        report.total_ms = began.elapsed().as_secs_f64() * 1e3;
+    }
     report
 }
 
@@ -175,6 +177,7 @@ impl Migration<'_> {
         if let Some(stopped_at) = stopped_at {
             let over = self.contact.running_at.unwrap_or_else(Instant::now);
             report.downtime_ms = (over - stopped_at).as_secs_f64() * 1e3;
+            report.total_ms = (over - self.clock).as_secs_f64() * 1e3;
         }
         // Tracking is undone only now: that takes milliseconds which the guest would have waited.
         self.gate.close();

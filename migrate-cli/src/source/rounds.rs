@@ -20,7 +20,7 @@ use crate::report::{Report, RoundReport};
 
 /// What stopping costs regardless of memory, before anything was measured: the stop itself, the
 /// device state's way out and in, the journals.
-const STOP_OVERHEAD: Duration = Duration::from_millis(25);
+const STOP_OVERHEAD: Duration = Duration::from_millis(40);
 
 /// Time without any progress at the destination after which it counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(20);

@@ -68,6 +68,9 @@ pub struct VmInventory {
     pub guest_physical: Vec<GpaRange>,
     /// Disks whose data reaches guest memory past the page cache, and why; see design rule 6.
     pub direct_io: Vec<String>,
+    /// Whether a balloon may turn pages into holes while the guest runs; see
+    /// [`GuestRam::vanished`](crate::ram::GuestRam::vanished).
+    pub discards: bool,
     /// What forbids the direct path.
     pub blockers: Vec<Finding>,
     /// What else is worth knowing.
@@ -124,6 +127,7 @@ pub async fn inventory(client: &Client) -> Result<VmInventory, VmError> {
         streamed_blocks: memory.streamed_blocks,
         guest_physical: memory.guest_physical,
         direct_io,
+        discards: obstacles::discards(&devices),
         blockers,
         notes,
     })

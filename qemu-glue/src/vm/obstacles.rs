@@ -92,6 +92,12 @@ pub(super) fn passthrough_disks(objects: &[Object]) -> Vec<String> {
         .collect()
 }
 
+/// Whether a device may take pages away from the guest's RAM file while it runs: the dirty tracking
+/// does not report a clean page that became a hole.
+pub(super) fn discards(objects: &[Object]) -> bool {
+    objects.iter().any(|object| object.kind.starts_with("virtio-balloon"))
+}
+
 /// Findings about network back ends.
 pub(super) async fn network(client: &Client) -> Result<Vec<Finding>, VmError> {
     match client.hmp("info network").await {

@@ -132,6 +132,35 @@ fn a_guest_moves_by_the_preloaded_library() -> Result<()> {
     Ok(())
 }
 
+/// A balloon takes pages away while the guest moves: they read as zeros at the destination.
+#[test]
+fn a_balloon_may_inflate_meanwhile() -> Result<()> {
+    let rig = Rig::new()?;
+    let spec = VmSpec::new("balloon", QemuKind::V7_2)
+        .memory_mib(512)
+        .balloon()
+        .with("godwit.writer=fill=200,hot=20,rate=1000,bytes=64,seed=7");
+    let mut source = Vm::boot(&rig.env, spec)?;
+    let mut destination = Vm::start(&rig.env, source.spec().successor("next", QemuKind::V7_2))?;
+    let listen = free_address()?;
+    let receive = rig.receive(&destination, &listen, &[])?;
+    let words = ["--verify", "--max-bandwidth", "500M"];
+    let send = rig.send(&source, &listen, &words)?;
+    std::thread::sleep(Duration::from_millis(1500));
+    let full = populated_bytes(&source)?;
+    source.qmp().execute("balloon", serde_json::json!({ "value": 440u64 << 20 }))?;
+    let sent = send.wait(PATIENCE)?;
+    ensure!(sent.code == Some(0), "{}", sent.stderr);
+    receive.wait(PATIENCE)?.success()?;
+    let report = sent.json()?;
+    ensure!(report["verify"]["mismatches"] == 0, "{report}");
+    let after = populated_bytes(&destination)?;
+    println!("{} MiB before the balloon, {} MiB at the destination", full >> 20, after >> 20);
+    ensure!(report["pages"]["zero"].as_u64() > Some(0), "no page was given back: {report}");
+    e2e::check_alive(&mut source, &mut destination)?;
+    Ok(())
+}
+
 /// The rate that the user allows is kept.
 #[test]
 fn the_bandwidth_limit_is_kept() -> Result<()> {
