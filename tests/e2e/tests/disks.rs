@@ -3,35 +3,44 @@
 //! The guest reads its disk all the time with O_DIRECT into reused buffers, several MiB a request,
 //! so that reads are always in flight, and checks what it read. With `cache=none` QEMU
 //! pins the guest's pages: what arrives after a page was armed again is not reported by the kernel.
+//! The disk is made slow, so that data arrives long after the page was armed and copied, and a buffer
+//! is not read into again for a while, so that such a page is not put right by the next read.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{PATIENCE, Rig, free_address};
-use framework::{QemuKind, Vm, VmSpec, disk};
+use framework::{QemuKind, SlowDisk, Vm, VmSpec, disk};
 
 const DISK_MIB: u64 = 512;
 const DISK_SEED: u64 = 11;
 const MOVES: usize = 20;
 
-fn reading(rig: &Rig, kind: QemuKind, cache: &str, aio: &str) -> Result<VmSpec> {
-    let path = rig.folder.path().join("disk.img");
-    disk::create(&path, DISK_MIB, DISK_SEED)?;
+/// Slow enough for a request of 4 MiB to be in flight for tens of milliseconds, and several at once.
+const DISK_BYTES_PER_S: u64 = 100 << 20;
+
+fn reading(path: &Path, kind: QemuKind, cache: &str, aio: &str) -> VmSpec {
     let words =
-        format!("godwit.diskread=threads=4,request=4096,buffers=2,every=8,seed={DISK_SEED}");
-    Ok(VmSpec::new("reading", kind).smp(2).disk(&path, cache, aio).with(&words))
+        format!("godwit.diskread=threads=4,request=4096,buffers=6,every=2,seed={DISK_SEED}");
+    VmSpec::new("reading", kind).memory_mib(512).smp(2).disk(path, cache, aio).with(&words)
 }
 
 /// Moves a reading guest back and forth, every page compared each time.
 fn reads_on(cache: &str, aio: &str) -> Result<()> {
     let rig = Rig::new()?;
+    let image = rig.folder.path().join("disk.img");
+    disk::create(&image, DISK_MIB, DISK_SEED)?;
+    let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
     let kinds = [QemuKind::V7_2, QemuKind::V10_0];
     for kind in kinds {
-        let mut vm = Vm::boot(&rig.env, reading(&rig, kind, cache, aio)?)?;
+        let mut vm = Vm::boot(&rig.env, reading(&image, kind, cache, aio))?;
+        slow.add(vm.pid())?;
         let mut looked = 0;
         for _ in 0..MOVES / kinds.len() {
             let moved = rig.migrate(vm, kind, &["--verify", "--max-downtime-ms", "3000"])?;
             vm = moved.vm;
+            slow.add(vm.pid())?;
             let rounds = moved.report["rounds"].as_array().context("rounds")?;
             looked += rounds.iter().filter_map(|round| round["looked"].as_u64()).sum::<u64>();
         }
@@ -65,7 +74,11 @@ fn without_the_second_look_pages_differ() -> Result<()> {
     let rig = Rig::with_failpoints()?;
     std::fs::create_dir_all(rig.failpoints()).context("No folder for failpoints")?;
     std::fs::write(rig.failpoints().join("no-second-look"), "").context("Not armed")?;
-    let mut source = Vm::boot(&rig.env, reading(&rig, QemuKind::V7_2, "none", "native")?)?;
+    let image = rig.folder.path().join("disk.img");
+    disk::create(&image, DISK_MIB, DISK_SEED)?;
+    let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
+    let mut source = Vm::boot(&rig.env, reading(&image, QemuKind::V7_2, "none", "native"))?;
+    slow.add(source.pid())?;
     for attempt in 1..=MOVES {
         let destination = Vm::start(&rig.env, source.spec().successor("victim", QemuKind::V7_2))?;
         let listen = free_address()?;
@@ -86,6 +99,7 @@ fn without_the_second_look_pages_differ() -> Result<()> {
         // Nothing was in flight at a scan this time: on from the new place.
         ensure!(sent.code == Some(0), "{}", sent.stderr);
         source = destination;
+        slow.add(source.pid())?;
     }
     anyhow::bail!("no page differed in {MOVES} attempts")
 }
