@@ -207,8 +207,9 @@ async fn save_task(
     limit_bytes: u64,
     abandoned: oneshot::Receiver<()>,
 ) -> Result<DeviceState, DeviceStateError> {
-    refuse_active(&client).await?;
-    check_savable(&client.query_status().await?)?;
+    let ((), status) =
+        tokio::try_join!(refuse_active(&client), async { Ok(client.query_status().await?) })?;
+    check_savable(&status)?;
     let borrowed = Borrowed::take(&client, Role::Save).await?;
     let work = transfer_out(&client, limit_bytes);
     let result = tokio::select! {
@@ -377,12 +378,13 @@ async fn load_task(
     state: DeviceState,
     abandoned: oneshot::Receiver<()>,
 ) -> Result<Status, DeviceStateError> {
-    let status = client.query_status().await?;
+    let (active, status) = tokio::join!(refuse_active(&client), client.query_status());
+    let status = status?;
     if status.state != RunState::InMigrate {
         let remedy = "load into a QEMU that was started with -incoming defer";
         return Err(DeviceStateError::WrongState { state: status.state, remedy });
     }
-    refuse_active(&client).await?;
+    active?;
     let borrowed = Borrowed::take(&client, Role::Load).await?;
     let work = transfer_in(&client, &state.bytes);
     let result = tokio::select! {

@@ -275,6 +275,7 @@ impl Arrival {
                     seconds: IDLE_MAX.as_secs(),
                 }),
             };
+            tracing::debug!(message = message.name(), "control");
             match message {
                 Message::Sync(sync) => self.sync(&sync).await?,
                 Message::VerifyRequest(request) => self.verify(&request).await?,

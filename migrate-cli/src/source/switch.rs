@@ -1,14 +1,14 @@
 //! From the decision to stop the guest to the destination's word that it is ready.
 //!
 //! ```text
-//!   stop ─► scan ─► last pages ─┐
-//!                └► device state ┴► scan ─► tail pages ─► sync ─► [verify] ─► load ─► ready
+//!   stop ─┬► scan ─► last pages ─┐
+//!         └► device state ───────┴► scan ─► tail pages ─► sync ─► [verify] ─► load ─► ready
 //! ```
 //!
 //! The last scans come after `stop` has returned and after QEMU wrote its device state (correctness
 //! rule 13); the destination loads only when every page is in place.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate_core::precopy::Precopy;
@@ -51,26 +51,22 @@ pub async fn switch(
     failpoint::hit("source-stopped").await;
 
     let began = Instant::now();
-    let last = precopy.stopped(mover.scan()?)?;
-    part(report, "final_scan", began);
-
-    let began = Instant::now();
     let shared = Mutex::new(&mut *report);
-    let (sent, saved) = tokio::join!(mover.last_round(last, link, &shared), async {
+    // The first is polled first: QEMU gets its command before the scan.
+    let save = async {
         let saved = device_state::save(&guest.client, DEVICE_STATE_BYTES_MAX).await;
         (saved, began.elapsed())
-    });
+    };
+    let (saved, sent) = tokio::join!(save, last_pages(mover, precopy, link, &shared));
     sent?;
     let (saved, saving) = saved;
     let state = saved?.bytes;
     report.downtime_parts_ms.insert("device_state_save", saving.as_secs_f64() * 1e3);
-    part(report, "last_pages", began);
     report.bytes.device_state = state.len() as u64;
 
     let began = Instant::now();
     let tail = precopy.tail(mover.scan()?)?;
     mover.last_round(tail, link, &Mutex::new(&mut *report)).await?;
-    prepare::check_ram_unchanged(guest).await?;
     part(report, "tail", began);
     failpoint::hit("source-state-saved").await;
 
@@ -88,7 +84,10 @@ pub async fn switch(
         }
     }
     let began = Instant::now();
-    send_state(link, mover, &state).await?;
+    let (sent, unchanged) =
+        tokio::join!(send_state(link, mover, &state), prepare::check_ram_unchanged(guest));
+    sent?;
+    unchanged?;
     if !verify {
         synced(link, mover).await?;
     }
@@ -101,6 +100,20 @@ pub async fn switch(
             "that other pages are in place than were sent".into(),
         ));
     }
+    Ok(())
+}
+
+/// Scans once more and sends what the guest wrote last.
+async fn last_pages(
+    mover: &Mover,
+    precopy: &mut Precopy,
+    link: &Link,
+    report: &Mutex<&mut Report>,
+) -> Result<(), EngineError> {
+    let began = Instant::now();
+    let last = precopy.stopped(mover.scan()?)?;
+    mover.last_round(last, link, report).await?;
+    part(&mut report.lock().unwrap_or_else(PoisonError::into_inner), "last_pages", began);
     Ok(())
 }
 

@@ -64,8 +64,13 @@ pub(super) struct Borrowed {
 impl Borrowed {
     /// Notes the settings and changes them to what the role needs.
     pub(super) async fn take(client: &Client, role: Role) -> Result<Self, DeviceStateError> {
-        restore(client).await?;
-        let known = client.capabilities().await?;
+        // Asked at once: the guest is stopped meanwhile.
+        let ask = || async { tokio::try_join!(client.capabilities(), client.migrate_parameters()) };
+        let (mut known, mut parameters) = ask().await?;
+        if read_mark(bandwidth_of(&parameters)).is_some() {
+            restore(client).await?;
+            (known, parameters) = ask().await?;
+        }
         let (mut mark, mut wanted, mut before) = (MARK, Vec::new(), Vec::new());
         for (bit, (name, save, load)) in CAPABILITIES.into_iter().enumerate() {
             let Some(&on) = known.get(name) else { continue };
@@ -80,21 +85,22 @@ impl Borrowed {
             let detail = "this QEMU has no capability x-ignore-shared".to_owned();
             return Err(DeviceStateError::Failed { detail });
         }
-        let parameters = client.migrate_parameters().await?;
-        let bandwidth = parameters.get("max-bandwidth").and_then(Value::as_u64);
         let tls_creds = parameters.get("tls-creds").and_then(Value::as_str);
         let borrowed = Self {
             capabilities: before,
-            bandwidth: bandwidth.unwrap_or(BANDWIDTH_DEFAULT),
+            bandwidth: bandwidth_of(&parameters),
             tls_creds: tls_creds.filter(|creds| !creds.is_empty()).map(str::to_owned),
         };
         let mut changes = json!({ "max-bandwidth": mark });
         if let (Some(fields), Some(_)) = (changes.as_object_mut(), &borrowed.tls_creds) {
             fields.insert("tls-creds".to_owned(), json!(""));
         }
+        // In this order on the wire: the mark is set before anything else is changed.
         let changed = async {
-            client.set_migrate_parameters(changes).await?;
-            client.set_capabilities(&wanted).await
+            tokio::try_join!(
+                client.set_migrate_parameters(changes),
+                client.set_capabilities(&wanted)
+            )
         };
         if let Err(error) = changed.await {
             if let Err(second) = borrowed.give_back(client).await {
@@ -120,6 +126,11 @@ impl Borrowed {
         }
         Ok(client.set_migrate_parameters(changes).await?)
     }
+}
+
+/// `max-bandwidth` in bytes per second; 0 (unlimited) if QEMU does not say.
+fn bandwidth_of(parameters: &serde_json::Map<String, Value>) -> u64 {
+    parameters.get("max-bandwidth").and_then(Value::as_u64).unwrap_or(0)
 }
 
 /// The capabilities that were on, if `bandwidth` is a mark of ours.
@@ -149,8 +160,7 @@ pub async fn restore_capabilities(client: &Client) -> Result<(), DeviceStateErro
 async fn restore(client: &Client) -> Result<(), DeviceStateError> {
     refuse_active(client).await?;
     let parameters = client.migrate_parameters().await?;
-    let bandwidth = parameters.get("max-bandwidth").and_then(Value::as_u64).unwrap_or(0);
-    let Some(before) = read_mark(bandwidth) else {
+    let Some(before) = read_mark(bandwidth_of(&parameters)) else {
         debug!("no migration settings of an earlier engine");
         return Ok(());
     };
