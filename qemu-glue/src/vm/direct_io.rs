@@ -77,14 +77,11 @@ mod tests {
 
     use super::*;
 
-    fn node_with(name: &str, driver: &str, cache: Value) -> Value {
-        json!({ "node-name": name, "drv": driver, "file": "/d.img", "cache": cache })
-    }
-
     #[test]
     fn the_reading_node_is_named_once() {
         let node = |name: &str, driver: &str, direct: bool| {
-            node_with(name, driver, json!({ "direct": direct }))
+            let cache = json!({ "direct": direct });
+            json!({ "node-name": name, "drv": driver, "file": "/d.img", "cache": cache })
         };
         let nodes = [node("top", "raw", true), node("leaf", "file", true)];
         let reasons = block_nodes(&nodes);
