@@ -4,6 +4,7 @@ pub mod attach;
 pub mod check;
 pub mod device_state;
 pub mod error;
+pub mod fuzz;
 pub mod pagemap;
 pub mod procfs;
 pub mod qmp;

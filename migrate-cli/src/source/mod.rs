@@ -51,6 +51,10 @@ use crate::{attaching, cancel, failpoint, random};
 /// How long the control stream may take to tell why a lane has ended.
 const WHY_WITHIN: Duration = Duration::from_secs(2);
 
+/// Longest time for which the guest is stopped before the hand-over, besides ten times the downtime
+/// that the user allows.
+const STOPPED_WITHIN: Duration = Duration::from_secs(30);
+
 /// Migrates a guest as asked; everything that happens is in the report.
 pub async fn send(args: &SendArgs) -> Report {
     let began = Instant::now();
@@ -313,7 +317,17 @@ impl Migration<'_> {
         mover.precopy(&mut precopy, data, link, progress, report).await?;
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
-        switch::switch(&mover, &mut precopy, &self.guest, link, verify, report).await?;
+        let switched = switch::switch(&mover, &mut precopy, &self.guest, link, verify, report);
+        if verify {
+            switched.await?;
+        } else {
+            // However slowly the destination goes on, the guest does not wait for it for ever.
+            let within = STOPPED_WITHIN + Duration::from_millis(10 * self.args.max_downtime_ms);
+            tokio::time::timeout(within, switched).await.map_err(|_| EngineError::TooSlow {
+                wanted: "that the guest can run there",
+                seconds: within.as_secs(),
+            })??;
+        }
         Ok(mover)
     }
 }

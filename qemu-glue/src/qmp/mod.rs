@@ -22,7 +22,7 @@ mod client;
 mod commands;
 mod error;
 mod types;
-mod wire;
+pub(crate) mod wire;
 
 pub use client::{COMMAND_TIMEOUT, Client, GREETING_TIMEOUT, PeerProcess};
 pub use error::QmpError;

@@ -26,7 +26,7 @@ pub struct Event {
 
 /// One message from QEMU.
 #[derive(Debug, PartialEq)]
-pub(super) enum Message {
+pub(crate) enum Message {
     /// `{"QMP": ...}`: the version and the capabilities on offer.
     Greeting { version: Value, oob: bool },
     /// An answer; without an id if QEMU could not read the command.
@@ -41,7 +41,7 @@ pub(super) enum Message {
 ///
 /// # Errors
 /// `InvalidData` for a line that is too long, `UnexpectedEof` for one that was cut off.
-pub(super) async fn read_line(
+pub(crate) async fn read_line(
     reader: &mut (impl AsyncBufRead + Unpin),
     line: &mut Vec<u8>,
 ) -> io::Result<Option<()>> {
@@ -77,7 +77,7 @@ pub(super) async fn read_line(
 ///
 /// # Errors
 /// A text that says what is wrong, for a line that is no JSON object.
-pub(super) fn parse(line: &[u8]) -> Result<Message, String> {
+pub(crate) fn parse(line: &[u8]) -> Result<Message, String> {
     let value: Value = serde_json::from_slice(line)
         .map_err(|error| format!("a line is no JSON ({error}): {}", quote(line)))?;
     let Value::Object(mut fields) = value else {
@@ -113,7 +113,7 @@ pub(super) fn parse(line: &[u8]) -> Result<Message, String> {
 }
 
 /// The beginning of a message, printable.
-pub(super) fn quote(line: &[u8]) -> String {
+pub(crate) fn quote(line: &[u8]) -> String {
     let cut = line.get(..QUOTE_BYTES_MAX).unwrap_or(line);
     let dots = if cut.len() < line.len() { "..." } else { "" };
     format!("\"{}{dots}\"", cut.escape_ascii())

@@ -7,20 +7,20 @@
 use super::error::VmError;
 
 /// Most RAM blocks (with ROMs and video memory) that are read.
-pub(super) const BLOCKS_MAX: usize = 4096;
+pub(crate) const BLOCKS_MAX: usize = 4096;
 
 /// Most ranges of the guest's address space that are read.
-pub(super) const RANGES_MAX: usize = 65_536;
+pub(crate) const RANGES_MAX: usize = 65_536;
 
 /// Longest piece of a line, in characters, that an error repeats.
 const QUOTE_CHARS: usize = 120;
 
-pub(super) const RAMBLOCK: &str = "info ramblock";
-pub(super) const MTREE: &str = "info mtree -f";
+pub(crate) const RAMBLOCK: &str = "info ramblock";
+pub(crate) const MTREE: &str = "info mtree -f";
 
 /// One line of `info ramblock`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct RamBlock {
+pub(crate) struct RamBlock {
     /// Empty for a block that is not migrated under any name.
     pub name: String,
     /// Size of the pages behind it in bytes.
@@ -33,7 +33,7 @@ pub(super) struct RamBlock {
 
 /// One range of the flat view of guest memory that is backed by memory of QEMU.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct FlatRange {
+pub(crate) struct FlatRange {
     pub gpa: u64,
     pub bytes: u64,
     pub name: String,
@@ -49,7 +49,7 @@ fn hex(text: &str) -> Option<u64> {
 }
 
 /// Parses `info ramblock`.
-pub(super) fn ramblocks(text: &str) -> Result<Vec<RamBlock>, VmError> {
+pub(crate) fn ramblocks(text: &str) -> Result<Vec<RamBlock>, VmError> {
     let mut lines = text.lines().map(str::trim_end).filter(|line| !line.is_empty());
     match lines.next() {
         Some(header) if header.trim_start().starts_with("Block Name") => {}
@@ -95,7 +95,7 @@ fn ramblock(line: &str) -> Option<RamBlock> {
 }
 
 /// Parses the flat view of the address space `memory` in `info mtree -f`: ranges of RAM and ROM.
-pub(super) fn memory_ranges(text: &str) -> Result<Vec<FlatRange>, VmError> {
+pub(crate) fn memory_ranges(text: &str) -> Result<Vec<FlatRange>, VmError> {
     let mut ranges = Vec::new();
     let (mut wanted, mut found) = (false, false);
     for line in text.lines().map(str::trim_end) {
@@ -138,7 +138,7 @@ fn flat_range(line: &str) -> Option<Option<FlatRange>> {
 
 /// Parses the answer to `gpa2hva`: name of the block and QEMU's address. Nothing if no memory is
 /// there, or another text came.
-pub(super) fn host_address(text: &str) -> Option<(String, u64)> {
+pub(crate) fn host_address(text: &str) -> Option<(String, u64)> {
     let rest = text.trim().strip_prefix("Host virtual address for ")?;
     let (_, rest) = rest.split_once(" (")?;
     let (name, address) = rest.rsplit_once(") is ")?;

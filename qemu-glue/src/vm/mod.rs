@@ -17,7 +17,7 @@
 
 mod direct_io;
 mod error;
-mod hmp;
+pub(crate) mod hmp;
 mod memory;
 mod obstacles;
 mod process;

@@ -1,0 +1,9 @@
+//! The head of a device state, as QEMU or a peer might send it.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    qemu_glue::fuzz::stream_header(bytes);
+});
