@@ -40,29 +40,41 @@ const IDLE_MAX: Duration = Duration::from_secs(120);
 /// Longest wait for the description of the guest: it is ready when the source connects.
 const DESCRIBE_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long a source that is refused has to take note of it.
+const REFUSAL_WITHIN: Duration = Duration::from_secs(1);
+
 /// Takes one guest in. Returns its journal if one was begun, and how it ended.
 pub async fn take_guest(
     place: Arc<Place>,
     mut session: DestinationSession,
     asks: &mut mpsc::Receiver<DestinationSession>,
 ) -> (Option<Journal>, Result<Outcome, EngineError>) {
-    let closer = session.closer.clone();
     eprintln!("session from {} ({})", session.peer.name, session.peer.addr);
     let begun = begin(&place, &mut session).await;
     let (ram, mut journal) = match begun {
         Ok(begun) => begun,
         Err(error) => {
-            let text = messages::text(&error.tell());
-            let refuse = Refuse { code: refuse_code(&error), text: text.clone() };
-            let _told = session.control_sender.send(&Message::Refuse(refuse)).await;
-            let _flushed = session.control_sender.finish(Duration::from_secs(1)).await;
-            closer.close(close_code::REJECTED, &text).await;
+            refuse(&session, refuse_code(&error), &error.tell()).await;
             return (None, Err(error));
         }
     };
     let arrival = Arrival::start(Arc::clone(&place), ram, session);
     let outcome = arrival.run(&mut journal, asks).await;
     (Some(journal), outcome)
+}
+
+/// Tells a source that its guest is not taken. The session is closed only when the source has left:
+/// a close overtakes what was not read yet.
+pub async fn refuse(session: &DestinationSession, code: RefuseCode, text: &str) {
+    let text = messages::text(text);
+    let told = Message::Refuse(Refuse { code, text: text.clone() });
+    let heard = async {
+        session.control_sender.send(&told).await?;
+        session.control_sender.finish(REFUSAL_WITHIN).await?;
+        Ok::<_, transport::TransportError>(session.closer.closed().await)
+    };
+    let _gone_or_too_slow = tokio::time::timeout(REFUSAL_WITHIN, heard).await;
+    session.close(close_code::REJECTED, &text).await;
 }
 
 fn refuse_code(error: &EngineError) -> RefuseCode {

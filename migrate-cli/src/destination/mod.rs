@@ -23,7 +23,7 @@ use qemu_glue::check::Severity;
 use qemu_glue::qmp::{Client, RunState};
 use qemu_glue::vm::{self, VmInventory};
 use tokio::sync::mpsc;
-use transport::messages::{Intent, Message, Refuse, RefuseCode};
+use transport::messages::{Intent, RefuseCode};
 use transport::{DestinationSession, Identity, Listener, Options, TransportError, close_code};
 
 use self::answer::Archive;
@@ -204,7 +204,8 @@ async fn take(
             let answered = async {
                 match other {
                     Ok(other) if other.intent == Intent::Migrate => {
-                        refuse_busy(other).await;
+                        let text = "another guest is arriving here";
+                        arrival::refuse(&other, RefuseCode::Busy, text).await;
                     }
                     Ok(other) if other.migration == migration => {
                         if let Err(full) = forward.try_send(other) {
@@ -226,15 +227,6 @@ async fn take(
         archive.add(journal);
     }
     outcome
-}
-
-/// Refuses a guest because another one is arriving.
-async fn refuse_busy(session: DestinationSession) {
-    let text = "another guest is arriving here";
-    let refuse = Refuse { code: RefuseCode::Busy, text: text.to_owned() };
-    let _told = session.control_sender.send(&Message::Refuse(refuse)).await;
-    let _flushed = session.control_sender.finish(Duration::from_secs(1)).await;
-    session.close(close_code::REJECTED, text).await;
 }
 
 /// Stays a while to answer a source that lost contact after its commit.

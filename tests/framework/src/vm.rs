@@ -85,11 +85,15 @@ impl Vm {
             .context("Cannot create a folder for sockets")?;
         let at = folder.path().to_owned();
         let ram_files = RamFiles(spec.ram_files(&stem)?);
-        let mut command = bound(&env.qemu(spec.qemu)?.bin, spec.netns.as_deref());
+        let qemu = &env.qemu(spec.qemu)?.bin;
+        // Set for QEMU alone, not for what starts it.
+        let mut command = bound(Path::new("env"), spec.netns.as_deref());
+        command
+            .args(spec.variables.iter().map(|(name, value)| format!("{name}={value}")))
+            .arg(qemu);
         let stderr = std::fs::File::create(at.join("qemu.stderr")).context("Cannot log stderr")?;
         command
             .args(spec.arguments(env, &stem, &at)?)
-            .envs(spec.variables.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
