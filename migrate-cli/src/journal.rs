@@ -1,6 +1,6 @@
 //! The durable record of a migration at one end.
 //!
-//! One file a migration and role. Two slots of [`SLOT_BYTES`] are written in turn with a sequence
+//! One file a migration and role. Two slots of 8 KiB are written in turn with a sequence
 //! number and a checksum, so that an update is one `pwrite` and one `fdatasync` within blocks that
 //! exist already, and a torn write leaves the previous record valid. The file and its directory are
 //! synced once, on creation, before the guest is touched.

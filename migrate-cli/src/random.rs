@@ -20,7 +20,7 @@ pub fn bytes<const N: usize>() -> Result<[u8; N], EngineError> {
 /// An unpredictable number.
 ///
 /// # Errors
-/// As [`bytes`].
+/// As [`bytes()`].
 pub fn number() -> Result<u64, EngineError> {
     Ok(u64::from_le_bytes(bytes()?))
 }

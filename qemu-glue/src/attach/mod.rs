@@ -12,7 +12,7 @@
 //! | `ptrace` | ptrace requests with bounded waits |
 //! | `seccomp` | asks QEMU's filters beforehand whether they allow the calls |
 //! | `preload` | the client of the preloaded library |
-//! | [`probe`] | says beforehand, without touching QEMU, whether it will work |
+//! | [`probe()`] | says beforehand, without touching QEMU, whether it will work |
 //!
 //! Who holds the descriptor (design rule 12): with [`CloseRemote::Yes`] only the engine does, and
 //! its death undoes every registration. With [`CloseRemote::No`] QEMU keeps a copy, and a restarted
