@@ -15,8 +15,8 @@ use qemu_glue::error::{AttachError, ProcError, RamError, TrackError};
 use qemu_glue::qmp::QmpError;
 use qemu_glue::vm::VmError;
 use thiserror::Error;
-use transport::TransportError;
 use transport::messages::{AbortCode, RefuseCode, RejectCode};
+use transport::{IdentityError, TransportError};
 
 use crate::destination::apply::ApplyError;
 use crate::journal::JournalError;
@@ -189,6 +189,12 @@ pub enum EngineError {
     /// A task of the engine ended unexpectedly.
     #[error("A part of the engine ended unexpectedly: {0}")]
     Internal(String),
+}
+
+impl From<IdentityError> for EngineError {
+    fn from(error: IdentityError) -> Self {
+        Self::Transport(TransportError::Identity(error))
+    }
 }
 
 impl Classify for EngineError {

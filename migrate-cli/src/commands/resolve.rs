@@ -82,8 +82,7 @@ async fn resolve_source(
     }
     let addr = args.to.as_deref().unwrap_or(&entry.peer);
     let identity = args.identity.as_ref().unwrap_or(&entry.identity);
-    let identity = Identity::load(identity)
-        .map_err(|error| EngineError::Transport(transport::TransportError::Identity(error)))?;
+    let identity = Identity::load(identity)?;
     let mut contact = recover::contact(&entry, Arc::new(identity), addr).await?;
     let operator = match (args.run_here, args.runs_there, entry.record) {
         (true, _, _) => Some(Input::OperatorRunHere),

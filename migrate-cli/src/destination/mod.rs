@@ -61,8 +61,7 @@ pub struct Place {
 /// What kept it from listening, or ended the only migration under `--once`.
 pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
     let journal_dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
-    let identity = Identity::load(&args.common.identity)
-        .map_err(|error| EngineError::Transport(TransportError::Identity(error)))?;
+    let identity = Identity::load(&args.common.identity)?;
     let options = Options {
         dead_peer: Duration::from_secs(args.common.dead_peer_s),
         expected_peer: args.common.peer.clone(),

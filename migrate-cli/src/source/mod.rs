@@ -86,10 +86,7 @@ fn fail(report: &mut Report, error: &EngineError, source: GuestPlace, destinatio
 /// Everything up to the journal; errors from here mean that nothing was touched.
 async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(), EngineError> {
     prepare::check_asked(args)?;
-    let identity = Arc::new(
-        Identity::load(&args.common.identity)
-            .map_err(|error| EngineError::Transport(transport::TransportError::Identity(error)))?,
-    );
+    let identity = Arc::new(Identity::load(&args.common.identity)?);
     let addr = prepare::resolve_address(&args.to).await?;
     recover::before_sending(args).await?;
     let guest = prepare::guest(args).await?;

@@ -94,8 +94,7 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
         }
         eprintln!("an earlier migration of this VM was interrupted; it is ended first");
         let client = Client::connect(qmp).await?;
-        let identity = Identity::load(&args.common.identity)
-            .map_err(|error| EngineError::Transport(transport::TransportError::Identity(error)))?;
+        let identity = Identity::load(&args.common.identity)?;
         let mut contact = contact(&entry, Arc::new(identity), &args.to).await?;
         let done = finish(Some(&client), &mut journal, &mut contact, None, Duration::ZERO).await?;
         journal.remove();

@@ -106,14 +106,8 @@ impl Rig {
         extra: &[&str],
         netns: Option<&str>,
     ) -> Result<Engine> {
-        let (qmp, identity) = (text(&vm.qmp_engine()), text(&self.destination));
-        let journal = self.journal("destination");
-        let mut words = vec!["receive", "--once", "--listen", listen, "--qmp", &qmp];
-        words.extend(["--identity", &identity, "--journal", &journal]);
-        words.extend(extra);
-        let failpoints = text(&self.failpoints());
-        let variables = [("GODWIT_FAILPOINTS", failpoints.as_str())];
-        Engine::start_with(&self.migrate, &words, netns, &variables)
+        let words = ["receive", "--once", "--listen", listen];
+        self.start_end(vm, &words, (&self.destination, "destination"), extra, netns)
     }
 
     /// Starts `migrate send --json`.
@@ -135,10 +129,22 @@ impl Rig {
         extra: &[&str],
         netns: Option<&str>,
     ) -> Result<Engine> {
-        let (qmp, identity) = (text(&vm.qmp_engine()), text(&self.source));
-        let journal = self.journal("source");
-        let mut words = vec!["send", "--json", "--to", to, "--qmp", &qmp];
-        words.extend(["--identity", &identity, "--journal", &journal]);
+        let words = ["send", "--json", "--to", to];
+        self.start_end(vm, &words, (&self.source, "source"), extra, netns)
+    }
+
+    /// Starts one end's command with what both have in common; `end` is its identity and journal.
+    fn start_end(
+        &self,
+        vm: &Vm,
+        words: &[&str],
+        end: (&Path, &str),
+        extra: &[&str],
+        netns: Option<&str>,
+    ) -> Result<Engine> {
+        let (qmp, identity, journal) = (text(&vm.qmp_engine()), text(end.0), self.journal(end.1));
+        let mut words = words.to_vec();
+        words.extend(["--qmp", &qmp, "--identity", &identity, "--journal", &journal]);
         words.extend(extra);
         let failpoints = text(&self.failpoints());
         let variables = [("GODWIT_FAILPOINTS", failpoints.as_str())];
