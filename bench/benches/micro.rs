@@ -4,7 +4,6 @@
 use std::convert::Infallible;
 use std::hint::black_box;
 
-use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use migrate_core::batch::{PageRun, RunKind};
 use migrate_core::encode::BatchBuilder;
@@ -103,7 +102,7 @@ fn batch(run_pages: u16) -> Batch {
         kind: RunKind::Raw,
         version: 1,
     };
-    Batch { runs: (0..runs).map(run).collect(), payload: Bytes::from(noise(64)), round: 1 }
+    Batch { runs: (0..runs).map(run).collect(), payload: noise(64).into(), round: 1 }
 }
 
 fn lanes(c: &mut Criterion) {
@@ -114,7 +113,7 @@ fn lanes(c: &mut Criterion) {
         group.bench_function(format!("encode-{name}"), |b| {
             b.iter(|| encode_head(black_box(&batch), 1).unwrap());
         });
-        let frame = [&encode_head(&batch, 1).unwrap()[..], &batch.payload[..]].concat();
+        let frame = [&encode_head(&batch, 1).unwrap()[..], &batch.payload.to_vec()[..]].concat();
         group.bench_function(format!("decode-{name}"), |b| {
             b.iter_batched(
                 || (),

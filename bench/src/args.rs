@@ -102,6 +102,10 @@ pub(crate) struct ThroughputArgs {
     /// Times that the two are measured.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=200))]
     pub(crate) repeats: u32,
+    /// Free memory to touch before every transfer, in MiB. Where the machine is itself a virtual one
+    /// whose host takes free memory back, finding it again costs more than the transfer.
+    #[arg(long, value_name = "MIB", default_value_t = 6144, value_parser = clap::value_parser!(u64).range(0..=65_536))]
+    pub(crate) touch: u64,
     /// Also migrates over an unshaped veth between two namespaces (without a plain transfer).
     #[arg(long)]
     pub(crate) veth: bool,

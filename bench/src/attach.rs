@@ -69,6 +69,7 @@ fn all(bed: &Bed, plan: &GuestPlan, args: &AttachArgs, log: &mut Log) -> Result<
     }
     drop(guests);
     let options = DriveOptions {
+        touch_mib: 0,
         limit: Duration::from_secs(args.common.limit_s),
         channels: 1,
         send_args: args.common.send_args.clone(),

@@ -36,6 +36,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         resident_mib: (args.memory as f64 * RESIDENT_SHARE) as u64,
     };
     let options = DriveOptions {
+        touch_mib: 0,
         limit: Duration::from_secs(args.common.limit_s),
         channels: args.channels,
         send_args: args.common.send_args.clone(),

@@ -54,6 +54,8 @@ pub(crate) struct DriveOptions {
     pub(crate) channels: u32,
     /// Further arguments of `migrate send`.
     pub(crate) send_args: Vec<String>,
+    /// Free memory to touch right before, in MiB.
+    pub(crate) touch_mib: u64,
 }
 
 /// Boots a fresh guest, migrates it once and measures. A migration that fails is a record, too.
@@ -71,7 +73,8 @@ pub(crate) fn measure(
     interrupt::check()?;
     let (link, link_bits) = link;
     let mut guests = Guests::boot(bed, link, plan, mode.backend())?;
-    std::thread::sleep(SETTLE);
+    host::touch_memory(options.touch_mib);
+    std::thread::sleep(if options.touch_mib == 0 { SETTLE } else { WATCH });
     let writer_pages_per_s = plan.workload.pages_per_s(&mut guests.source)?;
     let cpu = || -> Result<(f64, f64)> {
         Ok((guests.source.cpu_seconds()?, guests.destination.cpu_seconds()?))

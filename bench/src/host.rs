@@ -86,6 +86,13 @@ fn busy_ticks(stat: &str) -> u64 {
     [0, 1, 2, 5, 6, 7].iter().filter_map(|at| numbers.get(*at)).sum()
 }
 
+/// Writes to `mib` MiB of free memory and gives it back.
+pub(crate) fn touch_memory(mib: u64) {
+    const PART_BYTES: usize = 64 << 20;
+    let parts: Vec<Vec<u8>> = (0..mib.div_ceil(64)).map(|_| vec![1; PART_BYTES]).collect();
+    drop(std::hint::black_box(parts));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,9 +1,9 @@
 //! `bench throughput`: Godwit's goodput on an unshaped link beside a plain quinn transfer.
 //!
 //! The baseline is transport's example `bulk`: as many QUIC connections with the same tuning and
-//! cipher, sender and receiver in one process, bytes from one buffer into nothing. It runs in the
-//! same namespace while the guest and the waiting QEMU of the next migration are up, so that both
-//! have the same neighbours.
+//! cipher, sender and receiver in one process, from memory to memory and into nothing. It runs in
+//! the same namespace while the guest and the waiting QEMU of the next migration are up, so that
+//! both have the same neighbours, and after the same memory was touched.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -68,17 +68,19 @@ fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result
     let mut send_args = vec!["--lanes".to_owned(), lanes];
     send_args.extend(args.common.send_args.iter().cloned());
     let limit = Duration::from_secs(args.common.limit_s);
-    let options = DriveOptions { limit, channels: args.lanes.into(), send_args };
+    let touch_mib = args.touch;
+    let options = DriveOptions { limit, channels: args.lanes.into(), send_args, touch_mib };
     let loopback = Link::loopback()?;
     let veth = if args.veth { Some(Link::veth(0)?) } else { None };
     for turn in 0..args.repeats {
         interrupt::check()?;
         let one = plain(bed, &loopback, &plan, args, bulk, turn)?;
         eprintln!(
-            "turn {}/{} plain quinn {} Gbit/s",
+            "turn {}/{} plain quinn {} Gbit/s into nothing, {} from memory to memory",
             turn + 1,
             args.repeats,
-            one.bulk["plain_gbps"]
+            one.bulk["plain_gbps"],
+            one.bulk["memory_gbps"],
         );
         log.add(Record::Bulk(one))?;
         for link in std::iter::once(&loopback).chain(&veth) {
@@ -101,6 +103,7 @@ fn plain(
 ) -> Result<Bulk> {
     let neighbours = Guests::boot(bed, link, plan, Mode::Godwit.backend())?;
     interrupt::check()?;
+    host::touch_memory(args.touch);
     let load1 = host::load1();
     let (mib, lanes) = (args.resident.to_string(), args.lanes.to_string());
     let words = [mib.as_str(), lanes.as_str(), "1"];
@@ -108,6 +111,8 @@ fn plain(
     drop(neighbours);
     let output = output.success().context("The plain transfer failed")?;
     let bulk: Value = output.json().context("The plain transfer printed no JSON")?.clone();
-    bulk["plain_gbps"].as_f64().context("The plain transfer names no `plain_gbps`")?;
+    for name in ["plain_gbps", "memory_gbps"] {
+        bulk[name].as_f64().with_context(|| format!("The plain transfer names no `{name}`"))?;
+    }
     Ok(Bulk { turn, load1, bulk })
 }

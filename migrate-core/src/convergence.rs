@@ -53,10 +53,18 @@ pub struct Goodput {
 
 impl Goodput {
     /// Notes that the destination had applied `applied_bytes` in total at `now`, with
-    /// `outstanding_bytes` still under way. Intervals that began idle are not counted.
-    pub fn note(&mut self, now: Duration, applied_bytes: u64, outstanding_bytes: u64) {
+    /// `outstanding_bytes` still under way. Intervals that began idle are not counted, unless more
+    /// was `held_back` in them: on a fast link all that may be under way is applied before the
+    /// destination tells so.
+    pub fn note(
+        &mut self,
+        now: Duration,
+        applied_bytes: u64,
+        outstanding_bytes: u64,
+        held_back: bool,
+    ) {
         if let Some((at, bytes)) = self.last
-            && self.was_busy
+            && (self.was_busy || held_back)
             && now > at
         {
             self.samples.push_back((now - at, applied_bytes.saturating_sub(bytes)));
@@ -267,11 +275,15 @@ mod tests {
     fn goodput_counts_busy_time_only() {
         let mut goodput = Goodput::default();
         let at = Duration::from_millis;
-        goodput.note(at(0), 0, 1000);
-        goodput.note(at(100), 100_000, 0);
-        goodput.note(at(900), 100_000, 1000);
-        goodput.note(at(1000), 200_000, 0);
+        goodput.note(at(0), 0, 1000, false);
+        goodput.note(at(100), 100_000, 0, false);
+        goodput.note(at(900), 100_000, 1000, false);
+        goodput.note(at(1000), 200_000, 0, false);
         let rate = goodput.bytes_per_s().unwrap();
         assert!((rate - 1e6).abs() < 1.0, "{rate}");
+        // All was applied whenever the destination told so, but more was waiting to leave.
+        goodput.note(at(1100), 400_000, 0, true);
+        let rate = goodput.bytes_per_s().unwrap();
+        assert!((rate - 4e5 / 0.3).abs() < 1.0, "{rate}");
     }
 }

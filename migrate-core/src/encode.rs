@@ -12,12 +12,60 @@ use crate::page_table::{PageVerdict, Reason, SourcePages};
 pub const BATCH_TARGET_BYTES: usize = 256 << 10;
 
 /// A finished batch: runs and the contents of the raw ones, in order.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Default)]
 pub struct EncodedBatch {
     /// What the batch holds.
     pub runs: Vec<PageRun>,
     /// Contents of the raw runs, one after the other.
-    pub payload: Vec<u8>,
+    pub payload: PageBuffer,
+}
+
+/// Memory for contents that can be used again: finding and clearing fresh memory for every batch
+/// costs as much as reading the pages into it.
+#[derive(Debug, Default)]
+pub struct PageBuffer {
+    /// As large as it ever was; only the first part is in use.
+    memory: Vec<u8>,
+    bytes: usize,
+}
+
+impl PageBuffer {
+    /// The same memory, empty.
+    #[must_use]
+    pub fn emptied(self) -> Self {
+        Self { bytes: 0, ..self }
+    }
+
+    /// Bytes in use.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether nothing is in use.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Adds `bytes` bytes of any content and returns them.
+    fn extend(&mut self, bytes: usize) -> &mut [u8] {
+        let (start, end) = (self.bytes, self.bytes + bytes);
+        if self.memory.len() < end {
+            self.memory.resize(end.max(BATCH_TARGET_BYTES), 0);
+        }
+        self.bytes = end;
+        self.memory.get_mut(start..end).unwrap_or_default()
+    }
+
+    /// Leaves the first `bytes` bytes in use.
+    fn truncate(&mut self, bytes: usize) {
+        self.bytes = self.bytes.min(bytes);
+    }
+}
+
+impl AsRef<[u8]> for PageBuffer {
+    fn as_ref(&self) -> &[u8] {
+        self.memory.get(..self.bytes).unwrap_or_default()
+    }
 }
 
 /// What became of the pages that went through a builder.
@@ -64,6 +112,13 @@ impl BatchBuilder {
         Self::default()
     }
 
+    /// Gives an empty builder a buffer that a finished batch no longer needs.
+    pub fn reuse(&mut self, buffer: PageBuffer) {
+        if self.batch.payload.is_empty() {
+            self.batch.payload = buffer.emptied();
+        }
+    }
+
     /// Reads `pages` consecutive pages from `first` on with `read` into a private buffer, judges
     /// each against `table` and keeps what must travel.
     ///
@@ -80,31 +135,31 @@ impl BatchBuilder {
         read: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let start = self.batch.payload.len();
-        self.batch.payload.resize(start + pages * PAGE_BYTES, 0);
-        let fresh = self.batch.payload.get_mut(start..).unwrap_or_default();
-        if let Err(error) = read(fresh) {
-            self.batch.payload.truncate(start);
+        let payload = &mut self.batch.payload;
+        if let Err(error) = read(payload.extend(pages * PAGE_BYTES)) {
+            payload.truncate(start);
             return Err(error);
         }
+        let memory = &mut payload.memory;
         let mut keep_end = start;
         let sent_before = self.counts.sent();
         for (page, at) in (first.0..).zip((start..).step_by(PAGE_BYTES)).take(pages) {
-            let content = self.batch.payload.get(at..at + PAGE_BYTES).unwrap_or_default();
+            let content = memory.get(at..at + PAGE_BYTES).unwrap_or_default();
             match table.judge(PageIndex(page), content, reason) {
                 PageVerdict::Keep => self.counts.kept += 1,
                 PageVerdict::Zero(version) => {
                     self.counts.zero += 1;
                     self.counts.resent += 1;
-                    self.extend_run(page, RunKind::Zero, version);
+                    extend_run(&mut self.batch.runs, page, RunKind::Zero, version);
                 }
                 PageVerdict::Raw(version) => {
                     if at != keep_end {
-                        self.batch.payload.copy_within(at..at + PAGE_BYTES, keep_end);
+                        memory.copy_within(at..at + PAGE_BYTES, keep_end);
                     }
                     keep_end += PAGE_BYTES;
                     self.counts.raw += 1;
                     self.counts.resent += u64::from(version > 1);
-                    self.extend_run(page, RunKind::Raw, version);
+                    extend_run(&mut self.batch.runs, page, RunKind::Raw, version);
                 }
             }
         }
@@ -113,19 +168,6 @@ impl BatchBuilder {
             self.counts.looked_sent += self.counts.sent() - sent_before;
         }
         Ok(())
-    }
-
-    fn extend_run(&mut self, page: u64, kind: RunKind, version: u32) {
-        if let Some(run) = self.batch.runs.last_mut()
-            && run.kind == kind
-            && run.version == version
-            && run.first.0 + u64::from(run.pages) == page
-            && run.pages < RUN_PAGES_MAX
-        {
-            run.pages += 1;
-            return;
-        }
-        self.batch.runs.push(PageRun { first: PageIndex(page), pages: 1, kind, version });
     }
 
     /// Pages that a push may still bring so that no limit of a batch can be exceeded.
@@ -151,6 +193,19 @@ impl BatchBuilder {
     pub fn take_counts(&mut self) -> PageCounts {
         std::mem::take(&mut self.counts)
     }
+}
+
+fn extend_run(runs: &mut Vec<PageRun>, page: u64, kind: RunKind, version: u32) {
+    if let Some(run) = runs.last_mut()
+        && run.kind == kind
+        && run.version == version
+        && run.first.0 + u64::from(run.pages) == page
+        && run.pages < RUN_PAGES_MAX
+    {
+        run.pages += 1;
+        return;
+    }
+    runs.push(PageRun { first: PageIndex(page), pages: 1, kind, version });
 }
 
 #[cfg(test)]
@@ -194,7 +249,7 @@ mod tests {
         assert!(batch.payload.len() <= BATCH_PAYLOAD_BYTES_MAX);
         let expected: usize = batch.runs.iter().map(PageRun::payload_bytes).sum();
         assert_eq!(batch.payload.len(), expected);
-        let mut payload = batch.payload.chunks(PAGE_BYTES);
+        let mut payload = batch.payload.as_ref().chunks(PAGE_BYTES);
         for run in &batch.runs {
             for page in run.first.0..run.first.0 + u64::from(run.pages) {
                 sent[page as usize] = match run.kind {
@@ -210,6 +265,6 @@ mod tests {
         let table = SourcePages::new(4, false, 0);
         let mut builder = BatchBuilder::new();
         assert_eq!(builder.push(&table, PageIndex(0), 2, Reason::Dirty, |_| Err("no")), Err("no"));
-        assert_eq!(builder.take(), None);
+        assert!(builder.take().is_none());
     }
 }

@@ -17,10 +17,11 @@
 #![expect(unsafe_code, reason = "copies into a mapping of hugetlbfs, which has no write(2)")]
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
 use migrate_core::layout::{BlockSpec, PAGE_BYTES, PageIndex, RamLayout};
@@ -38,6 +39,9 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 const PAGE: u64 = PAGE_BYTES as u64;
+
+/// Pieces that one system call takes (include/uapi/linux/uio.h: UIO_MAXIOV).
+const IOV_MAX: usize = 1024;
 
 /// A RAM block as QEMU describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,6 +83,9 @@ struct Block {
     backing: Backing,
     /// For writing on hugetlbfs.
     map: Option<MmapRaw>,
+    /// Held while tmpfs is written: the kernel takes one lock per inode for that and spins for it,
+    /// so that a second writer would burn a core without writing sooner.
+    writing: Mutex<()>,
 }
 
 /// The opened RAM blocks of one QEMU process.
@@ -157,9 +164,23 @@ impl GuestRam {
     /// As [`read`](Self::read); [`RamError::ReadOnly`]; [`RamError::Io`] also if the file system is
     /// full or the huge pages are used up.
     pub fn write(&self, page: PageIndex, data: &[u8]) -> Result<(), RamError> {
-        let (block, offset) = self.place_buffer(page, data.len())?;
+        self.write_pieces(page, &mut [IoSlice::new(data)])
+    }
+
+    /// Writes pages whose contents lie in pieces, which may end anywhere; together they are a
+    /// multiple of [`PAGE_BYTES`] long. The pieces are used up.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_pieces(
+        &self,
+        page: PageIndex,
+        pieces: &mut [IoSlice<'_>],
+    ) -> Result<(), RamError> {
+        let bytes = pieces.iter().map(|piece| piece.len()).sum();
+        let (block, offset) = self.place_buffer(page, bytes)?;
         self.check_writable(block)?;
-        block.write(offset, data).map_err(|source| block.io("write", offset, source))
+        block.write_pieces(offset, pieces).map_err(|source| block.io("write", offset, source))
     }
 
     /// Makes pages read as zeros. Whole backing pages become holes; parts of larger ones are
@@ -274,33 +295,58 @@ impl Block {
         let huge = check_file(region, mapping, &file, offset_bytes)?;
         let backing = Backing { device: mapping.device, inode: mapping.inode, offset_bytes, huge };
         let map = if write && huge { Some(map_huge(region, &file, offset_bytes)?) } else { None };
-        Ok(Self { region: region.clone(), file, backing, map })
+        Ok(Self { region: region.clone(), file, backing, map, writing: Mutex::default() })
     }
 
     fn io(&self, what: &'static str, offset_bytes: u64, source: io::Error) -> RamError {
         RamError::Io { what, block: self.region.name.clone(), offset_bytes, source }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let Some(map) = &self.map else {
-            return self.file.write_all_at(data, self.backing.offset_bytes + offset);
-        };
+    fn write_pieces(&self, offset: u64, mut pieces: &mut [IoSlice<'_>]) -> io::Result<()> {
+        if let Some(map) = &self.map {
+            return self.write_huge(map, offset, pieces);
+        }
+        let mut at = self.backing.offset_bytes + offset;
+        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Drops empty pieces at the front, as every advance does.
+        IoSlice::advance_slices(&mut pieces, 0);
+        while !pieces.is_empty() {
+            let some = pieces.get(..pieces.len().min(IOV_MAX)).unwrap_or_default();
+            match rustix::io::pwritev(&self.file, some, at) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    at += written as u64;
+                    IoSlice::advance_slices(&mut pieces, written);
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_huge(&self, map: &MmapRaw, offset: u64, pieces: &[IoSlice<'_>]) -> io::Result<()> {
+        let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
         // Allocate first: a store to a page that the pool cannot supply would be a SIGBUS.
         let page = self.region.page_bytes;
         let start = offset / page * page;
-        let end = (offset + data.len() as u64).next_multiple_of(page);
+        let end = (offset + bytes as u64).next_multiple_of(page);
         self.fallocate(FallocateFlags::KEEP_SIZE, start, end - start)?;
-        let offset = usize::try_from(offset).map_err(io::Error::other)?;
-        if offset.checked_add(data.len()).is_none_or(|end| end > map.len()) {
+        let mut offset = usize::try_from(offset).map_err(io::Error::other)?;
+        if offset.checked_add(bytes).is_none_or(|end| end > map.len()) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
-        let source = data.as_ptr();
-        // SAFETY: the target range lies within the mapping (checked above), which lives as long as
-        // `self`; no Rust reference to it exists anywhere, the source is private to the caller, and
-        // the pages exist (fallocate above), so the stores do not fault for want of memory.
-        unsafe {
-            std::ptr::copy_nonoverlapping(source, map.as_mut_ptr().add(offset), data.len());
-        };
+        for piece in pieces {
+            let source = piece.as_ptr();
+            // SAFETY: the target range lies within the mapping (all pieces together were checked
+            // above), which lives as long as `self`; no Rust reference to it exists anywhere, the
+            // source is private to the caller, and the pages exist (fallocate above), so the stores
+            // do not fault for want of memory.
+            unsafe {
+                std::ptr::copy_nonoverlapping(source, map.as_mut_ptr().add(offset), piece.len());
+            };
+            offset += piece.len();
+        }
         Ok(())
     }
 
@@ -335,7 +381,7 @@ impl Block {
         for offset in (start..end).step_by(PAGE_BYTES) {
             self.file.read_exact_at(&mut buffer, self.backing.offset_bytes + offset)?;
             if buffer != ZEROS {
-                self.write(offset, &ZEROS)?;
+                self.write_pieces(offset, &mut [IoSlice::new(&ZEROS)])?;
             }
         }
         Ok(())

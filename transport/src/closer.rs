@@ -10,8 +10,11 @@ use crate::error::{CloseReason, TransportError, WireError, close_code, connectio
 use crate::messages::text;
 use crate::socket::UdpBuffers;
 
-/// How long [`Closer::close`] waits for the peer to hear of it.
-const CLOSE_WAIT: Duration = Duration::from_millis(50);
+/// Longest time that [`Closer::close`] waits for the peer to hear of it.
+const CLOSE_WAIT_MAX: Duration = Duration::from_millis(50);
+
+/// Shortest: the connections' tasks have to come to run.
+const CLOSE_WAIT_MIN: Duration = Duration::from_millis(10);
 
 /// UDP payload bytes over all connections of a session, with all of QUIC's overhead and
 /// retransmissions.
@@ -93,8 +96,10 @@ impl Closer {
                 endpoint.wait_idle().await;
             }
         };
-        // An endpoint that other sessions use is not idle; the packets are out by then.
-        let _elapsed = tokio::time::timeout(CLOSE_WAIT, idle).await;
+        // The word is on its way at once; what waits is a packet of the peer that crosses it, to be
+        // answered with the word again. An endpoint that other sessions use is never idle.
+        let wait = (4 * self.rtt()).clamp(CLOSE_WAIT_MIN, CLOSE_WAIT_MAX);
+        let _elapsed = tokio::time::timeout(wait, idle).await;
     }
 
     /// Waits until the session ends and says why.

@@ -47,7 +47,7 @@ pub fn lane_frame(bytes: &[u8]) -> u64 {
         let Ok(head) = lane_wire::encode_head(&batch, sequence) else {
             panic!("A batch was accepted but cannot be sent");
         };
-        let frame = [&head[..], &batch.payload[..]].concat();
+        let frame = [&head[..], &batch.payload.to_vec()[..]].concat();
         assert_eq!(rest.get(..frame_bytes), Some(&frame[..]));
         rest = rest.get(frame_bytes..).unwrap_or_default();
         sequence += 1;

@@ -3,13 +3,13 @@
 //! Neither [`LaneSender::send`] nor [`LaneReceiver::recv`] may be cancelled and continued: half a
 //! batch would be under way. Each lane belongs into a task of its own.
 
-use bytes::Bytes;
 use quinn::{RecvStream, SendStream};
 
 use crate::closer::Closer;
 use crate::control::{StreamError, read_exact};
 use crate::error::{TransportError, WireError};
 use crate::lane_wire::{Batch, LANE_HEADER_BYTES, LaneHeader, encode_head};
+use crate::payload::{Collector, Payload};
 
 /// Sends batches on a lane.
 #[derive(Debug)]
@@ -54,11 +54,9 @@ impl LaneSender {
         let sequence = self.sequence.wrapping_add(1);
         let head = encode_head(&batch, sequence).map_err(StreamError::Refused)?;
         self.sending = true;
-        if batch.payload.is_empty() {
-            self.stream.write_chunk(head).await?;
-        } else {
-            self.stream.write_all_chunks(&mut [head, batch.payload]).await?;
-        }
+        let mut pieces = batch.payload.into_pieces();
+        pieces.insert(0, head);
+        self.stream.write_all_chunks(&mut pieces).await?;
         self.sending = false;
         self.sequence = sequence;
         Ok(())
@@ -138,7 +136,7 @@ impl LaneReceiver {
         greeted?;
         let header = LaneHeader::parse(&header, sequence).map_err(StreamError::Wire)?;
         let runs = read_bytes(&mut self.stream, header.run_bytes(), "Runs of a batch").await?;
-        let runs = header.parse_runs(&runs).map_err(StreamError::Wire)?;
+        let runs = header.parse_runs(&runs.to_vec()).map_err(StreamError::Wire)?;
         let bytes = header.payload_bytes();
         let payload = read_bytes(&mut self.stream, bytes, "Payload of a batch").await?;
         self.sequence = sequence;
@@ -152,19 +150,19 @@ pub(crate) fn place(index: usize) -> String {
     format!("lane {index}")
 }
 
-/// Reads `needed` bytes, which were checked against a limit, with one copy and no zeroing.
+/// Reads `needed` bytes, which were checked against a limit, without copying them.
 async fn read_bytes(
     stream: &mut RecvStream,
     needed: usize,
     what: &'static str,
-) -> Result<Bytes, StreamError> {
-    let mut bytes = Vec::with_capacity(needed);
+) -> Result<Payload, StreamError> {
+    let mut bytes = Collector::default();
     while bytes.len() < needed {
         let available = bytes.len();
         let Some(chunk) = stream.read_chunk(needed - available, true).await? else {
             return Err(StreamError::Wire(WireError::Truncated { what, needed, available }));
         };
-        bytes.extend_from_slice(&chunk.bytes);
+        bytes.push(chunk.bytes);
     }
-    Ok(bytes.into())
+    Ok(bytes.finish())
 }

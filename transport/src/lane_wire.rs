@@ -27,6 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::WireError;
 use crate::messages::PAGES_MAX;
+use crate::payload::Payload;
 
 /// First four bytes of a lane: `GDWH`.
 pub const GREETING_MAGIC: u32 = u32::from_le_bytes(*b"GDWH");
@@ -58,7 +59,7 @@ pub struct Batch {
     /// What travels; 1 to `BATCH_RUNS_MAX` runs.
     pub runs: Vec<PageRun>,
     /// Contents of all raw runs, in run order; at most `BATCH_PAYLOAD_BYTES_MAX` bytes.
-    pub payload: Bytes,
+    pub payload: Payload,
     /// Number of the pre-copy round.
     pub round: u32,
 }
@@ -274,7 +275,7 @@ pub fn decode(bytes: &[u8], sequence: u64) -> Result<(Batch, usize), WireError> 
     let runs = header.parse_runs(runs)?;
     let frame_bytes = head_bytes.saturating_add(header.payload_bytes);
     let payload = rest.get(..header.payload_bytes).ok_or_else(|| truncated(frame_bytes))?;
-    let batch = Batch { runs, payload: Bytes::copy_from_slice(payload), round: header.round };
+    let batch = Batch { runs, payload: payload.to_vec().into(), round: header.round };
     Ok((batch, frame_bytes))
 }
 

@@ -4,6 +4,7 @@
 //! is written only if its version is the next one (correctness rule 3); what waits is bounded by the
 //! queues, and QUIC's flow control holds the source back when they are full.
 
+use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -14,7 +15,7 @@ use migrate_core::page_table::{DestinationPages, VersionError};
 use qemu_glue::ram::{GuestRam, RamError};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
-use transport::Batch;
+use transport::{Batch, Payload};
 
 /// Batches that may wait for each decoder thread.
 const QUEUE: usize = 4;
@@ -178,23 +179,67 @@ fn apply_all(shared: &Shared, mut inbox: mpsc::Receiver<(usize, Batch)>) {
 }
 
 fn apply(shared: &Shared, batch: &Batch) -> Result<(), ApplyError> {
-    let mut payload: &[u8] = &batch.payload;
+    let mut contents = Contents::of(&batch.payload);
     for run in &batch.runs {
         shared.pages.accept(run)?;
-        let (mut content, rest) =
-            payload.split_at_checked(run.payload_bytes()).ok_or(ApplyError::Short)?;
-        payload = rest;
         for (first, pages) in shared.ram.layout().split(run.first, u64::from(run.pages)) {
             match run.kind {
                 RunKind::Zero => shared.ram.discard(first, pages)?,
                 RunKind::Raw => {
                     let bytes = pages as usize * migrate_core::layout::PAGE_BYTES;
-                    let (part, rest) = content.split_at_checked(bytes).ok_or(ApplyError::Short)?;
-                    shared.ram.write(first, part)?;
-                    content = rest;
+                    let mut part = contents.take(bytes).ok_or(ApplyError::Short)?;
+                    shared.ram.write_pieces(first, &mut part)?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// What is left of a payload, front to back.
+struct Contents<'a> {
+    pieces: std::slice::Iter<'a, bytes::Bytes>,
+    /// The rest of the piece that was begun.
+    begun: &'a [u8],
+}
+
+impl<'a> Contents<'a> {
+    fn of(payload: &'a Payload) -> Self {
+        Self { pieces: payload.pieces().iter(), begun: &[] }
+    }
+
+    /// The next `bytes` bytes; nothing if there are fewer.
+    fn take(&mut self, mut bytes: usize) -> Option<Vec<IoSlice<'a>>> {
+        let mut taken = Vec::new();
+        while bytes > 0 {
+            if self.begun.is_empty() {
+                self.begun = self.pieces.next()?;
+            }
+            let (part, rest) = self.begun.split_at(bytes.min(self.begun.len()));
+            taken.push(IoSlice::new(part));
+            self.begun = rest;
+            bytes -= part.len();
+        }
+        Some(taken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_are_taken_front_to_back_across_pieces() {
+        let pieces: [&'static [u8]; 3] = [&[1, 2, 3], &[4], &[5, 6]];
+        let payload: Payload = pieces.into_iter().map(bytes::Bytes::from_static).collect();
+        let mut contents = Contents::of(&payload);
+        let mut take = |bytes| {
+            let pieces = contents.take(bytes)?;
+            Some(pieces.iter().map(|piece| piece.to_vec()).collect::<Vec<_>>())
+        };
+        assert_eq!(take(2), Some(vec![vec![1, 2]]));
+        assert_eq!(take(0), Some(vec![]));
+        assert_eq!(take(3), Some(vec![vec![3], vec![4], vec![5]]));
+        assert_eq!(take(2), None, "fewer bytes than asked for");
+    }
 }

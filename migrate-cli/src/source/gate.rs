@@ -20,6 +20,8 @@ struct Inner {
     entered_bytes: u64,
     applied_bytes: u64,
     window_bytes: u64,
+    /// Whether a batch had to wait for the window since the destination last told its progress.
+    held_back: bool,
     /// When the bucket will have paid for all that entered.
     paid_until: Instant,
     closed: bool,
@@ -41,6 +43,7 @@ impl Gate {
                 entered_bytes: 0,
                 applied_bytes: 0,
                 window_bytes: WINDOW_BYTES_MIN,
+                held_back: false,
                 paid_until: Instant::now(),
                 closed: false,
             }),
@@ -56,6 +59,7 @@ impl Gate {
         while !inner.closed {
             let under_way = inner.entered_bytes - inner.applied_bytes;
             if under_way != 0 && under_way + bytes > inner.window_bytes {
+                inner.held_back = true;
                 inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
@@ -75,14 +79,16 @@ impl Gate {
         inner.entered_bytes += bytes;
     }
 
-    /// The destination applied `applied_bytes` in total. Returns what is still under way, or nothing
-    /// if more was applied than ever left: the peer misbehaves.
-    pub fn applied(&self, applied_bytes: u64) -> Option<u64> {
+    /// The destination applied `applied_bytes` in total. Returns what is still under way and whether
+    /// the window held anything back since the last call, or nothing if more was applied than ever
+    /// left: the peer misbehaves.
+    pub fn applied(&self, applied_bytes: u64) -> Option<(u64, bool)> {
         let mut inner = self.lock();
         let under_way = inner.entered_bytes.checked_sub(applied_bytes)?;
         inner.applied_bytes = inner.applied_bytes.max(applied_bytes);
+        let held_back = std::mem::take(&mut inner.held_back);
         self.changed.notify_all();
-        Some(under_way)
+        Some((under_way, held_back))
     }
 
     /// Adapts the window to the measured goodput.
@@ -130,7 +136,7 @@ mod tests {
         });
         std::thread::sleep(Duration::from_millis(30));
         assert!(!passed.load(Ordering::SeqCst));
-        assert_eq!(gate.applied(WINDOW_BYTES_MIN), Some(0));
+        assert_eq!(gate.applied(WINDOW_BYTES_MIN), Some((0, true)));
         thread.join().unwrap();
         assert!(passed.load(Ordering::SeqCst));
         assert_eq!(gate.applied(u64::MAX), None, "more applied than sent");

@@ -152,7 +152,7 @@ fn note(
     bytes: u64,
     now: Duration,
 ) -> Result<(), EngineError> {
-    let under_way = gate.applied(bytes).ok_or_else(|| {
+    let (under_way, held_back) = gate.applied(bytes).ok_or_else(|| {
         EngineError::Contradiction(format!("that it applied {bytes} bytes, more than were sent"))
     })?;
     let mut applied = applied.lock().unwrap_or_else(PoisonError::into_inner);
@@ -163,7 +163,7 @@ fn note(
         )));
     }
     applied.bytes = bytes;
-    applied.goodput.note(now, bytes, under_way);
+    applied.goodput.note(now, bytes, under_way, held_back);
     if let Some(rate) = applied.goodput.bytes_per_s() {
         gate.set_goodput(rate);
     }

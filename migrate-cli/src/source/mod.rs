@@ -6,6 +6,7 @@
 //!      └───────────────┴───────────────┴──► nothing was touched ────────────────────────► report
 //! ```
 
+pub mod buffers;
 pub mod contact;
 pub mod gate;
 pub mod handover;
@@ -19,7 +20,6 @@ pub mod switch;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use migrate_core::convergence::Config;
 use migrate_core::error::{Classify, GuestPlace};
 use migrate_core::handover::source::Input;
@@ -380,12 +380,8 @@ impl LaneTasks {
     }
 }
 
-async fn feed(
-    mut lane: LaneSender,
-    mut inbox: mpsc::Receiver<(migrate_core::encode::EncodedBatch, u32)>,
-) {
-    while let Some((batch, round)) = inbox.recv().await {
-        let batch = Batch { runs: batch.runs, payload: Bytes::from(batch.payload), round };
+async fn feed(mut lane: LaneSender, mut inbox: mpsc::Receiver<Batch>) {
+    while let Some(batch) = inbox.recv().await {
         if let Err(error) = lane.send(batch).await {
             tracing::warn!(lane = lane.index(), %error, "lane ended");
             return;

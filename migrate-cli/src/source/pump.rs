@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use migrate_core::batch::{CHUNK_PAGES, lane_of, wire_bytes};
-use migrate_core::encode::{BatchBuilder, EncodedBatch, PageCounts};
+use migrate_core::encode::{BatchBuilder, PageCounts};
 use migrate_core::layout::PageIndex;
 use migrate_core::page_table::{Reason, SourcePages};
 use migrate_core::pageset::PageSet;
@@ -23,14 +23,16 @@ use migrate_core::precopy::Round;
 use qemu_glue::ram::{GuestRam, RamError};
 use thiserror::Error;
 use tokio::sync::mpsc as async_mpsc;
+use transport::Batch;
 
+use super::buffers::Buffers;
 use super::gate::Gate;
 
 /// Batches that may wait for each lane.
 pub const LANE_QUEUE: usize = 2;
 
-/// A batch on its way to a lane, with the round it belongs to.
-pub type LaneQueue = async_mpsc::Sender<(EncodedBatch, u32)>;
+/// The way to a lane.
+pub type LaneQueue = async_mpsc::Sender<Batch>;
 
 /// Why a round could not be sent.
 #[derive(Debug, Error)]
@@ -52,6 +54,7 @@ struct Shared {
     ram: Arc<GuestRam>,
     pages: Arc<SourcePages>,
     gate: Arc<Gate>,
+    buffers: Buffers,
     /// Batches handed to each lane since the beginning.
     batches: Vec<AtomicU64>,
     lanes: usize,
@@ -88,6 +91,7 @@ impl Pump {
             ram,
             pages,
             gate,
+            buffers: Buffers::default(),
             batches: lanes.iter().map(|_| AtomicU64::new(0)).collect(),
             lanes: lanes.len(),
         });
@@ -233,5 +237,8 @@ fn flush(
     if let Some(count) = shared.batches.get(lane) {
         count.fetch_add(1, Ordering::Release);
     }
-    queue.blocking_send((batch, round)).map_err(|_| PumpError::LaneClosed)
+    builder.reuse(shared.buffers.take());
+    let payload = shared.buffers.lend(batch.payload).into();
+    let batch = Batch { runs: batch.runs, payload, round };
+    queue.blocking_send(batch).map_err(|_| PumpError::LaneClosed)
 }

@@ -269,6 +269,37 @@ fn holes_stay_holes_and_discards_make_them() {
     assert_eq!(blocks_of(file.as_file()) * 512, 4 * 4096);
 }
 
+/// Pieces that end anywhere, some of them empty, more than one system call takes.
+fn write_in_pieces(ram: &GuestRam, first: u64, pages: usize) {
+    let content: Vec<u8> = (0..pages * PAGE_BYTES).map(|at| (at % 251) as u8 + 1).collect();
+    let mut pieces = vec![IoSlice::new(&[])];
+    let mut rest = &content[..];
+    for length in (0..).map(|number| 1 + number * 37 % 300) {
+        let (piece, left) = rest.split_at(length.min(rest.len()));
+        pieces.extend([IoSlice::new(piece), IoSlice::new(&[])]);
+        rest = left;
+        if rest.is_empty() {
+            break;
+        }
+    }
+    assert!(pieces.len() > IOV_MAX, "{} pieces", pieces.len());
+    ram.write_pieces(PageIndex(first), &mut pieces).unwrap();
+    let mut found = vec![0; content.len()];
+    ram.read(PageIndex(first), &mut found).unwrap();
+    assert!(found == content, "the contents differ");
+    let mut odd = [IoSlice::new(&content[..100]), IoSlice::new(&content[..PAGE_BYTES])];
+    let error = ram.write_pieces(PageIndex(first), &mut odd).unwrap_err();
+    assert!(matches!(error, RamError::OutOfRange { .. }), "{error}");
+}
+
+#[test]
+fn contents_in_pieces_are_written() {
+    let child = Writer::start(&[(Kind::Memfd, 2 * MIB)], 4096);
+    let ram = GuestRam::open(child.pid(), &child.regions, true).unwrap();
+    write_in_pieces(&ram, 3, 60);
+    assert_eq!(ram.data_ranges().unwrap().iter().collect::<Vec<_>>(), (3..63).collect::<Vec<_>>());
+}
+
 #[test]
 fn what_is_not_shared_memory_is_refused() {
     let private = Writer::start(&[(Kind::Private, MIB)], 4096);
@@ -386,7 +417,7 @@ impl Drop for HugePages {
     }
 }
 
-pub(crate) static HUGE_POOL: std::sync::Mutex<()> = std::sync::Mutex::new(());
+pub(crate) static HUGE_POOL: Mutex<()> = Mutex::new(());
 
 #[test]
 fn huge_pages_are_read_written_and_discarded() {
@@ -423,4 +454,7 @@ fn huge_pages_are_read_written_and_discarded() {
     // A discard in a hole allocates nothing.
     ram.discard(PageIndex(600), 3).unwrap();
     assert_eq!(ram.resident_bytes().unwrap(), HUGE);
+    // Across the border of two pages, one of which is a hole.
+    write_in_pieces(&ram, 480, 60);
+    assert_eq!(ram.resident_bytes().unwrap(), 2 * HUGE);
 }

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use bytes::Bytes;
 use e2e::untouched::{Before, assert_detached};
 use e2e::{PATIENCE, Rig, free_address};
 use framework::{Engine, Pki, QemuKind, Vm, VmSpec};
@@ -264,7 +263,7 @@ impl Rogue {
 
     async fn batch(&mut self, first: u64, pages: u16, version: u32, kind: RunKind) -> Result<()> {
         let run = PageRun { first: PageIndex(first), pages, kind, version };
-        let payload = Bytes::from(vec![0xee; run.payload_bytes()]);
+        let payload = vec![0xee; run.payload_bytes()].into();
         let batch = Batch { runs: vec![run], payload, round: 1 };
         let lane = self.session.lanes.first_mut().context("No lane")?;
         Ok(lane.send(batch).await?)

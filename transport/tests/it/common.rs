@@ -4,7 +4,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bytes::Bytes;
 use migrate_core::batch::{PageRun, RunKind};
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use tempfile::TempDir;
@@ -97,6 +96,6 @@ pub(crate) fn batch(first: u64, pages: u16, fill: u8) -> Batch {
         kind: RunKind::Zero,
         version: 2,
     };
-    let payload = Bytes::from(vec![fill; usize::from(pages) * PAGE_BYTES]);
+    let payload = vec![fill; usize::from(pages) * PAGE_BYTES].into();
     Batch { runs: vec![raw, zero], payload, round: 3 }
 }
