@@ -6,9 +6,10 @@ use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use migrate_core::batch::{PageRun, RunKind};
-use migrate_core::encode::BatchBuilder;
+use migrate_core::codec::{Codec, Packer, packed_bytes_max};
+use migrate_core::encode::{BatchBuilder, Reason};
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
-use migrate_core::page_table::{Reason, SourcePages, is_zero};
+use migrate_core::page_table::{SourcePages, is_zero};
 use migrate_core::pageset::PageSet;
 use transport::lane_wire::{Batch, decode, encode_head};
 
@@ -38,16 +39,47 @@ fn zero_pages(c: &mut Criterion) {
 fn judge(c: &mut Criterion) {
     let mut group = c.benchmark_group("judge");
     group.throughput(Throughput::Bytes(PAGE_BYTES as u64));
-    let page = noise(1);
-    for (name, hashes) in [("versions", false), ("versions-and-hashes", true)] {
-        let table = SourcePages::new(1 << 16, hashes, 7);
+    let mut page = noise(1);
+    let table = || SourcePages::new(1 << 14, false, 7);
+    let tables = [
+        ("versions", table()),
+        ("versions-and-hashes", SourcePages::new(1 << 14, true, 7)),
+        ("versions-and-deltas", table().with_deltas(1, 1 << 30)),
+    ];
+    for (name, table) in tables {
         let mut next = 0;
         group.bench_function(name, |b| {
             b.iter(|| {
-                next = (next + 1) % (1 << 16);
-                table.judge(PageIndex(next), black_box(&page), Reason::Dirty)
+                next = (next + 1) % (1 << 14);
+                // Every page comes back with one line changed.
+                page[100] = page[100].wrapping_add(u8::from(next == 0));
+                table.judge(PageIndex(next), black_box(&page))
             });
         });
+    }
+    group.finish();
+}
+
+/// Packing batches of 256 KiB: words in any order, and noise.
+fn codecs(c: &mut Criterion) {
+    const BYTES: usize = 256 << 10;
+    let mut group = c.benchmark_group("pack");
+    group.throughput(Throughput::Bytes(BYTES as u64));
+    let words = ["page ", "guest ", "memory ", "dirty ", "round ", "the ", "of ", "link "];
+    let picks = noise(BYTES / PAGE_BYTES);
+    let text = picks.iter().flat_map(|pick| words[usize::from(pick % 8)].bytes());
+    let inputs = [("text", text.take(BYTES).collect::<Vec<u8>>()), ("noise", picks.clone())];
+    for (name, content) in inputs {
+        for codec in [Codec::Lz4, Codec::Zstd] {
+            let mut out = vec![0; packed_bytes_max(BYTES)];
+            group.bench_function(format!("{codec:?}/{name}"), |b| {
+                b.iter_batched(
+                    Packer::default,
+                    |mut packer| packer.pack(codec, &content, &mut out).unwrap(),
+                    BatchSize::PerIteration,
+                );
+            });
+        }
     }
     group.finish();
 }
@@ -102,7 +134,7 @@ fn batch(run_pages: u16) -> Batch {
         kind: RunKind::Raw,
         version: 1,
     };
-    Batch { runs: (0..runs).map(run).collect(), payload: noise(64).into(), round: 1 }
+    Batch::plain((0..runs).map(run).collect(), noise(64), 1)
 }
 
 fn lanes(c: &mut Criterion) {
@@ -125,5 +157,5 @@ fn lanes(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, zero_pages, judge, batches, sets, lanes);
+criterion_group!(benches, zero_pages, judge, codecs, batches, sets, lanes);
 criterion_main!(benches);

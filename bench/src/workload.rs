@@ -23,6 +23,8 @@ pub(crate) enum Workload {
     Writer,
     /// The same over 200 MiB of random bytes.
     WriterRandom,
+    /// 64 bytes in each of 20,000 random pages a second, over 200 of 1000 MiB of text.
+    WriterText,
     /// 800 MiB of text, of which 20 MiB are written at 1,000 pages a second.
     Text,
     /// Incompressible data, written once and left alone.
@@ -36,6 +38,7 @@ impl Workload {
             Self::Idle => "idle",
             Self::Writer => "writer",
             Self::WriterRandom => "writer-random",
+            Self::WriterText => "writer-text",
             Self::Text => "text",
             Self::Resident => "resident",
         }
@@ -54,6 +57,10 @@ impl Workload {
                 let words = "fill=200,hot=200,rate=20000,bytes=64,content=random";
                 spec.with(&writer(words)).with(CHECKER)
             }
+            Self::WriterText => {
+                let words = "fill=1000,hot=200,rate=20000,bytes=64,content=text";
+                spec.with(&writer(words)).with(CHECKER)
+            }
             Self::Text => {
                 let words = "fill=800,hot=20,rate=1000,bytes=64,content=text";
                 spec.with(&writer(words)).with(CHECKER)
@@ -66,7 +73,7 @@ impl Workload {
     }
 
     fn writes(self) -> bool {
-        matches!(self, Self::Writer | Self::WriterRandom | Self::Text)
+        !matches!(self, Self::Idle | Self::Resident)
     }
 
     /// Whether the guest verifies its memory.

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use migrate_core::codec::Codec;
+use migrate_core::codec_choice::Wanted;
 
 /// Moves running QEMU virtual machines between hosts.
 #[derive(Debug, Parser)]
@@ -142,6 +144,40 @@ pub enum PathChoice {
     Stream,
 }
 
+/// In which order pages are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PageOrder {
+    /// Those that are written least often first; what is about to be written again waits.
+    Heat,
+    /// By their number.
+    Number,
+}
+
+/// How batches of pages are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// What is fastest, by the measured rates of the link and of packing.
+    Auto,
+    /// Not at all.
+    None,
+    /// LZ4, always.
+    Lz4,
+    /// Zstandard, a stream a lane with a window of 8 MiB at both ends, always.
+    Zstd,
+}
+
+impl Compression {
+    /// What the engine is asked for.
+    pub fn wanted(self) -> Wanted {
+        match self {
+            Self::Auto => Wanted::Auto,
+            Self::None => Wanted::Always(Codec::Plain),
+            Self::Lz4 => Wanted::Always(Codec::Lz4),
+            Self::Zstd => Wanted::Always(Codec::Zstd),
+        }
+    }
+}
+
 /// `migrate send`.
 #[derive(Debug, Clone, Args)]
 pub struct SendArgs {
@@ -167,6 +203,16 @@ pub struct SendArgs {
     /// Most bits a second to send, with an optional suffix k, M or G (500M).
     #[arg(long, value_name = "BITS", value_parser = parse_bits)]
     pub max_bandwidth: Option<u64>,
+    /// In which order pages are sent.
+    #[arg(long, value_enum, default_value_t = PageOrder::Heat)]
+    pub page_order: PageOrder,
+    /// How batches of pages are packed.
+    #[arg(long, value_enum, default_value_t = Compression::Auto)]
+    pub compression: Compression,
+    /// Memory for hashes of what was sent, by which only the changed lines of a page are sent again:
+    /// 512 bytes a page, 0 for none. Suffixes K, M and G.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_bytes)]
+    pub delta_cache: u64,
     /// Compare every page of both sides while both are stopped. Lengthens the downtime.
     #[arg(long)]
     pub verify: bool,
@@ -251,17 +297,25 @@ pub struct DemoArgs {
 }
 
 fn parse_bits(text: &str) -> Result<u64, String> {
-    let (digits, factor) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 1_000),
-        Some((at, 'm' | 'M')) => (text.get(..at), 1_000_000),
-        Some((at, 'g' | 'G')) => (text.get(..at), 1_000_000_000),
-        _ => (Some(text), 1),
-    };
-    digits
-        .and_then(|digits| digits.parse::<u64>().ok())
-        .and_then(|number| number.checked_mul(factor))
+    parse_number(text, 1000)
         .filter(|bits| *bits >= 100_000)
         .ok_or_else(|| "a rate of at least 100k is needed, such as 500M or 1G".to_owned())
+}
+
+/// A size in bytes, with an optional suffix that stands for a power of 1024.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    parse_number(text, 1024).ok_or_else(|| "a size is needed, such as 512M, 2G or 0".to_owned())
+}
+
+/// A number with an optional suffix k, M or G.
+fn parse_number(text: &str, kilo: u64) -> Option<u64> {
+    let (digits, power) = match text.char_indices().last()? {
+        (at, 'k' | 'K') => (text.get(..at), 1),
+        (at, 'm' | 'M') => (text.get(..at), 2),
+        (at, 'g' | 'G') => (text.get(..at), 3),
+        _ => (Some(text), 0),
+    };
+    digits?.parse::<u64>().ok()?.checked_mul(kilo.pow(power))
 }
 
 #[cfg(test)]
@@ -283,5 +337,10 @@ mod tests {
         for bad in ["", "M", "1", "-5M", "99999999999G", "1T"] {
             assert!(parse_bits(bad).is_err(), "{bad}");
         }
+        assert_eq!(
+            (parse_bytes("0"), parse_bytes("2k"), parse_bytes("1G")),
+            (Ok(0), Ok(2048), Ok(1 << 30))
+        );
+        assert!(parse_bytes("M").is_err() && parse_bytes("lots").is_err());
     }
 }

@@ -3,8 +3,9 @@
 
 use std::collections::BTreeMap;
 
+use migrate_core::codec::Codec;
 use migrate_core::convergence::Prediction;
-use migrate_core::encode::PageCounts;
+use migrate_core::encode::{Packed, PageCounts};
 use migrate_core::error::{ErrorBin, GuestPlace};
 use serde::Serialize;
 
@@ -79,6 +80,8 @@ pub struct PageReport {
     pub duplicate: u64,
     /// Sent as a difference.
     pub delta: u64,
+    /// Reported written, but with the content that was sent before: not sent.
+    pub unchanged: u64,
     /// Sent with their content.
     pub raw: u64,
     /// Held back because they were about to be rewritten.
@@ -92,8 +95,21 @@ impl PageReport {
     pub fn add(&mut self, counts: &PageCounts) {
         self.zero += counts.zero;
         self.raw += counts.raw;
+        self.delta += counts.delta;
+        self.unchanged += counts.unchanged;
+        self.deferred += counts.left_out;
         self.resent += counts.resent;
     }
+}
+
+/// What a codec did with the contents of batches.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+pub struct CodecReport {
+    /// Which one.
+    pub codec: Codec,
+    /// How many bytes became how many.
+    #[serde(flatten)]
+    pub bytes: Packed,
 }
 
 /// Faults served after the hand-over; only with post-copy.
@@ -164,6 +180,10 @@ pub struct Report {
     /// Time that a thread of QEMU was stopped to attach, in microseconds; nothing with the
     /// preloaded library.
     pub attach_stopped_us: Option<u64>,
+    /// Contents that each codec packed, and what it packed them to, in bytes.
+    pub codecs: [CodecReport; 3],
+    /// Memory that `--delta-cache` took, in bytes.
+    pub delta_cache_bytes: u64,
     /// Memory of the engine for its tables, in bytes a guest page.
     pub table_bytes_per_page: f64,
     /// Why it did not complete.
@@ -188,8 +208,19 @@ impl Report {
             faults: None,
             verify: None,
             attach_stopped_us: None,
+            codecs: Codec::ALL.map(|codec| CodecReport { codec, ..Default::default() }),
+            delta_cache_bytes: 0,
             table_bytes_per_page: 0.0,
             error: None,
+        }
+    }
+
+    /// Adds what a round did.
+    pub fn add(&mut self, counts: &PageCounts) {
+        self.pages.add(counts);
+        for (sum, packed) in self.codecs.iter_mut().zip(&counts.packed) {
+            sum.bytes.content += packed.content;
+            sum.bytes.packed += packed.packed;
         }
     }
 }

@@ -1,11 +1,12 @@
 //! What travels on a lane: a batch of runs of pages with their versions.
 //!
-//! A run is a number of consecutive pages that share a kind and a version. The contents of all raw
-//! runs follow one another in the batch's payload, in run order. All versions of a page travel on
+//! A run is a number of consecutive pages that share a kind and a version. The contents of all runs
+//! follow one another in run order; packed ([`crate::codec`]) they are the batch's payload. All versions of a page travel on
 //! the same lane ([`lane_of`]), so the last one wins; the version proves it (correctness rule 3).
 
 use serde::{Deserialize, Serialize};
 
+use crate::delta::delta_bytes;
 use crate::layout::{PAGE_BYTES, PageIndex};
 
 /// Pages in a chunk: all pages of a chunk travel on one lane. 256 KiB keeps writes at the
@@ -15,7 +16,7 @@ pub const CHUNK_PAGES: u64 = 64;
 /// Most runs in a batch.
 pub const BATCH_RUNS_MAX: usize = 1024;
 
-/// Most bytes of page contents in a batch.
+/// Most bytes of contents in a batch, packed or not.
 pub const BATCH_PAYLOAD_BYTES_MAX: usize = 1 << 20;
 
 /// Most pages that one run may cover.
@@ -38,11 +39,13 @@ pub fn wire_bytes(runs: usize, payload_bytes: usize) -> u64 {
 /// How a run's pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RunKind {
-    /// Contents follow in the payload, [`PAGE_BYTES`] a page.
+    /// Contents follow, [`PAGE_BYTES`] a page.
     Raw,
     /// The pages read as zeros; the destination makes them holes where it can. Also sent for a page
     /// that became a hole or unused after an older version was sent (rules 4 and 14).
     Zero,
+    /// Deltas against the version before follow, one a page ([`crate::delta`]).
+    Delta,
 }
 
 /// Consecutive pages of one kind and version.
@@ -59,11 +62,13 @@ pub struct PageRun {
 }
 
 impl PageRun {
-    /// Bytes that this run occupies in the payload.
-    pub fn payload_bytes(&self) -> usize {
+    /// Fewest and most bytes that this run takes of the batch's contents.
+    pub fn content_bytes(&self) -> (usize, usize) {
+        let pages = usize::from(self.pages);
         match self.kind {
-            RunKind::Raw => usize::from(self.pages) * PAGE_BYTES,
-            RunKind::Zero => 0,
+            RunKind::Raw => (pages * PAGE_BYTES, pages * PAGE_BYTES),
+            RunKind::Zero => (0, 0),
+            RunKind::Delta => (pages * delta_bytes(1), pages * delta_bytes(u64::MAX)),
         }
     }
 }

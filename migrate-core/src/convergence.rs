@@ -4,9 +4,10 @@
 //! regardless of memory (stop, device state, two round trips, the journal):
 //!
 //! ```text
-//! downtime(now) = overhead + (bytes in flight + dirty bytes) / goodput
+//! downtime(now) = overhead + (bytes in flight + dirty pages * bytes a page) / goodput
 //! ```
 //!
+//! Bytes a page are what the pages of the last round took, deltas and compression included.
 //! One more round takes about that long without the overhead, during which the guest dirties pages
 //! at the rate just seen; that gives `downtime(next)`. The rule is to stop at a local minimum under
 //! the target: stop when the target holds and another round would not improve much. Where no such
@@ -21,9 +22,6 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::layout::PAGE_BYTES;
-
-/// Bytes on the wire per dirty page: its content and its share of a run header.
-const WIRE_BYTES_PER_PAGE: f64 = PAGE_BYTES as f64 + 16.0;
 
 /// Another round must improve the predicted downtime to below this share to be worth it.
 const WORTHWHILE: f64 = 0.9;
@@ -49,7 +47,15 @@ pub struct Goodput {
     samples: VecDeque<(Duration, u64)>,
     last: Option<(Duration, u64)>,
     was_busy: bool,
+    link_bytes_per_s: Option<f64>,
 }
+
+/// Time after which a change of the link's rate is mostly believed. What the destination applies
+/// between two of its messages varies widely.
+const LINK_MEMORY: Duration = Duration::from_millis(100);
+
+/// Growth a second of what is believed of the link while it is not asked for all it has.
+const LINK_GROWTH: f64 = 0.1;
 
 impl Goodput {
     /// Notes that the destination had applied `applied_bytes` in total at `now`, with
@@ -72,9 +78,31 @@ impl Goodput {
             while self.samples.len() > 1 && total > GOODPUT_WINDOW {
                 total -= self.samples.pop_front().map_or(Duration::ZERO, |(span, _)| span);
             }
+            self.note_link(now - at, applied_bytes.saturating_sub(bytes), held_back);
         }
         self.last = Some((now, applied_bytes));
         self.was_busy = outstanding_bytes > 0;
+    }
+
+    /// While bytes wait for the link, it carries what it can. Otherwise it may carry more than was
+    /// seen, and is believed to, bit by bit: a wrong belief corrects itself.
+    fn note_link(&mut self, span: Duration, bytes: u64, held_back: bool) {
+        let Some(average) = self.bytes_per_s() else { return };
+        let span_s = span.as_secs_f64();
+        self.link_bytes_per_s = Some(match self.link_bytes_per_s {
+            None => average,
+            Some(rate) if held_back => {
+                let weight = span_s / (span_s + LINK_MEMORY.as_secs_f64());
+                rate + (bytes as f64 / span_s - rate) * weight
+            }
+            Some(rate) => (rate * (1.0 + LINK_GROWTH * span_s)).max(average),
+        });
+    }
+
+    /// Bytes a second that the link could carry, which is more than [`Self::bytes_per_s`] if there is
+    /// not enough to send.
+    pub fn link_bytes_per_s(&self) -> Option<f64> {
+        self.link_bytes_per_s
     }
 
     /// Bytes a second, once at least 20 ms of busy time were seen.
@@ -96,6 +124,8 @@ pub struct Observation {
     pub outstanding_bytes: u64,
     /// Measured goodput; nothing if too little was sent to tell.
     pub goodput_bytes_per_s: Option<f64>,
+    /// Bytes that a page takes on the wire.
+    pub wire_bytes_per_page: f64,
     /// Pages that became dirty within `interval`.
     pub dirtied_pages: u64,
     /// Time since the previous scan.
@@ -167,7 +197,8 @@ impl Convergence {
 
     /// Decides what to do with what a scan at `now` found.
     pub fn decide(&mut self, seen: &Observation, now: Duration) -> Decision {
-        let pending = seen.dirty_pages as f64 * WIRE_BYTES_PER_PAGE + seen.outstanding_bytes as f64;
+        let per_page = seen.wire_bytes_per_page;
+        let pending = seen.dirty_pages as f64 * per_page + seen.outstanding_bytes as f64;
         let Some(goodput) = seen.goodput_bytes_per_s.filter(|rate| *rate > 0.0) else {
             // Nothing was measured because next to nothing had to be sent.
             let tiny = pending < 256.0 * 1024.0;
@@ -180,7 +211,7 @@ impl Convergence {
         let dirty_per_s = seen.dirtied_pages as f64 / interval_s;
         let next_pages = dirty_per_s * drain_s.min(interval_s)
             + dirty_per_s * 0.5 * (drain_s - interval_s).max(0.0);
-        let next_ms = overhead_ms + next_pages * WIRE_BYTES_PER_PAGE / goodput * 1e3;
+        let next_ms = overhead_ms + next_pages * per_page / goodput * 1e3;
         let best_ms = self.note_best(now_ms, now);
         self.last = Some(Prediction { now_ms, next_ms, best_ms });
         let target_ms = self.config.max_downtime.as_secs_f64() * 1e3;
@@ -219,6 +250,8 @@ impl Convergence {
 mod tests {
     use super::*;
 
+    const WIRE_BYTES_PER_PAGE: f64 = PAGE_BYTES as f64 + 16.0;
+
     const CONFIG: Config =
         Config { max_downtime: Duration::from_millis(100), patience: Duration::from_secs(20) };
 
@@ -236,6 +269,7 @@ mod tests {
                 dirty_pages: dirty as u64,
                 outstanding_bytes: 0,
                 goodput_bytes_per_s: Some(goodput),
+                wire_bytes_per_page: WIRE_BYTES_PER_PAGE,
                 dirtied_pages: dirty as u64,
                 interval: Duration::from_secs_f64(round_s),
                 overhead,
@@ -285,5 +319,25 @@ mod tests {
         goodput.note(at(1100), 400_000, 0, true);
         let rate = goodput.bytes_per_s().unwrap();
         assert!((rate - 4e5 / 0.3).abs() < 1.0, "{rate}");
+    }
+
+    #[test]
+    fn a_link_that_is_not_asked_for_all_may_carry_more() {
+        let mut goodput = Goodput::default();
+        let (mut now, mut bytes) = (Duration::ZERO, 0);
+        let mut run = |goodput: &mut Goodput, intervals, step, held_back| {
+            for _ in 0..intervals {
+                now += Duration::from_millis(10);
+                bytes += step;
+                goodput.note(now, bytes, 1, held_back);
+            }
+            goodput.link_bytes_per_s().unwrap()
+        };
+        let rate = run(&mut goodput, 100, 1_000_000, true);
+        assert!((rate - 1e8).abs() < 1e6, "{rate}");
+        let rate = run(&mut goodput, 100, 100_000, false);
+        assert!((1.05e8..1.2e8).contains(&rate), "a tenth more after a second: {rate}");
+        let rate = run(&mut goodput, 100, 1_000_000, true);
+        assert!((rate - 1e8).abs() < 1e6, "{rate}");
     }
 }

@@ -1,23 +1,27 @@
 //! Turning private copies of pages into batches.
 //!
-//! A [`BatchBuilder`] lets the caller read guest memory straight into the batch's payload and then
+//! A [`BatchBuilder`] lets the caller read guest memory straight into the batch's contents and then
 //! judges the pages in place, so that contents are copied once. Pages that need not travel are
-//! squeezed out.
+//! squeezed out, deltas take the place of their pages.
+
+use serde::Serialize;
 
 use crate::batch::{BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, PageRun, RUN_PAGES_MAX, RunKind};
+use crate::codec::Codec;
+use crate::delta::{self, delta_bytes};
 use crate::layout::{PAGE_BYTES, PageIndex};
-use crate::page_table::{PageVerdict, Reason, SourcePages};
+use crate::page_table::{PageVerdict, SourcePages};
 
-/// Bytes of payload at which a batch is worth sending.
+/// Bytes of contents at which a batch is worth sending.
 pub const BATCH_TARGET_BYTES: usize = 256 << 10;
 
-/// A finished batch: runs and the contents of the raw ones, in order.
+/// A finished batch: runs and their contents, in order, not packed yet.
 #[derive(Debug, Default)]
 pub struct EncodedBatch {
     /// What the batch holds.
     pub runs: Vec<PageRun>,
-    /// Contents of the raw runs, one after the other.
-    pub payload: PageBuffer,
+    /// Contents of the runs, one after the other.
+    pub content: PageBuffer,
 }
 
 /// Memory for contents that can be used again: finding and clearing fresh memory for every batch
@@ -46,8 +50,8 @@ impl PageBuffer {
         self.bytes == 0
     }
 
-    /// Adds `bytes` bytes of any content and returns them.
-    fn extend(&mut self, bytes: usize) -> &mut [u8] {
+    /// Adds `bytes` bytes at the end, whatever they hold, for the caller to write.
+    pub fn extend(&mut self, bytes: usize) -> &mut [u8] {
         let (start, end) = (self.bytes, self.bytes + bytes);
         if self.memory.len() < end {
             self.memory.resize(end.max(BATCH_TARGET_BYTES), 0);
@@ -57,7 +61,8 @@ impl PageBuffer {
     }
 
     /// Leaves the first `bytes` bytes in use.
-    fn truncate(&mut self, bytes: usize) {
+    /// Keeps the first `bytes` bytes.
+    pub fn truncate(&mut self, bytes: usize) {
         self.bytes = self.bytes.min(bytes);
     }
 }
@@ -66,6 +71,15 @@ impl AsRef<[u8]> for PageBuffer {
     fn as_ref(&self) -> &[u8] {
         self.memory.get(..self.bytes).unwrap_or_default()
     }
+}
+
+/// Why a page is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// It was reported written.
+    Dirty,
+    /// It may have changed without a report.
+    Look,
 }
 
 /// What became of the pages that went through a builder.
@@ -77,10 +91,29 @@ pub struct PageCounts {
     pub zero: u64,
     /// Sent with their content.
     pub raw: u64,
+    /// Sent as a difference to what was sent before.
+    pub delta: u64,
+    /// Reported written, but with the content that was sent before: not sent.
+    pub unchanged: u64,
+    /// Left out of the round because they were written again before it came to them.
+    pub left_out: u64,
     /// Of those sent, how many had been sent before.
     pub resent: u64,
     /// Of those sent, how many were looked at without being known as written.
     pub looked_sent: u64,
+    /// Bytes that the batches took on their lanes.
+    pub wire_bytes: u64,
+    /// What each codec packed, in the order of [`Codec::ALL`].
+    pub packed: [Packed; 3],
+}
+
+/// What a codec did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Packed {
+    /// Bytes of contents that it packed.
+    pub content: u64,
+    /// Bytes that they were packed to.
+    pub packed: u64,
 }
 
 impl PageCounts {
@@ -89,13 +122,30 @@ impl PageCounts {
         self.kept += other.kept;
         self.zero += other.zero;
         self.raw += other.raw;
+        self.delta += other.delta;
+        self.unchanged += other.unchanged;
+        self.left_out += other.left_out;
         self.resent += other.resent;
         self.looked_sent += other.looked_sent;
+        self.wire_bytes += other.wire_bytes;
+        for (codec, other) in self.packed.iter_mut().zip(&other.packed) {
+            codec.content += other.content;
+            codec.packed += other.packed;
+        }
+    }
+
+    /// Counts a batch that leaves.
+    pub fn note_packed(&mut self, codec: Codec, content_bytes: usize, packed_bytes: usize) {
+        let entries = self.packed.iter_mut().zip(Codec::ALL);
+        for (entry, _) in entries.filter(|(_, entry)| *entry == codec) {
+            entry.content += content_bytes as u64;
+            entry.packed += packed_bytes as u64;
+        }
     }
 
     /// Pages that travelled in some form.
     pub fn sent(&self) -> u64 {
-        self.zero + self.raw
+        self.zero + self.raw + self.delta
     }
 }
 
@@ -114,8 +164,8 @@ impl BatchBuilder {
 
     /// Gives an empty builder a buffer that a finished batch no longer needs.
     pub fn reuse(&mut self, buffer: PageBuffer) {
-        if self.batch.payload.is_empty() {
-            self.batch.payload = buffer.emptied();
+        if self.batch.content.is_empty() {
+            self.batch.content = buffer.emptied();
         }
     }
 
@@ -134,23 +184,33 @@ impl BatchBuilder {
         reason: Reason,
         read: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let start = self.batch.payload.len();
-        let payload = &mut self.batch.payload;
-        if let Err(error) = read(payload.extend(pages * PAGE_BYTES)) {
-            payload.truncate(start);
+        let start = self.batch.content.len();
+        let buffer = &mut self.batch.content;
+        if let Err(error) = read(buffer.extend(pages * PAGE_BYTES)) {
+            buffer.truncate(start);
             return Err(error);
         }
-        let memory = &mut payload.memory;
+        let memory = &mut buffer.memory;
         let mut keep_end = start;
         let sent_before = self.counts.sent();
         for (page, at) in (first.0..).zip((start..).step_by(PAGE_BYTES)).take(pages) {
             let content = memory.get(at..at + PAGE_BYTES).unwrap_or_default();
-            match table.judge(PageIndex(page), content, reason) {
-                PageVerdict::Keep => self.counts.kept += 1,
+            let (kind, version) = match table.judge(PageIndex(page), content) {
+                PageVerdict::Keep => {
+                    self.counts.kept += 1;
+                    continue;
+                }
+                PageVerdict::Unchanged => {
+                    let count = match reason {
+                        Reason::Dirty => &mut self.counts.unchanged,
+                        Reason::Look => &mut self.counts.kept,
+                    };
+                    *count += 1;
+                    continue;
+                }
                 PageVerdict::Zero(version) => {
                     self.counts.zero += 1;
-                    self.counts.resent += 1;
-                    extend_run(&mut self.batch.runs, page, RunKind::Zero, version);
+                    (RunKind::Zero, version)
                 }
                 PageVerdict::Raw(version) => {
                     if at != keep_end {
@@ -158,12 +218,18 @@ impl BatchBuilder {
                     }
                     keep_end += PAGE_BYTES;
                     self.counts.raw += 1;
-                    self.counts.resent += u64::from(version > 1);
-                    extend_run(&mut self.batch.runs, page, RunKind::Raw, version);
+                    (RunKind::Raw, version)
                 }
-            }
+                PageVerdict::Delta(version, mask) => {
+                    keep_end += shrink_to_delta(memory, at, mask, keep_end);
+                    self.counts.delta += 1;
+                    (RunKind::Delta, version)
+                }
+            };
+            self.counts.resent += u64::from(version > 1);
+            extend_run(&mut self.batch.runs, page, kind, version);
         }
-        self.batch.payload.truncate(keep_end);
+        self.batch.content.truncate(keep_end);
         if reason == Reason::Look {
             self.counts.looked_sent += self.counts.sent() - sent_before;
         }
@@ -172,13 +238,13 @@ impl BatchBuilder {
 
     /// Pages that a push may still bring so that no limit of a batch can be exceeded.
     pub fn room_pages(&self) -> usize {
-        let bytes = BATCH_PAYLOAD_BYTES_MAX.saturating_sub(self.batch.payload.len()) / PAGE_BYTES;
+        let bytes = BATCH_PAYLOAD_BYTES_MAX.saturating_sub(self.batch.content.len()) / PAGE_BYTES;
         bytes.min(BATCH_RUNS_MAX.saturating_sub(self.batch.runs.len()))
     }
 
     /// Whether the batch is large enough to be sent.
     pub fn is_full(&self, push_pages: usize) -> bool {
-        self.batch.payload.len() >= BATCH_TARGET_BYTES || self.room_pages() < push_pages
+        self.batch.content.len() >= BATCH_TARGET_BYTES || self.room_pages() < push_pages
     }
 
     /// Takes the batch if it holds anything.
@@ -193,6 +259,16 @@ impl BatchBuilder {
     pub fn take_counts(&mut self) -> PageCounts {
         std::mem::take(&mut self.counts)
     }
+}
+
+/// Puts the delta of the page at `at` to `target`, which is not behind it; returns its length.
+fn shrink_to_delta(memory: &mut [u8], at: usize, mask: u64, target: usize) -> usize {
+    let bytes = delta_bytes(mask);
+    let page = memory.get(at..).and_then(|page| page.first_chunk()).copied();
+    if let (Some(page), Some(out)) = (page, memory.get_mut(target..target + bytes)) {
+        delta::encode(&page, mask, out);
+    }
+    bytes
 }
 
 fn extend_run(runs: &mut Vec<PageRun>, page: u64, kind: RunKind, version: u32) {
@@ -215,49 +291,80 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::delta::{LINE_BYTES, LINES, MASK_BYTES, changed_ranges};
+
+    /// A page whose lines hold `value`, one of them perhaps another.
+    fn page((value, patch): (u8, Option<(usize, u8)>)) -> Vec<u8> {
+        let mut page = vec![value; PAGE_BYTES];
+        if let Some((line, value)) = patch {
+            page[line * LINE_BYTES..][..LINE_BYTES].fill(value);
+        }
+        page
+    }
+
+    fn any_page() -> impl Strategy<Value = (u8, Option<(usize, u8)>)> {
+        (0u8..3, prop::option::of((0..LINES, any::<u8>())))
+    }
 
     proptest! {
-        /// Whatever mixture of pages goes in, runs and payload agree and limits hold.
+        /// Whatever mixture of pages goes in, runs and contents agree and limits hold.
         #[test]
-        fn runs_and_payload_agree(pushes in prop::collection::vec(
-            (0u64..200, prop::collection::vec(0u8..3, 1..20)), 1..30)
+        fn runs_and_contents_agree(
+            pushes in prop::collection::vec((0u64..200, prop::collection::vec(any_page(), 1..20)), 1..30),
+            deltas in any::<bool>(),
         ) {
-            let table = SourcePages::new(256, true, 7);
+            let mut table = SourcePages::new(256, !deltas, 7);
+            if deltas {
+                table = table.with_deltas(1, 1 << 20);
+            }
             let mut builder = BatchBuilder::new();
-            let mut sent = vec![0u8; 256];
-            let mut guest = vec![0u8; 256];
-            for (first, values) in pushes {
-                builder.push(&table, PageIndex(first), values.len(), Reason::Dirty, |buffer| {
-                    for (page, value) in buffer.chunks_mut(PAGE_BYTES).zip(&values) {
-                        page.fill(*value);
-                    }
+            let mut sent = vec![vec![0u8; PAGE_BYTES]; 256];
+            let mut guest = sent.clone();
+            for (first, pages) in pushes {
+                let pages: Vec<_> = pages.into_iter().map(page).collect();
+                builder.push(&table, PageIndex(first), pages.len(), Reason::Dirty, |buffer| {
+                    buffer.copy_from_slice(&pages.concat());
                     Ok::<(), Infallible>(())
                 }).unwrap();
-                guest[first as usize..first as usize + values.len()].copy_from_slice(&values);
+                for (number, page) in pages.into_iter().enumerate() {
+                    guest[first as usize + number] = page;
+                }
                 if builder.is_full(20) {
                     apply(builder.take(), &mut sent);
                 }
             }
             apply(builder.take(), &mut sent);
-            prop_assert_eq!(guest, sent);
+            prop_assert!(guest == sent);
         }
     }
 
-    fn apply(batch: Option<EncodedBatch>, sent: &mut [u8]) {
+    fn apply(batch: Option<EncodedBatch>, sent: &mut [Vec<u8>]) {
         let Some(batch) = batch else { return };
         assert!(batch.runs.len() <= BATCH_RUNS_MAX);
-        assert!(batch.payload.len() <= BATCH_PAYLOAD_BYTES_MAX);
-        let expected: usize = batch.runs.iter().map(PageRun::payload_bytes).sum();
-        assert_eq!(batch.payload.len(), expected);
-        let mut payload = batch.payload.as_ref().chunks(PAGE_BYTES);
+        assert!(batch.content.len() <= BATCH_PAYLOAD_BYTES_MAX);
+        let mut rest = batch.content.as_ref();
+        let mut take = |bytes| {
+            let (taken, left) = rest.split_at(bytes);
+            rest = left;
+            taken
+        };
         for run in &batch.runs {
             for page in run.first.0..run.first.0 + u64::from(run.pages) {
-                sent[page as usize] = match run.kind {
-                    RunKind::Raw => payload.next().unwrap()[17],
-                    RunKind::Zero => 0,
-                };
+                let page = &mut sent[page as usize];
+                match run.kind {
+                    RunKind::Raw => page.copy_from_slice(take(PAGE_BYTES)),
+                    RunKind::Zero => page.fill(0),
+                    RunKind::Delta => {
+                        let mask = u64::from_le_bytes(take(MASK_BYTES).try_into().unwrap());
+                        for range in changed_ranges(mask) {
+                            let lines = take(range.len());
+                            page[range].copy_from_slice(lines);
+                        }
+                    }
+                }
             }
         }
+        assert!(rest.is_empty());
     }
 
     #[test]

@@ -20,12 +20,17 @@
 //!
 //! Architecture invariant: this crate depends on no other crate of the workspace.
 
+pub mod bases;
 pub mod batch;
+pub mod codec;
+pub mod codec_choice;
 pub mod convergence;
+pub mod delta;
 pub mod encode;
 pub mod error;
 pub mod handover;
 pub mod layout;
+pub mod order;
 pub mod page_table;
 pub mod pageset;
 pub mod precopy;

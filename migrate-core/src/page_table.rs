@@ -1,12 +1,15 @@
 //! What each side knows of every page.
 //!
 //! The source keeps a version (4 bytes) and, where direct I/O may write behind the tracking's back,
-//! a keyed content hash (8 bytes) of what it last sent. The destination keeps a version (4 bytes).
+//! a keyed content hash (8 bytes) of what it last sent; what it remembers for deltas is in
+//! [`crate::bases`]. The destination keeps a version (4 bytes).
 //! Both tables can be used by several threads at once; a page belongs to one lane and a lane to one
 //! thread at a time, so relaxed atomics suffice.
 //!
 //! Invariants:
 //! - Version 0 means "never sent": the page reads as zeros at the destination.
+//! - A page that was rewritten with what the destination holds already is not sent again; that it is
+//!   the same is said by 64-bit hashes keyed with a secret of the engine.
 //! - Every sending raises the version by exactly 1; the destination refuses anything else, which
 //!   catches repeated, lost and reordered pages (correctness rule 3).
 //! - Both ends agree on all versions at hand-over: [`SourcePages::digest`] equals
@@ -17,28 +20,25 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use thiserror::Error;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed};
 
+use crate::bases::Bases;
 use crate::batch::PageRun;
+use crate::delta::LINES_CHANGED_MAX;
 use crate::error::{Classify, ErrorBin};
 use crate::layout::PageIndex;
 
 /// What to do with a page whose content was just read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PageVerdict {
-    /// Nothing to send: the destination already reads the same.
+    /// Nothing to send: it was never sent and reads as zeros.
     Keep,
+    /// Nothing to send: the destination already holds the same.
+    Unchanged,
     /// Tell the destination that the page reads as zeros, as this version.
     Zero(u32),
     /// Send the content as this version.
     Raw(u32),
-}
-
-/// Why a page is being read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reason {
-    /// It was reported written: send it whatever it holds.
-    Dirty,
-    /// It may have changed without a report: send it only if its content differs.
-    Look,
+    /// Send the lines in the mask as this version.
+    Delta(u32, u64),
 }
 
 /// The source's knowledge of every page.
@@ -47,25 +47,37 @@ pub struct SourcePages {
     versions: Vec<AtomicU32>,
     hashes: Option<Vec<AtomicU64>>,
     hash_seed: u64,
+    bases: Option<Bases>,
 }
 
 impl SourcePages {
     /// A table in which no page was sent yet.
     ///
     /// `hash_seed` must be unpredictable for the guest: with it, contents that collide cannot be
-    /// made on purpose. With `keep_hashes` the table can answer [`Reason::Look`].
+    /// made on purpose. With `keep_hashes` every page has a hash, so that pages that are looked at
+    /// again are found unchanged for certain.
     pub fn new(pages: u64, keep_hashes: bool, hash_seed: u64) -> Self {
         let count = usize::try_from(pages).unwrap_or(usize::MAX);
         Self {
             versions: (0..count).map(|_| AtomicU32::new(0)).collect(),
             hashes: keep_hashes.then(|| (0..count).map(|_| AtomicU64::new(0)).collect()),
             hash_seed,
+            bases: None,
         }
+    }
+
+    /// The same, but pages that travel again on one of `lanes` lanes do so as deltas, for which at
+    /// most `bytes_max` bytes of memory are used.
+    #[must_use]
+    pub fn with_deltas(self, lanes: usize, bytes_max: u64) -> Self {
+        let pages = self.versions.len() as u64;
+        let bases = Bases::new(pages, lanes, bytes_max, self.hash_seed);
+        Self { bases: Some(bases), ..self }
     }
 
     /// Decides about a page from a private copy of its content (correctness rule 2) and records the
     /// decision as sent. Pages outside the table are kept.
-    pub fn judge(&self, page: PageIndex, content: &[u8], reason: Reason) -> PageVerdict {
+    pub fn judge(&self, page: PageIndex, content: &[u8]) -> PageVerdict {
         let index = page.0 as usize;
         let Some(slot) = self.versions.get(index) else { return PageVerdict::Keep };
         let version = slot.load(Ordering::Relaxed);
@@ -73,16 +85,32 @@ impl SourcePages {
         if zero && version == 0 {
             return PageVerdict::Keep;
         }
-        if let Some(hash_slot) = self.hashes.as_ref().and_then(|hashes| hashes.get(index)) {
-            let hash = xxh3_64_with_seed(content, self.hash_seed);
-            if version > 0 && reason == Reason::Look && hash_slot.load(Ordering::Relaxed) == hash {
-                return PageVerdict::Keep;
-            }
-            hash_slot.store(hash, Ordering::Relaxed);
+        let sent = version > 0;
+        let changed = self.bases.as_ref().and_then(|bases| bases.replace(page, content, sent));
+        let same_hash = self.replace_hash(index, content);
+        if sent && (same_hash || changed == Some(0)) {
+            return PageVerdict::Unchanged;
         }
         let next = version.wrapping_add(1);
         slot.store(next, Ordering::Relaxed);
-        if zero { PageVerdict::Zero(next) } else { PageVerdict::Raw(next) }
+        match changed {
+            _ if zero => PageVerdict::Zero(next),
+            Some(mask) if sent && mask.count_ones() <= LINES_CHANGED_MAX => {
+                PageVerdict::Delta(next, mask)
+            }
+            _ => PageVerdict::Raw(next),
+        }
+    }
+
+    /// Keeps the hash of what is sent; says whether it is the one kept before.
+    fn replace_hash(&self, index: usize, content: &[u8]) -> bool {
+        let Some(slot) = self.hashes.as_ref().and_then(|hashes| hashes.get(index)) else {
+            return false;
+        };
+        let hash = xxh3_64_with_seed(content, self.hash_seed);
+        let before = slot.load(Ordering::Relaxed);
+        slot.store(hash, Ordering::Relaxed);
+        before == hash
     }
 
     /// Digest of all versions, comparable with [`DestinationPages::digest`].
@@ -90,7 +118,12 @@ impl SourcePages {
         digest(&self.versions)
     }
 
-    /// Bytes of memory that the table occupies.
+    /// Bytes of memory that deltas take at this moment.
+    pub fn delta_memory_bytes(&self) -> u64 {
+        self.bases.as_ref().map_or(0, Bases::memory_bytes)
+    }
+
+    /// Bytes of memory that the table occupies, without what deltas take.
     pub fn memory_bytes(&self) -> usize {
         self.versions.len() * size_of::<AtomicU32>()
             + self.hashes.as_ref().map_or(0, |hashes| hashes.len() * size_of::<AtomicU64>())
@@ -190,26 +223,50 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::bases::SLOT_BYTES;
     use crate::batch::RunKind;
+    use crate::delta::{LINE_BYTES, LINES};
     use crate::layout::PAGE_BYTES;
 
     #[test]
     fn never_sent_zero_pages_are_not_sent() {
         let table = SourcePages::new(1, true, 1);
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES], Reason::Dirty), PageVerdict::Keep);
-        assert_eq!(table.judge(PageIndex(9), &[1; PAGE_BYTES], Reason::Dirty), PageVerdict::Keep);
+        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Keep);
+        assert_eq!(table.judge(PageIndex(9), &[1; PAGE_BYTES]), PageVerdict::Keep);
     }
 
     #[test]
-    fn a_page_that_became_zero_is_told() {
-        let table = SourcePages::new(1, true, 1);
-        assert_eq!(table.judge(PageIndex(0), &[1; PAGE_BYTES], Reason::Dirty), PageVerdict::Raw(1));
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES], Reason::Look), PageVerdict::Zero(2));
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES], Reason::Look), PageVerdict::Keep);
-        assert_eq!(
-            table.judge(PageIndex(0), &[0; PAGE_BYTES], Reason::Dirty),
-            PageVerdict::Zero(3)
-        );
+    fn a_page_that_became_zero_is_told_once() {
+        for table in
+            [SourcePages::new(1, true, 1), SourcePages::new(1, false, 1).with_deltas(1, 1 << 20)]
+        {
+            assert_eq!(table.judge(PageIndex(0), &[1; PAGE_BYTES]), PageVerdict::Raw(1));
+            assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(2));
+            assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Unchanged);
+        }
+        // Without a memory of contents it is told again.
+        let table = SourcePages::new(1, false, 1);
+        table.judge(PageIndex(0), &[1; PAGE_BYTES]);
+        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(2));
+        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(3));
+    }
+
+    #[test]
+    fn few_changed_lines_travel_alone() {
+        let table = SourcePages::new(1, false, 1).with_deltas(1, 1 << 20);
+        let mut content = [1; PAGE_BYTES];
+        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Raw(1));
+        content[70] = 2;
+        content[4095] = 2;
+        let mask = 1 << 1 | 1 << 63;
+        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Delta(2, mask));
+        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Unchanged);
+        assert_eq!(table.judge(PageIndex(0), &[3; PAGE_BYTES]), PageVerdict::Raw(3));
+        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(4));
+        // The destination reads zeros, which is a base as any other.
+        let mut content = [0; PAGE_BYTES];
+        content[0] = 1;
+        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Delta(5, 1));
     }
 
     #[test]
@@ -223,62 +280,76 @@ mod tests {
         assert!(matches!(table.accept(&outside), Err(VersionError::OutOfRange { .. })));
     }
 
-    /// The model: a guest of a few pages, each holding one byte value; random writes, some of them
-    /// unseen by the tracking, sends and looks. What the destination holds must equal the guest.
+    /// The model: a guest of a few pages, of which each line holds one byte value; random writes,
+    /// some of them unseen by the tracking, sends and looks. What the destination holds must equal
+    /// the guest.
     #[derive(Debug, Clone)]
     enum Op {
-        Write(u64, u8),
-        WriteUnseen(u64, u8),
+        Write { page: usize, lines: std::ops::Range<usize>, value: u8, seen: bool },
         Send,
         Look,
     }
 
     fn op() -> impl Strategy<Value = Op> {
-        prop_oneof![
-            (0u64..8, 0u8..3).prop_map(|(page, value)| Op::Write(page, value)),
-            (0u64..8, 0u8..3).prop_map(|(page, value)| Op::WriteUnseen(page, value)),
-            Just(Op::Send),
-            Just(Op::Look),
-        ]
+        let write = (0..PAGES, 0..LINES, 1..=LINES, 0u8..3, any::<bool>());
+        let write = write.prop_map(|(page, first, lines, value, seen)| Op::Write {
+            page,
+            lines: first..(first + lines).min(LINES),
+            value,
+            seen,
+        });
+        prop_oneof![2 => write, 1 => Just(Op::Send), 1 => Just(Op::Look)]
     }
+
+    const PAGES: usize = 130;
+
+    type Memory = Vec<[u8; LINES]>;
 
     fn transfer(
         source: &SourcePages,
         destination: &DestinationPages,
-        guest: &[u8; 8],
-        there: &mut [u8; 8],
-        page: u64,
-        reason: Reason,
+        guest: &Memory,
+        there: &mut Memory,
+        page: usize,
     ) {
-        let content = [guest[page as usize]; PAGE_BYTES];
-        let (kind, version) = match source.judge(PageIndex(page), &content, reason) {
-            PageVerdict::Keep => return,
-            PageVerdict::Zero(version) => (RunKind::Zero, version),
-            PageVerdict::Raw(version) => (RunKind::Raw, version),
+        let content: Vec<u8> = guest[page].iter().flat_map(|value| [*value; LINE_BYTES]).collect();
+        let index = PageIndex(page as u64);
+        let (kind, version, mask) = match source.judge(index, &content) {
+            PageVerdict::Keep | PageVerdict::Unchanged => return,
+            PageVerdict::Zero(version) => (RunKind::Zero, version, u64::MAX),
+            PageVerdict::Raw(version) => (RunKind::Raw, version, u64::MAX),
+            PageVerdict::Delta(version, mask) => (RunKind::Delta, version, mask),
         };
-        destination.accept(&PageRun { first: PageIndex(page), pages: 1, kind, version }).unwrap();
-        there[page as usize] = if kind == RunKind::Zero { 0 } else { content[0] };
+        destination.accept(&PageRun { first: index, pages: 1, kind, version }).unwrap();
+        for line in (0..LINES).filter(|line| mask >> line & 1 == 1) {
+            there[page][line] = if kind == RunKind::Zero { 0 } else { guest[page][line] };
+        }
     }
 
     proptest! {
         #[test]
-        fn the_destination_equals_the_guest(ops in prop::collection::vec(op(), 0..80)) {
-            let (source, destination) = (SourcePages::new(8, true, 42), DestinationPages::new(8));
-            let (mut guest, mut there, mut dirty) = ([0u8; 8], [0u8; 8], [false; 8]);
+        fn the_destination_equals_the_guest(
+            ops in prop::collection::vec(op(), 0..80),
+            hashes in any::<bool>(),
+            slots in 0u64..5,
+        ) {
+            let source = SourcePages::new(PAGES as u64, hashes, 42).with_deltas(2, slots * SLOT_BYTES);
+            let destination = DestinationPages::new(PAGES as u64);
+            let mut guest: Memory = vec![[0; LINES]; PAGES];
+            let (mut there, mut dirty) = (guest.clone(), [false; PAGES]);
             for op in ops.into_iter().chain([Op::Send, Op::Look]) {
                 match op {
-                    Op::Write(page, value) => {
-                        guest[page as usize] = value;
-                        dirty[page as usize] = true;
+                    Op::Write { page, lines, value, seen } => {
+                        guest[page][lines].fill(value);
+                        dirty[page] |= seen;
                     }
-                    Op::WriteUnseen(page, value) => guest[page as usize] = value,
-                    Op::Send => for page in 0..8 {
-                        if std::mem::take(&mut dirty[page as usize]) {
-                            transfer(&source, &destination, &guest, &mut there, page, Reason::Dirty);
+                    Op::Send => for (page, dirty) in dirty.iter_mut().enumerate() {
+                        if std::mem::take(dirty) {
+                            transfer(&source, &destination, &guest, &mut there, page);
                         }
                     },
-                    Op::Look => for page in 0..8 {
-                        transfer(&source, &destination, &guest, &mut there, page, Reason::Look);
+                    Op::Look => for page in 0..PAGES {
+                        transfer(&source, &destination, &guest, &mut there, page);
                     },
                 }
             }

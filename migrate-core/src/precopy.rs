@@ -1,7 +1,7 @@
 //! Rounds of pre-copy as a state machine: from arming to the last page.
 //!
 //! ```text
-//!            armed                     scanned, continue
+//!            armed      glimpsed       scanned, continue
 //!  Idle ───────────────► Sending ◄──────────────────────┐
 //!                          │ round sent                 │
 //!                          ▼                            │
@@ -20,6 +20,11 @@
 //! the last scans come after the guest stopped and after its device state was written (13); where
 //! larger pages back a block, a report means all of such a page, so its parts are looked at and sent
 //! only if their content differs (15).
+//!
+//! With [`PrecopyConfig::order`] the coldest pages of a round go first ([`crate::order`]). Scans while
+//! a round is being sent (glimpses) tell heat early; a page that one finds written before it was sent
+//! waits for the next round. Hot pages whose last version the destination has anyway wait until the
+//! guest stops, as many as a share of the downtime carries.
 
 use std::time::Duration;
 
@@ -29,6 +34,7 @@ use crate::convergence::{Config, Convergence, Decision, Observation, Prediction,
 use crate::encode::PageCounts;
 use crate::error::{Classify, ErrorBin};
 use crate::layout::{PAGE_BYTES, RamLayout};
+use crate::order::Order;
 use crate::pageset::PageSet;
 use crate::second_look::SecondLook;
 
@@ -40,6 +46,16 @@ const SMALL_ROUND_PAGES: u64 = 256;
 
 /// ...but no longer than this.
 const DRAIN_WAIT_MAX: Duration = Duration::from_millis(20);
+
+/// Bytes on the wire of a page with its content and its share of a run header, as long as nothing
+/// else is known.
+const WHOLE_PAGE_BYTES: f64 = PAGE_BYTES as f64 + 16.0;
+
+/// A round of fewer pages tells nothing about the bytes that a page takes.
+const TELLING_PAGES: u64 = 64;
+
+/// Share of the acceptable downtime that pages may take which wait for the stop.
+const WAITING_SHARE: f64 = 0.2;
 
 /// What to do next.
 #[derive(Debug)]
@@ -57,8 +73,10 @@ pub enum Step {
 pub struct Round {
     /// Number of the round, from 1.
     pub number: u32,
-    /// Pages reported written: send whatever they hold.
+    /// Pages reported written.
     pub dirty: PageSet,
+    /// The same pages, in the order in which to send them; no set is empty.
+    pub waves: Vec<PageSet>,
     /// Pages to look at again: send those whose content differs from what was last sent.
     pub look: PageSet,
     /// When to start: later than now while only time is waited for, so as not to scan in vain.
@@ -86,6 +104,8 @@ pub struct PrecopyConfig {
     pub convergence: Config,
     /// Longest plausible direct I/O; nothing if the guest's disks do none.
     pub direct_io_window: Option<Duration>,
+    /// Whether pages are sent by their heat, else by their number.
+    pub order: bool,
 }
 
 #[derive(Debug)]
@@ -135,6 +155,12 @@ pub struct Precopy {
     changed_share: f64,
     /// Pages that the round being sent looks at.
     looked_pages: u64,
+    /// Bytes on the wire a page, as last seen.
+    wire_bytes_per_page: f64,
+    max_downtime: Duration,
+    /// Found written by glimpses of the round being sent.
+    glimpsed: PageSet,
+    order: Option<Order>,
     convergence: Convergence,
     second_look: Option<SecondLook>,
     /// Before this time the guest is not stopped: reads that were in flight when tracking was armed
@@ -153,6 +179,10 @@ impl Precopy {
             coarse: coarse_pages(layout),
             changed_share: 1.0,
             looked_pages: 0,
+            wire_bytes_per_page: WHOLE_PAGE_BYTES,
+            max_downtime: config.convergence.max_downtime,
+            glimpsed: PageSet::new(pages),
+            order: config.order.then(|| Order::new(pages)),
             convergence: Convergence::new(config.convergence),
             second_look: config.direct_io_window.map(|window| SecondLook::new(pages, window)),
             earliest_stop: Duration::ZERO,
@@ -176,12 +206,40 @@ impl Precopy {
         }
         self.last_scan = now;
         self.state = State::Sending { number: 1 };
-        Ok(Step::Send(Round {
-            number: 1,
-            dirty: data,
-            look: PageSet::new(self.pages),
-            not_before: now,
-        }))
+        Ok(Step::Send(self.round(1, data, PageSet::new(self.pages), now)))
+    }
+
+    /// A round, with its pages in order.
+    fn round(&mut self, number: u32, dirty: PageSet, look: PageSet, not_before: Duration) -> Round {
+        let waves = match &mut self.order {
+            Some(order) => order.begin_round(&dirty),
+            None if dirty.is_empty() => vec![],
+            None => vec![dirty.clone()],
+        };
+        Round { number, dirty, waves, look, not_before }
+    }
+
+    /// Whether scans while a round is being sent are of use.
+    pub fn wants_glimpses(&self) -> bool {
+        self.order.is_some()
+    }
+
+    /// A scan at `now`, while a round is being sent, found (and armed again) the pages `written`.
+    /// Returns the pages of the round that wait for the next one, if they were not sent yet.
+    ///
+    /// # Errors
+    /// [`OutOfTurn`] if no round is being sent.
+    pub fn glimpsed(&mut self, written: &PageSet, now: Duration) -> Result<PageSet, OutOfTurn> {
+        let State::Sending { number } = self.state else {
+            return Err(self.out_of_turn("glimpsed"));
+        };
+        if let Some(look) = &mut self.second_look {
+            look.report(written, now);
+        }
+        self.glimpsed.union_with(written);
+        let Some(order) = &mut self.order else { return Ok(PageSet::new(self.pages)) };
+        order.scanned(written, now);
+        Ok(order.leave_out(written, number == 1))
     }
 
     /// Whether pages are looked at, which needs their hashes.
@@ -200,6 +258,13 @@ impl Precopy {
         if self.looked_pages > 0 {
             self.changed_share = counts.looked_sent as f64 / self.looked_pages as f64;
         }
+        let written = counts.sent() + counts.unchanged;
+        if written >= TELLING_PAGES {
+            self.wire_bytes_per_page = counts.wire_bytes as f64 / written as f64;
+        }
+        if let Some(order) = &mut self.order {
+            order.round_sent();
+        }
         self.state = State::Scanning { number };
         Ok(())
     }
@@ -217,43 +282,70 @@ impl Precopy {
         let State::Scanning { number } = self.state else {
             return Err(self.out_of_turn("scanned"));
         };
+        if let Some(order) = &mut self.order {
+            order.scanned(&dirty, now);
+        }
         let second_look = self.look_after_scan(&dirty, now);
+        dirty.union_with(&self.glimpsed);
+        self.glimpsed.clear();
         let mut look = self.split_coarse(&mut dirty);
         let dirtied_pages = dirty.len() + (look.len() as f64 * self.changed_share) as u64;
+        let waiting_pages = self.order.as_mut().map_or(0, |order| order.end_waiting(&mut dirty));
         let again = second_look.len();
         look.union_with(&second_look);
         let seen = Observation {
-            dirty_pages: dirtied_pages,
+            dirty_pages: dirtied_pages + waiting_pages,
             outstanding_bytes: link.outstanding_bytes,
             goodput_bytes_per_s: link.goodput_bytes_per_s,
+            wire_bytes_per_page: self.wire_bytes_per_page,
             dirtied_pages,
             interval: now.saturating_sub(self.last_scan),
             overhead: link.overhead,
         };
         self.last_scan = now;
-        let mut next = Round { number: number + 1, dirty, look, not_before: now };
+        let number = number + 1;
         Ok(match self.convergence.decide(&seen, now) {
             Decision::Stop if now >= self.earliest_stop && again == 0 => {
-                next.dirty.union_with(&next.look);
-                self.state = State::Stopping { number: next.number, dirty: next.dirty };
+                dirty.union_with(&look);
+                self.state = State::Stopping { number, dirty };
                 Step::StopGuest
             }
             decision @ (Decision::Continue | Decision::Stop) => {
+                let mut not_before = now;
                 if decision == Decision::Stop && now < self.earliest_stop {
-                    next.not_before = self.earliest_stop.min(now + IDLE_ROUND);
+                    not_before = self.earliest_stop.min(now + IDLE_ROUND);
                 } else if dirtied_pages < SMALL_ROUND_PAGES {
                     // What is under way goes first in any case: scanning faster is in vain.
-                    next.not_before = now + (Convergence::drain(&seen) / 2).min(DRAIN_WAIT_MAX);
+                    not_before = now + (Convergence::drain(&seen) / 2).min(DRAIN_WAIT_MAX);
                 }
-                self.state = State::Sending { number: next.number };
-                self.looked_pages = next.look.len();
-                Step::Send(next)
+                self.begin_waiting(&mut dirty, link.goodput_bytes_per_s);
+                self.state = State::Sending { number };
+                self.looked_pages = look.len();
+                Step::Send(self.round(number, dirty, look, not_before))
             }
             Decision::GiveUp(stall) => {
                 self.state = State::GaveUp;
                 Step::GiveUp(stall)
             }
         })
+    }
+
+    /// Takes hot pages out of the next round that can as well travel when the guest is stopped.
+    fn begin_waiting(&mut self, dirty: &mut PageSet, goodput_bytes_per_s: Option<f64>) {
+        let Some(order) = &mut self.order else { return };
+        let bytes =
+            goodput_bytes_per_s.unwrap_or(0.0) * self.max_downtime.as_secs_f64() * WAITING_SHARE;
+        order.begin_waiting(dirty, (bytes / self.wire_bytes_per_page.max(1.0)) as u64);
+    }
+
+    /// Bytes of memory that the order of pages takes.
+    pub fn order_memory_bytes(&self) -> usize {
+        self.order.as_ref().map_or(0, Order::memory_bytes)
+    }
+
+    /// Pages that wait for the stop.
+    pub fn waiting_pages(&self) -> u64 {
+        self.order.as_ref().map_or(0, Order::waiting_pages)
     }
 
     fn look_after_scan(&mut self, dirty: &PageSet, now: Duration) -> PageSet {
@@ -292,7 +384,7 @@ impl Precopy {
         }
         look.subtract(&dirty);
         self.state = State::Final { number };
-        Ok(Round { number, dirty, look, not_before: Duration::ZERO })
+        Ok(self.last_round(number, dirty, look))
     }
 
     /// The device state was written and a scan afterwards found `dirty`.
@@ -303,7 +395,18 @@ impl Precopy {
         let State::Final { number } = self.state else { return Err(self.out_of_turn("tail")) };
         self.state = State::Tail;
         let look = self.split_coarse(&mut dirty);
-        Ok(Round { number: number + 1, dirty, look, not_before: Duration::ZERO })
+        Ok(self.last_round(number + 1, dirty, look))
+    }
+
+    /// A round with the guest stopped, in which order is of no use.
+    fn last_round(&self, number: u32, dirty: PageSet, look: PageSet) -> Round {
+        let waves = if dirty.is_empty() { vec![] } else { vec![dirty.clone()] };
+        Round { number, dirty, waves, look, not_before: Duration::ZERO }
+    }
+
+    /// Bytes on the wire that a written page is expected to take.
+    pub fn wire_bytes_per_page(&self) -> f64 {
+        self.wire_bytes_per_page
     }
 
     /// The latest prediction of downtime.
@@ -328,101 +431,4 @@ fn coarse_pages(layout: &RamLayout) -> Option<PageSet> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::layout::BlockSpec;
-
-    fn layout(page_bytes: u64) -> RamLayout {
-        let block = |name: &str, pages, page_bytes| BlockSpec {
-            name: name.into(),
-            length_bytes: pages * PAGE_BYTES as u64,
-            page_bytes,
-        };
-        RamLayout::new(vec![block("small", 32, 4096), block("other", 32, page_bytes)]).unwrap()
-    }
-
-    fn set(pages: &[u64]) -> PageSet {
-        let mut set = PageSet::new(64);
-        pages.iter().for_each(|page| set.insert(*page));
-        set
-    }
-
-    fn config(direct_io_window: Option<Duration>) -> PrecopyConfig {
-        PrecopyConfig {
-            convergence: Config {
-                max_downtime: Duration::from_millis(100),
-                patience: Duration::from_secs(5),
-            },
-            direct_io_window,
-        }
-    }
-
-    const LINK: LinkState = LinkState {
-        outstanding_bytes: 0,
-        goodput_bytes_per_s: None,
-        overhead: Duration::from_millis(10),
-    };
-
-    fn at(ms: u64) -> Duration {
-        Duration::from_millis(ms)
-    }
-
-    #[test]
-    fn pages_of_the_deciding_scan_travel_in_the_final_round() {
-        let mut precopy = Precopy::new(&layout(4096), config(None));
-        let Step::Send(first) = precopy.armed(set(&[1, 2]), at(0)).unwrap() else { panic!() };
-        assert_eq!(first.dirty, set(&[1, 2]));
-        precopy.round_sent(&PageCounts::default()).unwrap();
-        assert!(matches!(precopy.scanned(set(&[3]), LINK, at(10)).unwrap(), Step::StopGuest));
-        let last = precopy.stopped(set(&[4])).unwrap();
-        assert_eq!(last.dirty, set(&[3, 4]));
-        assert_eq!(precopy.tail(set(&[5])).unwrap().dirty, set(&[5]));
-    }
-
-    #[test]
-    fn with_direct_io_everything_is_looked_at_before_the_stop() {
-        let mut precopy = Precopy::new(&layout(4096), config(Some(at(1000))));
-        precopy.armed(set(&[1]), at(0)).unwrap();
-        precopy.round_sent(&PageCounts::default()).unwrap();
-        let Step::Send(round) = precopy.scanned(set(&[3]), LINK, at(10)).unwrap() else { panic!() };
-        assert!(round.look.is_empty());
-        precopy.round_sent(&PageCounts::default()).unwrap();
-        let step = precopy.scanned(set(&[]), LINK, at(1001)).unwrap();
-        let Step::Send(round) = step else { panic!("{step:?}") };
-        assert!(round.look.contains(1) && round.look.contains(63) && !round.look.contains(3));
-        precopy.round_sent(&PageCounts::default()).unwrap();
-        assert!(matches!(precopy.scanned(set(&[]), LINK, at(1005)).unwrap(), Step::StopGuest));
-        let last = precopy.stopped(set(&[])).unwrap();
-        assert_eq!(last.look, set(&[3]), "reported at 10 ms: due at the stop");
-    }
-
-    #[test]
-    fn parts_of_larger_pages_are_looked_at() {
-        let mut precopy = Precopy::new(&layout(8 * 4096), config(None));
-        assert!(precopy.needs_hashes());
-        precopy.armed(set(&[1, 40]), at(0)).unwrap();
-        precopy.round_sent(&PageCounts::default()).unwrap();
-        let far = LinkState { goodput_bytes_per_s: Some(1e3), ..LINK };
-        let step = precopy.scanned(set(&[1, 40, 41]), far, at(10)).unwrap();
-        let Step::Send(round) = step else { panic!("{step:?}") };
-        assert_eq!((round.dirty, round.look), (set(&[1]), set(&[40, 41])));
-        // Half of what was looked at had changed: half of the next report counts.
-        precopy.round_sent(&PageCounts { looked_sent: 1, ..PageCounts::default() }).unwrap();
-        assert!(matches!(precopy.scanned(set(&[40]), LINK, at(20)).unwrap(), Step::StopGuest));
-        let last = precopy.stopped(set(&[2, 48])).unwrap();
-        assert_eq!((last.dirty, last.look), (set(&[2]), set(&[40, 48])));
-        let tail = precopy.tail(set(&[3, 63])).unwrap();
-        assert_eq!((tail.dirty, tail.look), (set(&[3]), set(&[63])));
-    }
-
-    #[test]
-    fn calls_out_of_turn_are_refused() {
-        let mut precopy = Precopy::new(&layout(4096), config(None));
-        assert!(precopy.round_sent(&PageCounts::default()).is_err());
-        assert!(precopy.stopped(set(&[])).is_err());
-        precopy.armed(set(&[]), at(0)).unwrap();
-        assert!(precopy.armed(set(&[]), at(0)).is_err());
-        let text = precopy.tail(set(&[])).unwrap_err().to_string();
-        assert!(text.contains("sending"), "{text}");
-    }
-}
+mod tests;

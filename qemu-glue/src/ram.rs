@@ -183,6 +183,26 @@ impl GuestRam {
         block.write_pieces(offset, pieces).map_err(|source| block.io("write", offset, source))
     }
 
+    /// Writes part of a page, from `offset_bytes` on, and not beyond its end. The pieces are used up.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_part(
+        &self,
+        page: PageIndex,
+        offset_bytes: usize,
+        pieces: &mut [IoSlice<'_>],
+    ) -> Result<(), RamError> {
+        let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+        if offset_bytes.saturating_add(bytes) > PAGE_BYTES {
+            return Err(RamError::OutOfRange { first: page, pages: 1, buffer_bytes: bytes });
+        }
+        let (block, offset) = self.place(page, 1, bytes)?;
+        self.check_writable(block)?;
+        let offset = offset + offset_bytes as u64;
+        block.write_pieces(offset, pieces).map_err(|source| block.io("write", offset, source))
+    }
+
     /// Makes pages read as zeros. Whole backing pages become holes; parts of larger ones are
     /// zeroed, unless they are holes already.
     ///

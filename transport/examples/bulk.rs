@@ -126,7 +126,7 @@ async fn lanes_seconds(
                 let first = PageIndex((piece * pages) as u64);
                 let pages = u16::try_from(pages)?;
                 let run = PageRun { first, pages, kind: RunKind::Raw, version: 1 };
-                let batch = Batch { runs: vec![run], payload: payload.clone().into(), round: 1 };
+                let batch = Batch::plain(vec![run], payload.clone(), 1);
                 lane.send(batch).await?;
             }
             lane.finish().await?;

@@ -1,13 +1,14 @@
 //! Entry points for fuzzers: bytes as a peer might send them. `transport/fuzz` calls these with
 //! libFuzzer; a test replays its corpus.
 //!
-//! Each decodes as many frames as there are. What was accepted must encode again and decode to the
+//! The first two decode as many frames as there are. What was accepted must encode again and decode to the
 //! same, and may be no larger than its limits; anything else panics, which is what a fuzzer looks
 //! for.
 
 #![expect(clippy::panic, reason = "a fuzzer learns of a fault by a panic")]
 
 use migrate_core::batch::{BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX};
+use migrate_core::codec::{Codec, Packer, Unpacker, packed_bytes_max};
 
 use crate::lane_wire::{self, GREETING_BYTES, Greeting};
 use crate::wire::{self, CONTROL_BODY_BYTES_MAX, CONTROL_HEADER_BYTES};
@@ -53,4 +54,35 @@ pub fn lane_frame(bytes: &[u8]) -> u64 {
         sequence += 1;
     }
     sequence - 1
+}
+
+/// The packed contents of a lane's batches, each behind its codec (1 byte, modulo 3), its announced
+/// length and its packed length (2 bytes each, little-endian). What unpacks must pack and unpack to
+/// the same. Returns how many did.
+pub fn contents(bytes: &[u8]) -> u64 {
+    let (mut packer, mut again) = (Packer::default(), Unpacker::default());
+    let mut unpacker = Unpacker::default();
+    let mut rest = bytes;
+    let mut accepted = 0;
+    while let Some(([codec, a, b, c, d], tail)) = rest.split_first_chunk() {
+        let codec = Codec::ALL.into_iter().cycle().nth(usize::from(*codec)).unwrap_or_default();
+        let announced = usize::from(u16::from_le_bytes([*a, *b]));
+        let packed = usize::from(u16::from_le_bytes([*c, *d])).min(tail.len());
+        let (packed, tail) = tail.split_at(packed);
+        rest = tail;
+        let mut content = vec![0; announced];
+        if unpacker.unpack(codec, packed.chunks(100), &mut content).is_err() {
+            break;
+        }
+        let mut packed = vec![0; packed_bytes_max(announced)];
+        let Ok(length) = packer.pack(codec, &content, &mut packed) else {
+            panic!("Contents unpack but do not pack");
+        };
+        let mut twice = vec![0; announced];
+        let packed = packed.get(..length).unwrap_or_default();
+        let unpacked = again.unpack(codec, packed.chunks(1000), &mut twice);
+        assert!(unpacked.is_ok() && twice == content);
+        accepted += 1;
+    }
+    accepted
 }

@@ -141,7 +141,7 @@ impl LaneReceiver {
         let payload = read_bytes(&mut self.stream, bytes, "Payload of a batch").await?;
         self.sequence = sequence;
         self.receiving = false;
-        Ok(Batch { runs, payload, round: header.round() })
+        Ok(header.batch(runs, payload))
     }
 }
 

@@ -5,15 +5,15 @@
 //!            | magic | version | lane | reserved | token (16 bytes)
 //!
 //! batch      0       4      5       6          8          16     20              24      28
-//!            | magic | kind | flags | reserved | sequence | runs | payload bytes | round | reserved
+//!            | magic | kind | codec | reserved | sequence | runs | payload bytes | round | content bytes
 //!
 //! run        0            8       10     11         12
 //!            | first page | pages | kind | reserved | version      (16 bytes each)
 //! ```
 //!
-//! All integers are little-endian, all reserved fields and flags are 0, kind 0 does not exist. The
-//! runs follow the header, then the contents of all raw runs in run order. The sequence counts the
-//! batches of a lane from 1 on: a repeat or a gap is an error.
+//! All integers are little-endian, all reserved fields are 0, kind 0 does not exist. The runs follow
+//! the header, then the contents of all runs in run order, packed as the codec says. The sequence
+//! counts the batches of a lane from 1 on: a repeat or a gap is an error.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 
@@ -21,7 +21,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use migrate_core::batch::{
     BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LANES_MAX, PageRun, RUN_PAGES_MAX, RunKind,
 };
-use migrate_core::layout::{PAGE_BYTES, PageIndex};
+use migrate_core::codec::Codec;
+use migrate_core::layout::PageIndex;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -53,15 +54,40 @@ pub const RUN_RAW: u8 = 1;
 /// A run of pages that read as zeros.
 pub const RUN_ZERO: u8 = 2;
 
+/// A run of deltas.
+pub const RUN_DELTA: u8 = 3;
+
+/// Contents as they are.
+pub const CODEC_PLAIN: u8 = 0;
+
+/// Contents as one LZ4 block.
+pub const CODEC_LZ4: u8 = 1;
+
+/// Contents as the next part of the lane's Zstandard stream.
+pub const CODEC_ZSTD: u8 = 2;
+
 /// Pages of one round that travel together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// What travels; 1 to `BATCH_RUNS_MAX` runs.
     pub runs: Vec<PageRun>,
-    /// Contents of all raw runs, in run order; at most `BATCH_PAYLOAD_BYTES_MAX` bytes.
+    /// Contents of all runs, in run order, packed; at most `BATCH_PAYLOAD_BYTES_MAX` bytes.
     pub payload: Payload,
+    /// How they are packed.
+    pub codec: Codec,
+    /// Their length unpacked; at most `BATCH_PAYLOAD_BYTES_MAX` bytes.
+    pub content_bytes: usize,
     /// Number of the pre-copy round.
     pub round: u32,
+}
+
+impl Batch {
+    /// A batch whose contents travel as they are.
+    pub fn plain(runs: Vec<PageRun>, content: impl Into<Payload>, round: u32) -> Self {
+        let payload = content.into();
+        let content_bytes = payload.len();
+        Self { runs, payload, codec: Codec::Plain, content_bytes, round }
+    }
 }
 
 /// What a lane says first.
@@ -90,13 +116,13 @@ struct RawGreeting {
 struct RawHeader {
     magic: U32,
     kind: u8,
-    flags: u8,
+    codec: u8,
     reserved: U16,
     sequence: U64,
     runs: U32,
     payload_bytes: U32,
     round: U32,
-    reserved_end: U32,
+    content_bytes: U32,
 }
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -150,6 +176,8 @@ impl Greeting {
 pub struct LaneHeader {
     runs: usize,
     payload_bytes: usize,
+    codec: Codec,
+    content_bytes: usize,
     round: u32,
 }
 
@@ -165,7 +193,7 @@ impl LaneHeader {
             return Err(WireError::Magic { what, found: raw.magic.get() });
         }
         field(raw.kind == KIND_BATCH, what, "kind", u64::from(raw.kind), "must be 1")?;
-        field(raw.flags == 0, what, "flags", u64::from(raw.flags), "must be 0")?;
+        let codec = parse_codec(raw.codec)?;
         let reserved = u64::from(raw.reserved.get());
         field(reserved == 0, what, "reserved", reserved, "must be 0")?;
         if raw.sequence.get() != sequence {
@@ -176,9 +204,9 @@ impl LaneHeader {
         check_runs(runs)?;
         let payload_bytes = raw.payload_bytes.get() as usize;
         check_payload(payload_bytes)?;
-        let reserved = u64::from(raw.reserved_end.get());
-        field(reserved == 0, what, "reserved", reserved, "must be 0")?;
-        Ok(Self { runs, payload_bytes, round: raw.round.get() })
+        let content_bytes = raw.content_bytes.get() as usize;
+        check_content(codec, payload_bytes, content_bytes)?;
+        Ok(Self { runs, payload_bytes, codec, content_bytes, round: raw.round.get() })
     }
 
     /// Bytes that the runs occupy; they follow the header.
@@ -191,15 +219,16 @@ impl LaneHeader {
         self.payload_bytes
     }
 
-    /// The pre-copy round that the batch belongs to.
-    pub fn round(&self) -> u32 {
-        self.round
+    /// The batch of this header, whose runs were parsed and whose payload was read.
+    pub fn batch(&self, runs: Vec<PageRun>, payload: Payload) -> Batch {
+        let Self { codec, content_bytes, round, .. } = *self;
+        Batch { runs, payload, codec, content_bytes, round }
     }
 
-    /// Checks the runs that follow this header, and that they ask for the announced payload.
+    /// Checks the runs that follow this header, and that they ask for the announced contents.
     ///
     /// # Errors
-    /// The first run that breaks a rule, or another payload than announced.
+    /// The first run that breaks a rule, or other contents than announced.
     pub fn parse_runs(&self, bytes: &[u8]) -> Result<Vec<PageRun>, WireError> {
         let truncated = WireError::Truncated {
             what: "Runs of a batch",
@@ -214,7 +243,7 @@ impl LaneHeader {
         for raw in raw_runs {
             runs.push(parse_run(raw)?);
         }
-        check_sum(&runs, self.payload_bytes)?;
+        check_sum(&runs, self.content_bytes)?;
         Ok(runs)
     }
 }
@@ -226,17 +255,22 @@ impl LaneHeader {
 pub fn encode_head(batch: &Batch, sequence: u64) -> Result<Bytes, WireError> {
     check_runs(batch.runs.len())?;
     check_payload(batch.payload.len())?;
-    check_sum(&batch.runs, batch.payload.len())?;
+    check_content(batch.codec, batch.payload.len(), batch.content_bytes)?;
+    check_sum(&batch.runs, batch.content_bytes)?;
     let header = RawHeader {
         magic: LANE_MAGIC.into(),
         kind: KIND_BATCH,
-        flags: 0,
+        codec: match batch.codec {
+            Codec::Plain => CODEC_PLAIN,
+            Codec::Lz4 => CODEC_LZ4,
+            Codec::Zstd => CODEC_ZSTD,
+        },
         reserved: 0.into(),
         sequence: sequence.into(),
         runs: narrow(batch.runs.len()).into(),
         payload_bytes: narrow(batch.payload.len()).into(),
         round: batch.round.into(),
-        reserved_end: 0.into(),
+        content_bytes: narrow(batch.content_bytes).into(),
     };
     let run_bytes = batch.runs.len().saturating_mul(RUN_BYTES);
     let mut head = BytesMut::with_capacity(LANE_HEADER_BYTES.saturating_add(run_bytes));
@@ -249,6 +283,7 @@ pub fn encode_head(batch: &Batch, sequence: u64) -> Result<Bytes, WireError> {
             kind: match run.kind {
                 RunKind::Raw => RUN_RAW,
                 RunKind::Zero => RUN_ZERO,
+                RunKind::Delta => RUN_DELTA,
             },
             reserved: 0,
             version: run.version.into(),
@@ -275,8 +310,7 @@ pub fn decode(bytes: &[u8], sequence: u64) -> Result<(Batch, usize), WireError> 
     let runs = header.parse_runs(runs)?;
     let frame_bytes = head_bytes.saturating_add(header.payload_bytes);
     let payload = rest.get(..header.payload_bytes).ok_or_else(|| truncated(frame_bytes))?;
-    let batch = Batch { runs, payload: payload.to_vec().into(), round: header.round };
-    Ok((batch, frame_bytes))
+    Ok((header.batch(runs, payload.to_vec().into()), frame_bytes))
 }
 
 fn parse_run(raw: &RawRun) -> Result<PageRun, WireError> {
@@ -284,9 +318,10 @@ fn parse_run(raw: &RawRun) -> Result<PageRun, WireError> {
     let kind = match raw.kind {
         RUN_RAW => RunKind::Raw,
         RUN_ZERO => RunKind::Zero,
+        RUN_DELTA => RunKind::Delta,
         found => {
             let value = u64::from(found);
-            return Err(WireError::Field { what, field: "kind", value, rule: "must be 1 or 2" });
+            return Err(WireError::Field { what, field: "kind", value, rule: "must be 1, 2 or 3" });
         }
     };
     field(raw.reserved == 0, what, "reserved", u64::from(raw.reserved), "must be 0")?;
@@ -316,6 +351,30 @@ fn check_runs(runs: usize) -> Result<(), WireError> {
     field(in_range, "Batch", "runs", runs as u64, "1 to 1024 runs are allowed")
 }
 
+fn parse_codec(codec: u8) -> Result<Codec, WireError> {
+    match codec {
+        CODEC_PLAIN => Ok(Codec::Plain),
+        CODEC_LZ4 => Ok(Codec::Lz4),
+        CODEC_ZSTD => Ok(Codec::Zstd),
+        found => {
+            let value = u64::from(found);
+            let rule = "must be 0, 1 or 2";
+            Err(WireError::Field { what: "Batch", field: "codec", value, rule })
+        }
+    }
+}
+
+fn check_content(codec: Codec, payload_bytes: usize, bytes: usize) -> Result<(), WireError> {
+    let what = "Batch";
+    let max = BATCH_PAYLOAD_BYTES_MAX;
+    if bytes > max {
+        let found = bytes as u64;
+        return Err(WireError::TooLong { what: "Contents of a batch", found, max: max as u64 });
+    }
+    let plain = codec != Codec::Plain || bytes == payload_bytes;
+    field(plain, what, "content bytes", bytes as u64, "are the payload bytes without a codec")
+}
+
 fn check_payload(bytes: usize) -> Result<(), WireError> {
     let max = BATCH_PAYLOAD_BYTES_MAX;
     if bytes > max {
@@ -325,12 +384,15 @@ fn check_payload(bytes: usize) -> Result<(), WireError> {
     Ok(())
 }
 
-fn check_sum(runs: &[PageRun], payload_bytes: usize) -> Result<(), WireError> {
-    let raw_pages: u64 =
-        runs.iter().filter(|run| run.kind == RunKind::Raw).map(|run| u64::from(run.pages)).sum();
-    let wanted = raw_pages.saturating_mul(PAGE_BYTES as u64);
-    let rule = "must be what the raw runs add up to";
-    field(wanted == payload_bytes as u64, "Batch", "payload bytes", payload_bytes as u64, rule)
+fn check_sum(runs: &[PageRun], content_bytes: usize) -> Result<(), WireError> {
+    let mut bounds = (0usize, 0usize);
+    for run in runs {
+        let (min, max) = run.content_bytes();
+        bounds = (bounds.0.saturating_add(min), bounds.1.saturating_add(max));
+    }
+    let fits = bounds.0 <= content_bytes && content_bytes <= bounds.1;
+    let rule = "must be what the runs add up to";
+    field(fits, "Batch", "content bytes", content_bytes as u64, rule)
 }
 
 fn field(

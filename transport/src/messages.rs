@@ -19,7 +19,7 @@ use crate::error::WireError;
 /// | version | what changed |
 /// |---|---|
 /// | 1 | the first |
-pub const VERSIONS: &[u16] = &[1];
+pub const VERSIONS: &[u16] = &[2];
 
 /// Most versions that an offer may list.
 pub const VERSIONS_MAX: usize = 16;

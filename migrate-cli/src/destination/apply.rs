@@ -4,18 +4,22 @@
 //! is written only if its version is the next one (correctness rule 3); what waits is bounded by the
 //! queues, and QUIC's flow control holds the source back when they are full.
 
+use std::collections::HashMap;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use migrate_core::batch::{RunKind, wire_bytes};
+use migrate_core::codec::{Codec, CodecError, Unpacker};
+use migrate_core::delta::{MASK_BYTES, changed_ranges};
 use migrate_core::error::{Classify, ErrorBin};
+use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use migrate_core::page_table::{DestinationPages, VersionError};
 use qemu_glue::ram::{GuestRam, RamError};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
-use transport::{Batch, Payload};
+use transport::Batch;
 
 /// Batches that may wait for each decoder thread.
 const QUEUE: usize = 4;
@@ -29,9 +33,15 @@ pub enum ApplyError {
     /// Guest memory could not be written.
     #[error("The guest's memory cannot be written")]
     Ram(#[from] RamError),
-    /// A run is longer than the contents that came with it.
-    #[error("A batch holds fewer bytes than its runs describe")]
-    Short,
+    /// The contents cannot be unpacked.
+    #[error("The source sent contents that cannot be unpacked")]
+    Codec(#[from] CodecError),
+    /// A delta says that nothing changed.
+    #[error("The source sent a delta that changes nothing, for {0}")]
+    EmptyDelta(PageIndex),
+    /// The contents end within a run, or go on after the last one.
+    #[error("A batch holds fewer or more bytes than its runs describe")]
+    Length,
 }
 
 impl Classify for ApplyError {
@@ -39,7 +49,8 @@ impl Classify for ApplyError {
         match self {
             Self::Version(error) => error.bin(),
             Self::Ram(error) => error.bin(),
-            Self::Short => ErrorBin::PeerMisbehaved,
+            Self::Codec(error) => error.bin(),
+            Self::EmptyDelta(_) | Self::Length => ErrorBin::PeerMisbehaved,
         }
     }
 }
@@ -163,8 +174,11 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 fn apply_all(shared: &Shared, mut inbox: mpsc::Receiver<(usize, Batch)>) {
+    let mut unpackers: HashMap<usize, Unpacker> = HashMap::new();
+    let mut unpacked = Vec::new();
     while let Some((lane, batch)) = inbox.blocking_recv() {
-        if let Err(error) = apply(shared, &batch) {
+        let unpacker = unpackers.entry(lane).or_default();
+        if let Err(error) = unpack_and_apply(shared, &batch, unpacker, &mut unpacked) {
             *lock(&shared.failure) = Some(error);
             shared.changed.notify_waiters();
             return;
@@ -178,34 +192,79 @@ fn apply_all(shared: &Shared, mut inbox: mpsc::Receiver<(usize, Batch)>) {
     }
 }
 
-fn apply(shared: &Shared, batch: &Batch) -> Result<(), ApplyError> {
-    let mut contents = Contents::of(&batch.payload);
+/// Applies a batch; `memory` is for unpacked contents and used again.
+fn unpack_and_apply(
+    shared: &Shared,
+    batch: &Batch,
+    unpacker: &mut Unpacker,
+    memory: &mut Vec<u8>,
+) -> Result<(), ApplyError> {
+    let pieces = batch.payload.pieces().iter().map(|piece| &piece[..]);
+    if batch.codec == Codec::Plain {
+        return apply(shared, batch, Contents::of(pieces));
+    }
+    if memory.len() < batch.content_bytes {
+        memory.resize(batch.content_bytes, 0);
+    }
+    let content = memory.get_mut(..batch.content_bytes).unwrap_or_default();
+    unpacker.unpack(batch.codec, pieces, content)?;
+    apply(shared, batch, Contents::of([&*content].into_iter()))
+}
+
+fn apply<'a>(
+    shared: &Shared,
+    batch: &Batch,
+    mut contents: Contents<'a, impl Iterator<Item = &'a [u8]>>,
+) -> Result<(), ApplyError> {
     for run in &batch.runs {
         shared.pages.accept(run)?;
         for (first, pages) in shared.ram.layout().split(run.first, u64::from(run.pages)) {
             match run.kind {
                 RunKind::Zero => shared.ram.discard(first, pages)?,
                 RunKind::Raw => {
-                    let bytes = pages as usize * migrate_core::layout::PAGE_BYTES;
-                    let mut part = contents.take(bytes).ok_or(ApplyError::Short)?;
+                    let bytes = pages as usize * PAGE_BYTES;
+                    let mut part = contents.take(bytes).ok_or(ApplyError::Length)?;
                     shared.ram.write_pieces(first, &mut part)?;
+                }
+                RunKind::Delta => {
+                    for page in (first.0..).take(pages as usize) {
+                        apply_delta(shared, PageIndex(page), &mut contents)?;
+                    }
                 }
             }
         }
     }
+    if contents.ended() { Ok(()) } else { Err(ApplyError::Length) }
+}
+
+fn apply_delta<'a>(
+    shared: &Shared,
+    page: PageIndex,
+    contents: &mut Contents<'a, impl Iterator<Item = &'a [u8]>>,
+) -> Result<(), ApplyError> {
+    let head = contents.take(MASK_BYTES).ok_or(ApplyError::Length)?;
+    let bytes = head.iter().flat_map(|piece| piece.iter());
+    let mask = bytes.rev().fold(0, |mask, byte| mask << 8 | u64::from(*byte));
+    if mask == 0 {
+        return Err(ApplyError::EmptyDelta(page));
+    }
+    for range in changed_ranges(mask) {
+        let mut lines = contents.take(range.len()).ok_or(ApplyError::Length)?;
+        shared.ram.write_part(page, range.start, &mut lines)?;
+    }
     Ok(())
 }
 
-/// What is left of a payload, front to back.
-struct Contents<'a> {
-    pieces: std::slice::Iter<'a, bytes::Bytes>,
+/// What is left of a batch's contents, front to back.
+struct Contents<'a, I> {
+    pieces: I,
     /// The rest of the piece that was begun.
     begun: &'a [u8],
 }
 
-impl<'a> Contents<'a> {
-    fn of(payload: &'a Payload) -> Self {
-        Self { pieces: payload.pieces().iter(), begun: &[] }
+impl<'a, I: Iterator<Item = &'a [u8]>> Contents<'a, I> {
+    fn of(pieces: I) -> Self {
+        Self { pieces, begun: &[] }
     }
 
     /// The next `bytes` bytes; nothing if there are fewer.
@@ -222,6 +281,10 @@ impl<'a> Contents<'a> {
         }
         Some(taken)
     }
+
+    fn ended(mut self) -> bool {
+        self.begun.is_empty() && self.pieces.all(<[u8]>::is_empty)
+    }
 }
 
 #[cfg(test)]
@@ -230,9 +293,8 @@ mod tests {
 
     #[test]
     fn contents_are_taken_front_to_back_across_pieces() {
-        let pieces: [&'static [u8]; 3] = [&[1, 2, 3], &[4], &[5, 6]];
-        let payload: Payload = pieces.into_iter().map(bytes::Bytes::from_static).collect();
-        let mut contents = Contents::of(&payload);
+        let pieces: [&[u8]; 3] = [&[1, 2, 3], &[4], &[5, 6]];
+        let mut contents = Contents::of(pieces.into_iter());
         let mut take = |bytes| {
             let pieces = contents.take(bytes)?;
             Some(pieces.iter().map(|piece| piece.to_vec()).collect::<Vec<_>>())
@@ -240,6 +302,9 @@ mod tests {
         assert_eq!(take(2), Some(vec![vec![1, 2]]));
         assert_eq!(take(0), Some(vec![]));
         assert_eq!(take(3), Some(vec![vec![3], vec![4], vec![5]]));
-        assert_eq!(take(2), None, "fewer bytes than asked for");
+        assert_eq!(take(1), Some(vec![vec![6]]));
+        assert_eq!(take(1), None, "fewer bytes than asked for");
+        assert!(contents.ended());
+        assert!(!Contents::of([&[][..], &[1]].into_iter()).ended());
     }
 }

@@ -17,6 +17,11 @@ impl Buffers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
+    /// Gives back a buffer that did not travel.
+    pub fn put(&self, buffer: PageBuffer) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+
     /// The contents as bytes that travel; the buffer is free again when the last reference is gone,
     /// that is, when the peer has acknowledged them.
     pub fn lend(&self, buffer: PageBuffer) -> Bytes {
@@ -37,8 +42,7 @@ impl AsRef<[u8]> for Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        let buffer = std::mem::take(&mut self.buffer);
-        self.home.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+        self.home.put(std::mem::take(&mut self.buffer));
     }
 }
 
@@ -46,9 +50,9 @@ impl Drop for Lent {
 mod tests {
     use std::convert::Infallible;
 
-    use migrate_core::encode::BatchBuilder;
+    use migrate_core::encode::{BatchBuilder, Reason};
     use migrate_core::layout::{PAGE_BYTES, PageIndex};
-    use migrate_core::page_table::{Reason, SourcePages};
+    use migrate_core::page_table::SourcePages;
 
     use super::*;
 
@@ -64,7 +68,7 @@ mod tests {
                 Ok::<(), Infallible>(())
             };
             builder.push(&table, PageIndex(0), 1, Reason::Dirty, read).unwrap();
-            let bytes = buffers.lend(builder.take().unwrap().payload);
+            let bytes = buffers.lend(builder.take().unwrap().content);
             assert_eq!(bytes, vec![fill; PAGE_BYTES]);
             assert_eq!(*address.get_or_insert(bytes.as_ptr()), bytes.as_ptr(), "another buffer");
             let rest = bytes.slice(PAGE_BYTES / 2..);

@@ -20,6 +20,8 @@ struct Inner {
     entered_bytes: u64,
     applied_bytes: u64,
     window_bytes: u64,
+    /// What the link carries, if that is known.
+    link_bytes_per_s: Option<f64>,
     /// Whether a batch had to wait since the destination last told its progress.
     held_back: bool,
     /// When the bucket will have paid for all that entered.
@@ -43,6 +45,7 @@ impl Gate {
                 entered_bytes: 0,
                 applied_bytes: 0,
                 window_bytes: WINDOW_BYTES_MIN,
+                link_bytes_per_s: None,
                 held_back: false,
                 paid_until: Instant::now(),
                 closed: false,
@@ -97,6 +100,16 @@ impl Gate {
         let window = (bytes_per_s * WINDOW.as_secs_f64()) as u64;
         self.lock().window_bytes = window.clamp(WINDOW_BYTES_MIN, WINDOW_BYTES_MAX);
         self.changed.notify_all();
+    }
+
+    /// Keeps what the link carries, for [`Self::link_bytes_per_s`].
+    pub fn set_link(&self, bytes_per_s: Option<f64>) {
+        self.lock().link_bytes_per_s = bytes_per_s;
+    }
+
+    /// Bytes a second that the link carries, if that is known.
+    pub fn link_bytes_per_s(&self) -> Option<f64> {
+        self.lock().link_bytes_per_s
     }
 
     /// Bytes that left in total, and those of them not yet applied.

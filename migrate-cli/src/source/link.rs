@@ -164,6 +164,7 @@ fn note(
     }
     applied.bytes = bytes;
     applied.goodput.note(now, bytes, under_way, held_back);
+    gate.set_link(applied.goodput.link_bytes_per_s());
     if let Some(rate) = applied.goodput.bytes_per_s() {
         gate.set_goodput(rate);
     }

@@ -41,7 +41,7 @@ use self::link::Link;
 use self::prepare::Guest;
 use self::pump::{LANE_QUEUE, LaneQueue, Pump, PumpError};
 use self::rounds::Mover;
-use crate::args::SendArgs;
+use crate::args::{PageOrder, SendArgs};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
@@ -285,15 +285,14 @@ impl Migration<'_> {
                     patience: Duration::from_secs(self.args.patience_s),
                 },
                 direct_io_window: window,
+                order: self.args.page_order == PageOrder::Heat,
             },
         );
-        let pages = Arc::new(SourcePages::new(
-            ram.layout().pages(),
-            precopy.needs_hashes(),
-            random::number()?,
-        ));
-        describe_memory(report, &pages, &data);
         let queues = self.lanes.queues();
+        let pages =
+            SourcePages::new(ram.layout().pages(), precopy.needs_hashes(), random::number()?);
+        let pages = Arc::new(pages.with_deltas(queues.len(), self.args.delta_cache));
+        describe_memory(report, &pages, &precopy, &data);
         let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
         let mover = Mover {
             pump: Arc::new(Pump::start(
@@ -302,6 +301,7 @@ impl Migration<'_> {
                 Arc::clone(&self.gate),
                 queues,
                 threads,
+                self.args.compression.wanted(),
             )),
             ram,
             pages,
@@ -312,6 +312,7 @@ impl Migration<'_> {
         };
         failpoint::hit("source-precopy").await;
         mover.precopy(&mut precopy, data, link, progress, report).await?;
+        report.delta_cache_bytes = mover.pages.delta_memory_bytes();
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
         let switched = switch::switch(&mover, &mut precopy, &self.guest, link, verify, report);
@@ -329,13 +330,13 @@ impl Migration<'_> {
     }
 }
 
-fn describe_memory(report: &mut Report, pages: &SourcePages, data: &PageSet) {
+fn describe_memory(report: &mut Report, pages: &SourcePages, precopy: &Precopy, data: &PageSet) {
     let total = data.size();
     report.pages.total = total;
     report.pages.hole = total - data.len();
     report.bytes.ram = total * PAGE_BYTES as u64;
     report.bytes.populated = data.len() * PAGE_BYTES as u64;
-    let tables = pages.memory_bytes() + data.memory_bytes();
+    let tables = pages.memory_bytes() + precopy.order_memory_bytes() + data.memory_bytes();
     report.table_bytes_per_page = tables as f64 / total.max(1) as f64;
 }
 

@@ -1,23 +1,26 @@
 //! Encoder threads: from guest memory to the lanes.
 //!
 //! ```text
-//!   round ──► worker 0 ── reads, judges, batches ──► lanes 0, 2, …  ─┐
+//!   round ──► worker 0 ── reads, judges, packs ────► lanes 0, 2, …  ─┐
 //!        └──► worker 1 ──────────────────────────► lanes 1, 3, …  ─┴─► bounded queues ──► QUIC
 //! ```
 //!
 //! Invariants: a lane belongs to one worker, and a worker handles rounds in order, so all versions
-//! of a page leave in order (correctness rule 3). What is under way to the destination is bounded by
+//! of a page leave in order (correctness rule 3), and so do the parts of a lane's compressed stream. What is under way to the destination is bounded by
 //! the [`Gate`]; memory in use is bounded by the queues' lengths and one batch a lane.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use migrate_core::batch::{CHUNK_PAGES, lane_of, wire_bytes};
-use migrate_core::encode::{BatchBuilder, PageCounts};
+use migrate_core::codec::{Codec, CodecError, Packer, packed_bytes_max};
+use migrate_core::codec_choice::{CodecChoice, Wanted};
+use migrate_core::encode::{BatchBuilder, PageBuffer, PageCounts, Reason};
 use migrate_core::layout::PageIndex;
-use migrate_core::page_table::{Reason, SourcePages};
+use migrate_core::page_table::SourcePages;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Round;
 use qemu_glue::ram::{GuestRam, RamError};
@@ -40,6 +43,9 @@ pub enum PumpError {
     /// Guest memory could not be read.
     #[error("The guest's memory cannot be read")]
     Ram(#[from] RamError),
+    /// Contents could not be packed.
+    #[error("Pages cannot be packed")]
+    Codec(#[from] CodecError),
     /// A lane's connection is gone; its own error says why.
     #[error("A lane to the destination is closed")]
     LaneClosed,
@@ -55,6 +61,8 @@ struct Shared {
     pages: Arc<SourcePages>,
     gate: Arc<Gate>,
     buffers: Buffers,
+    /// Pages of the round being sent that need not be sent in it.
+    left_out: RwLock<PageSet>,
     /// Batches handed to each lane since the beginning.
     batches: Vec<AtomicU64>,
     lanes: usize,
@@ -78,16 +86,26 @@ impl std::fmt::Debug for Pump {
     }
 }
 
+/// A lane and what belongs to it alone.
+struct Lane {
+    number: usize,
+    queue: LaneQueue,
+    builder: BatchBuilder,
+    packer: Packer,
+}
+
 impl Pump {
-    /// Starts `threads` workers over the lanes' queues.
+    /// Starts `threads` workers over the lanes' queues, which pack with the codec that is `wanted`.
     pub fn start(
         ram: Arc<GuestRam>,
         pages: Arc<SourcePages>,
         gate: Arc<Gate>,
         lanes: Vec<LaneQueue>,
         threads: usize,
+        wanted: Wanted,
     ) -> Self {
         let shared = Arc::new(Shared {
+            left_out: RwLock::new(PageSet::new(ram.layout().pages())),
             ram,
             pages,
             gate,
@@ -97,20 +115,22 @@ impl Pump {
         });
         let threads = threads.clamp(1, lanes.len().max(1));
         let (report, done) = mpsc::channel();
-        let mut shares: Vec<Vec<(usize, LaneQueue)>> = (0..threads).map(|_| vec![]).collect();
-        for (lane, queue) in lanes.into_iter().enumerate() {
-            if let Some(share) = shares.get_mut(lane % threads) {
-                share.push((lane, queue));
+        let mut shares: Vec<Vec<Lane>> = (0..threads).map(|_| vec![]).collect();
+        for (number, queue) in lanes.into_iter().enumerate() {
+            if let Some(share) = shares.get_mut(number % threads) {
+                let (builder, packer) = Default::default();
+                share.push(Lane { number, queue, builder, packer });
             }
         }
         let workers = shares
             .into_iter()
-            .map(|share| {
+            .map(|lanes| {
                 let (jobs, inbox) = mpsc::channel::<Arc<Round>>();
                 let (shared, report) = (Arc::clone(&shared), report.clone());
+                let mut share = Share { lanes, choice: CodecChoice::new(wanted, threads) };
                 let thread = thread::spawn(move || {
                     for round in inbox {
-                        if report.send(send_share(&shared, &share, &round)).is_err() {
+                        if report.send(share.send(&shared, &round)).is_err() {
                             return;
                         }
                     }
@@ -128,6 +148,7 @@ impl Pump {
     pub fn send(&self, round: Round) -> Result<PageCounts, PumpError> {
         // Held to the end: rounds do not overlap.
         let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.left_out.write().unwrap_or_else(PoisonError::into_inner).clear();
         let round = Arc::new(round);
         for worker in &self.workers {
             let jobs = worker.jobs.as_ref().ok_or(PumpError::WorkerGone)?;
@@ -142,6 +163,11 @@ impl Pump {
             }
         }
         failure.map_or(Ok(counts), Err)
+    }
+
+    /// Leaves pages out of the round being sent, unless they were sent already.
+    pub fn leave_out(&self, pages: &PageSet) {
+        self.shared.left_out.write().unwrap_or_else(PoisonError::into_inner).union_with(pages);
     }
 
     /// Batches handed to each lane so far.
@@ -166,35 +192,75 @@ impl Drop for Pump {
     }
 }
 
-fn send_share(
-    shared: &Shared,
-    share: &[(usize, LaneQueue)],
-    round: &Round,
-) -> Result<PageCounts, PumpError> {
-    let mut counts = PageCounts::default();
-    let mut builders: Vec<BatchBuilder> = share.iter().map(|_| BatchBuilder::new()).collect();
-    let size = round.dirty.size();
-    for chunk in 0..size.div_ceil(CHUNK_PAGES) {
-        let lane = lane_of(PageIndex(chunk * CHUNK_PAGES), shared.lanes);
-        let Some(mine) = share.iter().position(|(number, _)| *number == lane) else { continue };
-        let (Some((_, queue)), Some(builder)) = (share.get(mine), builders.get_mut(mine)) else {
-            continue;
-        };
-        let range = chunk * CHUNK_PAGES..(chunk + 1) * CHUNK_PAGES;
-        for (set, reason) in [(&round.dirty, Reason::Dirty), (&round.look, Reason::Look)] {
-            for (first, pages) in page_runs(set, range.clone()) {
-                push_within_blocks(shared, builder, first, pages, reason)?;
+/// What a worker works on.
+struct Share {
+    lanes: Vec<Lane>,
+    choice: CodecChoice,
+}
+
+impl Share {
+    fn send(&mut self, shared: &Shared, round: &Round) -> Result<PageCounts, PumpError> {
+        let mut counts = PageCounts::default();
+        for wave in &round.waves {
+            self.send_set(shared, wave, Reason::Dirty, round.number, &mut counts)?;
+        }
+        self.send_set(shared, &round.look, Reason::Look, round.number, &mut counts)?;
+        for lane in &mut self.lanes {
+            lane.flush(shared, &mut self.choice, round.number, &mut counts)?;
+            counts.add(&lane.builder.take_counts());
+        }
+        Ok(counts)
+    }
+
+    fn send_set(
+        &mut self,
+        shared: &Shared,
+        set: &PageSet,
+        reason: Reason,
+        round: u32,
+        counts: &mut PageCounts,
+    ) -> Result<(), PumpError> {
+        for chunk in 0..set.size().div_ceil(CHUNK_PAGES) {
+            let number = lane_of(PageIndex(chunk * CHUNK_PAGES), shared.lanes);
+            let Some(lane) = self.lanes.iter_mut().find(|lane| lane.number == number) else {
+                continue;
+            };
+            let (runs, left_out) = shared.page_runs(set, chunk, reason);
+            counts.left_out += left_out;
+            for (first, pages) in runs {
+                push_within_blocks(shared, &mut lane.builder, first, pages, reason)?;
+            }
+            if lane.builder.is_full(CHUNK_PAGES as usize) {
+                lane.flush(shared, &mut self.choice, round, counts)?;
             }
         }
-        if builder.is_full(2 * CHUNK_PAGES as usize) {
-            flush(shared, lane, queue, builder, round.number)?;
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Consecutive pages of a set within a chunk, as (first, count), and the number of its written
+    /// pages that are left out.
+    fn page_runs(&self, set: &PageSet, chunk: u64, reason: Reason) -> (Vec<(u64, u64)>, u64) {
+        let mut runs: Vec<(u64, u64)> = vec![];
+        let mut pages = set.iter_range(chunk * CHUNK_PAGES..(chunk + 1) * CHUNK_PAGES).peekable();
+        if pages.peek().is_none() {
+            return (runs, 0);
         }
+        let left_out = self.left_out.read().unwrap_or_else(PoisonError::into_inner);
+        let mut without = 0;
+        for page in pages {
+            if reason == Reason::Dirty && left_out.contains(page) {
+                without += 1;
+                continue;
+            }
+            match runs.last_mut() {
+                Some((first, count)) if *first + *count == page => *count += 1,
+                _ => runs.push((page, 1)),
+            }
+        }
+        (runs, without)
     }
-    for ((lane, queue), builder) in share.iter().zip(&mut builders) {
-        flush(shared, *lane, queue, builder, round.number)?;
-        counts.add(&builder.take_counts());
-    }
-    Ok(counts)
 }
 
 /// Reads pages that may cross a block's end, one block at a time.
@@ -212,33 +278,59 @@ fn push_within_blocks(
     Ok(())
 }
 
-/// Consecutive pages of a set within a range, as (first, count).
-fn page_runs(set: &PageSet, range: std::ops::Range<u64>) -> Vec<(u64, u64)> {
-    let mut runs: Vec<(u64, u64)> = vec![];
-    for page in set.iter_range(range) {
-        match runs.last_mut() {
-            Some((first, count)) if *first + *count == page => *count += 1,
-            _ => runs.push((page, 1)),
+impl Lane {
+    /// Packs what the builder holds and hands it to the lane's task.
+    fn flush(
+        &mut self,
+        shared: &Shared,
+        choice: &mut CodecChoice,
+        round: u32,
+        counts: &mut PageCounts,
+    ) -> Result<(), PumpError> {
+        let Some(batch) = self.builder.take() else { return Ok(()) };
+        self.builder.reuse(shared.buffers.take());
+        let content_bytes = batch.content.len();
+        let (codec, payload) = self.pack(shared, choice, batch.content)?;
+        let bytes = wire_bytes(batch.runs.len(), payload.len());
+        counts.wire_bytes += bytes;
+        counts.note_packed(codec, content_bytes, payload.len());
+        shared.gate.enter(bytes);
+        if let Some(count) = shared.batches.get(self.number) {
+            count.fetch_add(1, Ordering::Release);
         }
+        let payload = shared.buffers.lend(payload).into();
+        let batch = Batch { runs: batch.runs, payload, codec, content_bytes, round };
+        self.queue.blocking_send(batch).map_err(|_| PumpError::LaneClosed)
     }
-    runs
+
+    /// Packs as is fastest; contents that LZ4 does not make smaller travel as they are.
+    fn pack(
+        &mut self,
+        shared: &Shared,
+        choice: &mut CodecChoice,
+        content: PageBuffer,
+    ) -> Result<(Codec, PageBuffer), PumpError> {
+        let codec = choice.choose(content.as_ref(), shared.gate.link_bytes_per_s());
+        if codec == Codec::Plain || content.is_empty() {
+            return Ok((Codec::Plain, content));
+        }
+        let (began, processor) = (Instant::now(), processor_time());
+        let mut packed = shared.buffers.take().emptied();
+        let out = packed.extend(packed_bytes_max(content.len()));
+        let bytes = self.packer.pack(codec, content.as_ref(), out)?;
+        packed.truncate(bytes);
+        let processor = processor_time().saturating_sub(processor);
+        choice.packed(content.len(), bytes, began.elapsed(), processor);
+        if codec == Codec::Lz4 && bytes >= content.len() {
+            return Ok((Codec::Plain, content));
+        }
+        shared.buffers.put(content);
+        Ok((codec, packed))
+    }
 }
 
-fn flush(
-    shared: &Shared,
-    lane: usize,
-    queue: &LaneQueue,
-    builder: &mut BatchBuilder,
-    round: u32,
-) -> Result<(), PumpError> {
-    let Some(batch) = builder.take() else { return Ok(()) };
-    let bytes = wire_bytes(batch.runs.len(), batch.payload.len());
-    shared.gate.enter(bytes);
-    if let Some(count) = shared.batches.get(lane) {
-        count.fetch_add(1, Ordering::Release);
-    }
-    builder.reuse(shared.buffers.take());
-    let payload = shared.buffers.lend(batch.payload).into();
-    let batch = Batch { runs: batch.runs, payload, round };
-    queue.blocking_send(batch).map_err(|_| PumpError::LaneClosed)
+/// Processor time of this thread.
+fn processor_time() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(now).unwrap_or_default()
 }

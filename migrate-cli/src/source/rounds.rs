@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate_core::encode::PageCounts;
-use migrate_core::layout::PAGE_BYTES;
 use migrate_core::page_table::SourcePages;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{LinkState, Precopy, Round, Step};
@@ -25,8 +24,8 @@ const STOP_OVERHEAD: Duration = Duration::from_millis(40);
 /// Time without any progress at the destination after which it counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
 
-/// How often progress is looked at.
-const TICK: Duration = Duration::from_millis(100);
+/// How often progress is shown and looked at, and written pages are looked for meanwhile.
+const TICK: Duration = migrate_core::order::TICK;
 
 /// The attached guest and the way to the destination.
 #[derive(Debug)]
@@ -69,7 +68,16 @@ impl Mover {
         Ok(dirty)
     }
 
-    /// Sends a round; returns when all of it is on its way. Fails if the destination is stuck.
+    /// Scans while a round is being sent: what is written again before it was sent waits.
+    fn glimpse(&self, precopy: &mut Precopy) -> Result<(), EngineError> {
+        if precopy.wants_glimpses() {
+            let written = self.scan()?;
+            self.pump.leave_out(&precopy.glimpsed(&written, self.clock.elapsed())?);
+        }
+        Ok(())
+    }
+
+    /// Sends a round; `tick` is called every [`TICK`]. Returns when all of it is on its way. Fails if the destination is stuck.
     ///
     /// # Errors
     /// What the pump says, or [`EngineError::TooSlow`].
@@ -77,7 +85,7 @@ impl Mover {
         &self,
         round: Round,
         link: &Link,
-        mut tick: impl FnMut(),
+        mut tick: impl FnMut() -> Result<(), EngineError>,
     ) -> Result<PageCounts, EngineError> {
         let pump = Arc::clone(&self.pump);
         let mut sending = tokio::task::spawn_blocking(move || pump.send(round));
@@ -91,7 +99,7 @@ impl Mover {
                 () = link.ended() => return Err(EngineError::Pump(PumpError::LaneClosed)),
                 () = tokio::time::sleep(TICK) => {}
             }
-            tick();
+            tick()?;
             if link.applied_bytes() != last.0 {
                 last = (link.applied_bytes(), Instant::now());
             } else if last.1.elapsed() > STUCK_AFTER {
@@ -128,20 +136,26 @@ impl Mover {
             let began = Instant::now();
             let before = self.gate.bytes().0;
             let predicted = precopy.prediction().map(|prediction| prediction.now_ms);
+            let expected = (entry.dirty as f64 * precopy.wire_bytes_per_page()) as u64;
             let show = |progress: &mut Progress| {
                 progress.show(&Snapshot {
                     round: entry.round,
                     round_pages: entry.dirty,
                     applied_bytes: link.applied_bytes(),
-                    expected_bytes: before + entry.dirty * PAGE_BYTES as u64,
+                    expected_bytes: before + expected,
                     rate_bytes_per_s: link.goodput_bytes_per_s(),
                     predicted_ms: predicted,
                 });
             };
             show(progress);
-            let counts = self.send(round, link, || show(progress)).await?;
+            let tick = || {
+                show(progress);
+                self.glimpse(precopy)
+            };
+            let counts = self.send(round, link, tick).await?;
             precopy.round_sent(&counts)?;
-            report.pages.add(&counts);
+            report.add(&counts);
+            report.pages.deferred += precopy.waiting_pages();
             let dirty = self.scan()?;
             let state = LinkState {
                 outstanding_bytes: self.gate.bytes().1,
@@ -169,11 +183,11 @@ impl Mover {
     ) -> Result<(), EngineError> {
         let mut entry = begin(&round);
         let began = Instant::now();
-        let counts = self.send(round, link, || ()).await?;
+        let counts = self.send(round, link, || Ok(())).await?;
         entry.sent = counts.sent();
         entry.ms = began.elapsed().as_secs_f64() * 1e3;
         let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);
-        report.pages.add(&counts);
+        report.add(&counts);
         push_round(&mut report, entry);
         Ok(())
     }

@@ -263,8 +263,7 @@ impl Rogue {
 
     async fn batch(&mut self, first: u64, pages: u16, version: u32, kind: RunKind) -> Result<()> {
         let run = PageRun { first: PageIndex(first), pages, kind, version };
-        let payload = vec![0xee; run.payload_bytes()].into();
-        let batch = Batch { runs: vec![run], payload, round: 1 };
+        let batch = Batch::plain(vec![run], vec![0xee; run.content_bytes().0], 1);
         let lane = self.session.lanes.first_mut().context("No lane")?;
         Ok(lane.send(batch).await?)
     }

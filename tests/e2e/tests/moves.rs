@@ -187,7 +187,7 @@ fn the_bandwidth_limit_is_kept() -> Result<()> {
 fn a_guest_that_does_not_converge_stays() -> Result<()> {
     let rig = Rig::new()?;
     let spec = VmSpec::new("wild", QemuKind::V7_2)
-        .with("godwit.writer=fill=100,hot=80,rate=0,bytes=64,seed=7");
+        .with("godwit.writer=fill=100,hot=80,rate=0,bytes=4096,content=random,seed=7");
     let source = Vm::boot(&rig.env, spec)?;
     let destination = Vm::start(&rig.env, source.spec().successor("next", QemuKind::V7_2))?;
     let listen = free_address()?;

@@ -96,6 +96,6 @@ pub(crate) fn batch(first: u64, pages: u16, fill: u8) -> Batch {
         kind: RunKind::Zero,
         version: 2,
     };
-    let payload = vec![fill; usize::from(pages) * PAGE_BYTES].into();
-    Batch { runs: vec![raw, zero], payload, round: 3 }
+    let content = vec![fill; usize::from(pages) * PAGE_BYTES];
+    Batch::plain(vec![raw, zero], content, 3)
 }

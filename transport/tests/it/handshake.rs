@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use migrate_core::error::{Classify, ErrorBin};
 use transport::lane_wire::Greeting;
 use transport::listener::HANDSHAKES_MAX;
-use transport::messages::{Intent, Joined, RejectCode, Select, Verdict};
+use transport::messages::{Intent, Joined, RejectCode, Select, VERSIONS, Verdict};
 use transport::{
     LaneReceiver, Listener, Message, Options, Session, TransportError, close_code, connect, wire,
 };
@@ -108,7 +108,7 @@ async fn another_version_is_rejected_with_words() {
     let TransportError::Rejected { code: RejectCode::Version, text, .. } = &error else {
         panic!("{error}");
     };
-    assert!(text.contains("[1]") && text.contains("[7, 8]"), "{text}");
+    assert!(text.contains(&format!("{VERSIONS:?}")) && text.contains("[7, 8]"), "{text}");
     assert_eq!(error.bin(), ErrorBin::PeerIncompatible);
     still_serves(&pki, &mut listener).await;
 }
@@ -201,7 +201,7 @@ async fn lanes_that_do_not_belong_are_refused_and_the_session_goes_on() {
     let b = rogue::client(&pki.ca(), Some(&pki.path("b")), ALPN);
     let mut control = offer_lanes(&a, addr, 2).await;
     let token = control.select.token;
-    let right = Greeting { version: 1, lane: 0, token };
+    let right = Greeting { version: VERSIONS[0], lane: 0, token };
     let refused = u64::from(close_code::LANE_REFUSED);
 
     let mut wrong_token = token;
@@ -210,7 +210,7 @@ async fn lanes_that_do_not_belong_are_refused_and_the_session_goes_on() {
         (&a, Greeting { token: wrong_token, ..right }, "another token"),
         (&b, right, "another certificate"),
         (&a, Greeting { lane: 2, ..right }, "a lane too many"),
-        (&a, Greeting { version: 2, ..right }, "another version"),
+        (&a, Greeting { version: VERSIONS[0] + 1, ..right }, "another version"),
     ];
     for (endpoint, greeting, what) in wrong {
         let (connection, _stream) = lane(endpoint, addr, &greeting).await;
@@ -240,7 +240,7 @@ async fn a_greeting_that_is_none_is_told_so() {
     let mut listener = listen(&pki);
     let addr = listener.local_addr();
     let a = rogue::client(&pki.ca(), Some(&pki.path("a")), ALPN);
-    let good = Greeting { version: 1, lane: 0, token: [1; 16] }.encode();
+    let good = Greeting { version: VERSIONS[0], lane: 0, token: [1; 16] }.encode();
     let mut reserved = good;
     reserved[9] = 1;
     for (bytes, word) in [(*b"GET / HTTP/1.1\r\nHost: migrate\r\n\r\n", "magic"), {
@@ -293,9 +293,9 @@ async fn connect_to_a_server_that_says(pki: &Pki, answer: Vec<u8>) -> TransportE
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_breaks_the_protocol_gets_no_session() {
     let pki = Pki::new();
-    let select = Select { version: 1, features: 0, lanes: 3, token: [0; 16] };
+    let select = Select { version: VERSIONS[0], features: 0, lanes: 3, token: [0; 16] };
     for bad in [
-        Select { version: 2, ..select.clone() },
+        Select { version: VERSIONS[0] + 1, ..select.clone() },
         Select { features: 1, ..select.clone() },
         Select { lanes: 0, ..select.clone() },
         Select { lanes: 4, ..select.clone() },

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use migrate_core::error::{Classify, ErrorBin};
 use transport::lane_wire::{Greeting, encode_head};
-use transport::messages::{Commit, Intent, MigrationId, Progress};
+use transport::messages::{Commit, Intent, MigrationId, Progress, VERSIONS};
 use transport::{DestinationSession, Listener, Message, TransportError, close_code, connect, wire};
 
 use crate::common::{Pki, batch, listen, offer, options, pair};
@@ -25,7 +25,7 @@ async fn rogue_session(pki: &Pki) -> Rogue {
     let addr = listener.local_addr();
     let endpoint = rogue::client(&pki.ca(), Some(&pki.path("a")), ALPN);
     let mut control = offer_lanes(&endpoint, addr, 1).await;
-    let greeting = Greeting { version: 1, lane: 0, token: control.select.token };
+    let greeting = Greeting { version: VERSIONS[0], lane: 0, token: control.select.token };
     let lane = lane(&endpoint, addr, &greeting).await;
     read_message(&mut control.receive, 2).await;
     let destination = listener.accept().await.unwrap();
@@ -131,15 +131,20 @@ async fn batches_that_break_the_protocol_end_the_session() {
     let good = frame(1);
     breaks_lane(&pki, b"POST /pages HTTP/1.1 and so on, 32 bytes", false, "magic").await;
     breaks_lane(&pki, &with(good.clone(), 4, &[0]), false, "kind").await;
-    breaks_lane(&pki, &with(good.clone(), 5, &[1]), false, "flags").await;
+    breaks_lane(&pki, &with(good.clone(), 5, &[3]), false, "codec").await;
     breaks_lane(&pki, &with(good.clone(), 6, &[1]), false, "reserved").await;
-    breaks_lane(&pki, &with(good.clone(), 28, &[1]), false, "reserved").await;
+    breaks_lane(&pki, &with(good.clone(), 28, &[1]), false, "content bytes").await;
+    breaks_lane(&pki, &with(good.clone(), 28, &[0xff; 4]), false, "4294967295").await;
+    // Packed, but to fewer bytes than the runs have.
+    let packed = with(with(good.clone(), 5, &[2]), 28, &4096u32.to_le_bytes());
+    breaks_lane(&pki, &packed, false, "add up").await;
     breaks_lane(&pki, &frame(2), false, "sequence number 2").await;
     breaks_lane(&pki, &[good.clone(), good.clone()].concat(), false, "sequence number 1").await;
     breaks_lane(&pki, &with(good.clone(), 16, &[0; 4]), false, "runs").await;
     breaks_lane(&pki, &with(good.clone(), 16, &[0xff; 4]), false, "4294967295").await;
     breaks_lane(&pki, &with(good.clone(), 20, &[0xff; 4]), false, "4294967295").await;
-    breaks_lane(&pki, &with(good.clone(), 20, &4096u32.to_le_bytes()), false, "add up").await;
+    breaks_lane(&pki, &with(good.clone(), 20, &4096u32.to_le_bytes()), false, "content bytes")
+        .await;
     // The first run: page, pages, kind, reserved, version.
     breaks_lane(&pki, &with(good.clone(), 32, &[0xff; 8]), false, "first page").await;
     breaks_lane(&pki, &with(good.clone(), 40, &[0, 0]), false, "pages").await;

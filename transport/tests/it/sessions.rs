@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Pki, any_port, batch, listen, offer, options, pair};
 use migrate_core::error::{Classify, ErrorBin};
-use transport::messages::{Ask, DestinationState, Intent, Progress, Sync, Synced, Verdict};
+use transport::messages::{
+    Ask, DestinationState, Intent, Progress, Sync, Synced, VERSIONS, Verdict,
+};
 use transport::{Listener, Message, Options, TransportError, close_code, connect};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -13,7 +15,7 @@ async fn messages_and_batches_arrive_in_order() {
     let (mut source, mut destination, _listener) = pair(&pki).await;
     assert_eq!(source.peer.name, "b");
     assert_eq!(destination.peer.name, "a");
-    assert_eq!((source.selected.version, destination.selected.version), (1, 1));
+    assert_eq!((source.selected.version, destination.selected.version), (VERSIONS[0], VERSIONS[0]));
     assert_eq!((source.lanes.len(), destination.lanes.len()), (3, 3));
     assert_eq!(destination.engine, "test 1");
 

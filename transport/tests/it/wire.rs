@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use migrate_core::batch::{PageRun, RunKind};
+use migrate_core::codec::{Codec, Packer, packed_bytes_max};
+use migrate_core::delta::delta_bytes;
 use migrate_core::layout::{BLOCKS_MAX, BlockSpec, PAGE_BYTES, PageIndex};
 use proptest::prelude::*;
 use transport::lane_wire::{self, Greeting, LANE_HEADER_BYTES, RUN_BYTES};
@@ -74,16 +76,21 @@ fn samples() -> Vec<Message> {
 fn sample_batch() -> Batch {
     let run =
         |first, pages, kind, version| PageRun { first: PageIndex(first), pages, kind, version };
-    let payload: Vec<u8> = (0..3 * PAGE_BYTES).map(|at| (at / 16) as u8).collect();
-    Batch {
-        runs: vec![
-            run(64, 2, RunKind::Raw, 1),
-            run(66, 32_768, RunKind::Zero, 2),
-            run((1 << 34) - 1, 1, RunKind::Raw, u32::MAX),
-        ],
-        payload: payload.into(),
-        round: 5,
-    }
+    let content: Vec<u8> = (0..3 * PAGE_BYTES).map(|at| (at / 16) as u8).collect();
+    let runs = vec![
+        run(64, 2, RunKind::Raw, 1),
+        run(66, 32_768, RunKind::Zero, 2),
+        run((1 << 34) - 1, 1, RunKind::Raw, u32::MAX),
+    ];
+    Batch::plain(runs, content, 5)
+}
+
+/// Two deltas, one of them of all lines, behind a codec that the decoder does not look into.
+fn sample_deltas() -> Batch {
+    let run = PageRun { first: PageIndex(7), pages: 2, kind: RunKind::Delta, version: 2 };
+    let content_bytes = delta_bytes(1) + delta_bytes(u64::MAX);
+    let payload = b"packed".to_vec().into();
+    Batch { runs: vec![run], payload, codec: Codec::Zstd, content_bytes, round: 6 }
 }
 
 fn lane_frame(batch: &Batch, sequence: u64) -> Vec<u8> {
@@ -97,7 +104,7 @@ fn check_golden(path: &Path, bytes: &[u8]) {
         fs::write(path, bytes).unwrap();
     }
     let golden = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    assert_eq!(golden, bytes, "{} differs: version 1 must not change", path.display());
+    assert_eq!(golden, bytes, "{} differs: version 2 must not change", path.display());
 }
 
 #[test]
@@ -109,7 +116,7 @@ fn golden_control_frames_do_not_change() {
     for (index, message) in samples.iter().enumerate() {
         let name = message.name().to_lowercase();
         let frame = wire::encode(message, 1).unwrap();
-        check_golden(&folder("tests/golden").join(format!("v1-{name}.bin")), &frame);
+        check_golden(&folder("tests/golden").join(format!("v2-{name}.bin")), &frame);
         check_golden(&folder("fuzz/corpus/control_frame").join(format!("good-{name}")), &frame);
         assert_eq!(wire::decode(&frame, 1).unwrap(), (message.clone(), frame.len()));
         all.extend(wire::encode(message, index as u32 + 1).unwrap());
@@ -120,30 +127,64 @@ fn golden_control_frames_do_not_change() {
 
 #[test]
 fn golden_lane_frames_do_not_change() {
-    let greeting = Greeting { version: 1, lane: 3, token: *b"tokentokentokent" };
+    let greeting = Greeting { version: 2, lane: 3, token: *b"tokentokentokent" };
     let bytes = greeting.encode();
-    check_golden(&folder("tests/golden").join("v1-lane-greeting.bin"), &bytes);
+    check_golden(&folder("tests/golden").join("v2-lane-greeting.bin"), &bytes);
     assert_eq!(Greeting::parse(&bytes).unwrap(), greeting);
 
     let batch = sample_batch();
     let frame = lane_frame(&batch, 1);
-    check_golden(&folder("tests/golden").join("v1-lane-batch.bin"), &frame);
+    check_golden(&folder("tests/golden").join("v2-lane-batch.bin"), &frame);
     assert_eq!(lane_wire::decode(&frame, 1).unwrap(), (batch.clone(), frame.len()));
     let corpus = folder("fuzz/corpus/lane_frame");
     check_golden(&corpus.join("good-batch"), &frame);
     let two = [&bytes[..], &frame, &lane_frame(&batch, 2)].concat();
     check_golden(&corpus.join("good-greeting-and-two"), &two);
     assert_eq!(fuzz::lane_frame(&two), 2);
-    let zeros = Batch { runs: vec![batch.runs[1]], payload: Payload::default(), round: 0 };
+    check_golden(
+        &folder("tests/golden").join("v2-lane-deltas.bin"),
+        &lane_frame(&sample_deltas(), 1),
+    );
+    check_golden(&corpus.join("good-deltas"), &lane_frame(&sample_deltas(), 1));
+    let zeros = Batch::plain(vec![batch.runs[1]], Payload::default(), 0);
     check_golden(&corpus.join("good-zeros"), &lane_frame(&zeros, 1));
+}
+
+/// Batches of all codecs, packed by this build: other versions of the libraries pack otherwise, but
+/// what was packed once can be unpacked for ever.
+#[test]
+fn packed_contents_unpack() {
+    let mut packer = Packer::default();
+    let mut all = vec![];
+    for (number, codec) in [Codec::Zstd, Codec::Lz4, Codec::Plain, Codec::Zstd].iter().enumerate() {
+        let content: Vec<u8> = (0..5000 + number).map(|at| (at * at / 7) as u8).collect();
+        let mut packed = vec![0; packed_bytes_max(content.len())];
+        let length = packer.pack(*codec, &content, &mut packed).unwrap();
+        all.push(Codec::ALL.iter().position(|other| other == codec).unwrap() as u8);
+        all.extend((content.len() as u16).to_le_bytes());
+        all.extend((length as u16).to_le_bytes());
+        all.extend(&packed[..length]);
+    }
+    assert_eq!(fuzz::contents(&all), 4);
+    let corpus = folder("fuzz/corpus/contents");
+    if std::env::var_os("GODWIT_WRITE_GOLDEN").is_some() {
+        fs::create_dir_all(&corpus).unwrap();
+        fs::write(corpus.join("good-all-codecs"), &all).unwrap();
+        fs::write(corpus.join("cut-short"), &all[..all.len() - 1]).unwrap();
+        // Another announced length, and bytes that are no stream.
+        fs::write(corpus.join("longer-than-announced"), [&[2, 1, 0][..], &all[3..]].concat())
+            .unwrap();
+        fs::write(corpus.join("noise"), [&[2, 0, 1, 9, 0][..], b"no stream"].concat()).unwrap();
+    }
 }
 
 #[test]
 fn the_fuzzers_corpus_is_handled() {
     type Target = fn(&[u8]) -> u64;
-    let targets: [(&str, Target); 2] = [
+    let targets: [(&str, Target); 3] = [
         ("control_frame", |bytes| u64::from(fuzz::control_frame(bytes))),
         ("lane_frame", fuzz::lane_frame),
+        ("contents", fuzz::contents),
     ];
     for (target, run) in targets {
         let mut files = 0;
@@ -301,18 +342,18 @@ fn a_migration_id_reads_as_it_prints() {
 
 /// Batches that keep all rules.
 fn batches() -> impl Strategy<Value = Batch> {
-    let run = (0u64..1 << 34, 1u16..=8, any::<bool>(), 1u32..).prop_map(
-        |(first, pages, raw, version)| PageRun {
-            first: PageIndex(first.min((1 << 34) - 8)),
-            pages,
-            kind: if raw { RunKind::Raw } else { RunKind::Zero },
-            version,
-        },
-    );
-    (prop::collection::vec(run, 1..30), any::<u32>(), any::<u8>()).prop_map(
-        |(runs, round, fill)| {
-            let bytes = runs.iter().map(PageRun::payload_bytes).sum();
-            Batch { runs, payload: vec![fill; bytes].into(), round }
+    let kind = prop::sample::select(&[RunKind::Raw, RunKind::Zero, RunKind::Delta][..]);
+    let run = (0u64..1 << 34, 1u16..=8, kind, 1u32..).prop_map(|(first, pages, kind, version)| {
+        PageRun { first: PageIndex(first.min((1 << 34) - 8)), pages, kind, version }
+    });
+    let runs = prop::collection::vec(run, 1..24);
+    let codec = prop::sample::select(&Codec::ALL[..]);
+    (runs, codec, any::<u32>(), any::<u8>(), any::<bool>()).prop_map(
+        |(runs, codec, round, fill, most)| {
+            let bounds = runs.iter().map(PageRun::content_bytes);
+            let content_bytes = bounds.map(|(min, max)| if most { max } else { min }).sum();
+            let payload_bytes = if codec == Codec::Plain { content_bytes } else { 100 };
+            Batch { runs, payload: vec![fill; payload_bytes].into(), codec, content_bytes, round }
         },
     )
 }

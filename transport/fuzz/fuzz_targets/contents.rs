@@ -1,0 +1,9 @@
+//! Packed contents of a lane's batches, as a peer might send them.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    transport::fuzz::contents(bytes);
+});
