@@ -317,7 +317,7 @@ fn godwit_tables(moved: &[&Migration]) -> String {
     row("outage less downtime, ms".into(), &|one| Some(one.outage_ms? - one.reported_downtime_ms?));
     row("total, ms".into(), &|one| one.reported_total_ms);
     row("rounds".into(), &|one| one.report["rounds"].as_array().map(|all| all.len() as f64));
-    for name in ["hole", "zero", "raw", "resent"] {
+    for name in ["hole", "zero", "raw", "delta", "unchanged", "deferred", "resent"] {
         row(format!("pages {name}"), &|one| one.report["pages"][name].as_f64());
     }
     row("UDP payload, MiB".into(), &|one| Some(one.report["bytes"]["wire"].as_f64()? / MIB));

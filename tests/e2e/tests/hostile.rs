@@ -14,6 +14,7 @@ use e2e::untouched::{Before, assert_detached};
 use e2e::{PATIENCE, Rig, free_address};
 use framework::{Engine, Pki, QemuKind, Vm, VmSpec};
 use migrate_core::batch::{PageRun, RunKind};
+use migrate_core::codec::Codec;
 use migrate_core::layout::{BlockSpec, PAGE_BYTES, PageIndex};
 use nix::sys::signal::Signal;
 use rustls::pki_types::pem::PemObject as _;
@@ -263,7 +264,10 @@ impl Rogue {
 
     async fn batch(&mut self, first: u64, pages: u16, version: u32, kind: RunKind) -> Result<()> {
         let run = PageRun { first: PageIndex(first), pages, kind, version };
-        let batch = Batch::plain(vec![run], vec![0xee; run.content_bytes().0], 1);
+        self.send(Batch::plain(vec![run], vec![0xee; run.content_bytes().0], 1)).await
+    }
+
+    async fn send(&mut self, batch: Batch) -> Result<()> {
         let lane = self.session.lanes.first_mut().context("No lane")?;
         Ok(lane.send(batch).await?)
     }
@@ -331,6 +335,39 @@ async fn wrong_pages(target: &mut Target) -> Result<()> {
         for (first, pages, version, kind) in runs.iter().copied() {
             rogue.batch(first, pages, version, kind).await.context(what)?;
         }
+        let said = rogue.given_up().await;
+        ensure!(said.contains("Protocol") && said.contains(word), "{what}: {said}");
+        target.still_waits(what)?;
+    }
+    wrong_contents(target).await
+}
+
+/// Batches whose contents are not what their head says.
+async fn wrong_contents(target: &mut Target) -> Result<()> {
+    // A mask of two lines with room for one, and a mask of none.
+    let (short, empty) = ([3u8, 0, 0, 0, 0, 0, 0, 0], [0; 8]);
+    let delta = |mask: [u8; 8]| [&mask[..], &[7; 64]].concat();
+    type Case = (&'static str, RunKind, Codec, Vec<u8>, usize, &'static str);
+    let cases: [Case; 6] = [
+        (
+            "a delta cut short",
+            RunKind::Delta,
+            Codec::Plain,
+            delta(short),
+            72,
+            "fewer or more bytes",
+        ),
+        ("an empty delta", RunKind::Delta, Codec::Plain, delta(empty), 72, "changes nothing"),
+        ("no LZ4", RunKind::Raw, Codec::Lz4, vec![0xff; 40], PAGE_BYTES, "do not unpack"),
+        ("no stream", RunKind::Raw, Codec::Zstd, vec![0xff; 40], PAGE_BYTES, "do not unpack"),
+        ("nothing", RunKind::Raw, Codec::Zstd, vec![], PAGE_BYTES, "another length"),
+        ("too short", RunKind::Raw, Codec::Lz4, vec![0x10, 7], PAGE_BYTES, "another length"),
+    ];
+    for (number, (what, kind, codec, payload, content_bytes, word)) in (40..).zip(cases) {
+        let mut rogue = Rogue::accepted(target, number).await.context(what)?;
+        let run = PageRun { first: PageIndex(9), pages: 1, kind, version: 1 };
+        let payload = payload.into();
+        rogue.send(Batch { runs: vec![run], payload, codec, content_bytes, round: 1 }).await?;
         let said = rogue.given_up().await;
         ensure!(said.contains("Protocol") && said.contains(word), "{what}: {said}");
         target.still_waits(what)?;
