@@ -77,7 +77,8 @@ impl Mover {
         Ok(())
     }
 
-    /// Sends a round; `tick` is called every [`TICK`]. Returns when all of it is on its way. Fails if the destination is stuck.
+    /// Sends a round; `tick` is called every 100 ms. Returns when all of it is on its way. Fails if the
+    /// destination is stuck.
     ///
     /// # Errors
     /// What the pump says, or [`EngineError::TooSlow`].
