@@ -58,6 +58,21 @@ impl PageSet {
         }
     }
 
+    /// Removes a range of pages.
+    pub fn remove_range(&mut self, range: Range<u64>) {
+        let end = range.end.min(self.size);
+        let mut page = range.start;
+        while page < end {
+            let bit = page % 64;
+            let count = (64 - bit).min(end - page);
+            let mask = if count == 64 { u64::MAX } else { ((1 << count) - 1) << bit };
+            if let Some(word) = self.words.get_mut((page / 64) as usize) {
+                *word &= !mask;
+            }
+            page += count;
+        }
+    }
+
     /// Adds all pages of `other`.
     pub fn union_with(&mut self, other: &Self) {
         for (word, add) in self.words.iter_mut().zip(&other.words) {
@@ -117,6 +132,26 @@ impl PageSet {
         })
     }
 
+    /// The first page within `range`.
+    pub fn first_in(&self, range: Range<u64>) -> Option<u64> {
+        self.iter_range(range).next()
+    }
+
+    /// The last page within `range`.
+    pub fn last_in(&self, range: Range<u64>) -> Option<u64> {
+        let mut end = range.end.min(self.size);
+        while range.start < end {
+            let last = end - 1;
+            let kept = self.words.get((last / 64) as usize)? << (63 - last % 64);
+            if kept != 0 {
+                let page = last - u64::from(kept.leading_zeros());
+                return (page >= range.start).then_some(page);
+            }
+            end = last / 64 * 64;
+        }
+        None
+    }
+
     /// Bytes of memory that the set occupies.
     pub fn memory_bytes(&self) -> usize {
         self.words.len() * size_of::<u64>()
@@ -136,6 +171,7 @@ mod tests {
         Insert(u64),
         Remove(u64),
         Range(u64, u64),
+        RemoveRange(u64, u64),
     }
 
     fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -144,7 +180,8 @@ mod tests {
             prop_oneof![
                 page.clone().prop_map(Op::Insert),
                 page.clone().prop_map(Op::Remove),
-                (page.clone(), page).prop_map(|(a, b)| Op::Range(a, b)),
+                (page.clone(), page.clone()).prop_map(|(a, b)| Op::Range(a, b)),
+                (page.clone(), page).prop_map(|(a, b)| Op::RemoveRange(a, b)),
             ],
             0..60,
         )
@@ -160,12 +197,15 @@ mod tests {
                     Op::Insert(page) => { set.insert(page); if page < size { model.insert(page); } }
                     Op::Remove(page) => { set.remove(page); model.remove(&page); }
                     Op::Range(a, b) => { set.insert_range(a..b); model.extend((a..b).filter(|p| *p < size)); }
+                    Op::RemoveRange(a, b) => { set.remove_range(a..b); model.retain(|p| !(a..b).contains(p)); }
                 }
             }
             prop_assert_eq!(set.iter().collect::<Vec<_>>(), model.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(set.len(), model.len() as u64);
             prop_assert_eq!(set.is_empty(), model.is_empty());
             let part: Vec<_> = model.iter().copied().filter(|p| (from..to).contains(p)).collect();
+            prop_assert_eq!(set.first_in(from..to), part.first().copied());
+            prop_assert_eq!(set.last_in(from..to), part.last().copied());
             prop_assert_eq!(set.iter_range(from..to).collect::<Vec<_>>(), part);
         }
     }

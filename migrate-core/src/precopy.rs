@@ -3,12 +3,13 @@
 //! ```text
 //!            armed      glimpsed       scanned, continue
 //!  Idle ───────────────► Sending ◄──────────────────────┐
-//!                          │ round sent                 │
-//!                          ▼                            │
-//!                       Scanning ───────────────────────┘
-//!                          │ scanned, stop     │ stalled
-//!                          ▼                   ▼
-//!                       Stopping            GaveUp
+//!              stop now  │ │ round sent                 │
+//!               ┌────────┘ ▼                            │
+//!               │       Scanning ───────────────────────┘
+//!               │          │ scanned, stop     │ stalled
+//!               │          ▼                   ▼
+//!               └──────► Stopping ◄───────── GaveUp
+//!                          │        stop now
 //!                          │ guest stopped and scanned
 //!                          ▼
 //!                        Final ── tail scanned ──► Tail
@@ -25,6 +26,10 @@
 //! a round is being sent (glimpses) tell heat early; a page that one finds written before it was sent
 //! waits for the next round. Hot pages whose last version the destination has anyway wait until the
 //! guest stops, as many as a share of the downtime carries.
+//!
+//! Where pre-copy will not end ([`Precopy::measured`], [`crate::mode`]) or gave up,
+//! [`Precopy::stop_now`] leads to the same last rounds; what they hold may then follow the guest
+//! ([`crate::postcopy`]).
 
 use std::time::Duration;
 
@@ -34,9 +39,11 @@ use crate::convergence::{Config, Convergence, Decision, Observation, Prediction,
 use crate::encode::PageCounts;
 use crate::error::{Classify, ErrorBin};
 use crate::layout::{PAGE_BYTES, RamLayout};
+use crate::mode::Measured;
 use crate::order::Order;
 use crate::pageset::PageSet;
 use crate::second_look::SecondLook;
+use crate::writes::WriteRate;
 
 /// Length of a round while only direct I/O's window is waited for.
 const IDLE_ROUND: Duration = Duration::from_millis(50);
@@ -116,7 +123,7 @@ enum State {
     Stopping { number: u32, dirty: PageSet },
     Final { number: u32 },
     Tail,
-    GaveUp,
+    GaveUp { number: u32 },
 }
 
 impl State {
@@ -128,7 +135,7 @@ impl State {
             Self::Stopping { .. } => "stopping",
             Self::Final { .. } => "final",
             Self::Tail => "tail",
-            Self::GaveUp => "gave up",
+            Self::GaveUp { .. } => "gave up",
         }
     }
 }
@@ -160,6 +167,10 @@ pub struct Precopy {
     max_downtime: Duration,
     /// Found written by glimpses of the round being sent.
     glimpsed: PageSet,
+    /// Pages of the round last asked for, or that it would have had.
+    unsent: PageSet,
+    writes: WriteRate,
+    measured: Option<Measured>,
     order: Option<Order>,
     convergence: Convergence,
     second_look: Option<SecondLook>,
@@ -167,6 +178,8 @@ pub struct Precopy {
     /// have to pass first, so that only recent pages are left to look at during the stop.
     earliest_stop: Duration,
     last_scan: Duration,
+    /// The last scan or glimpse.
+    last_look: Duration,
 }
 
 impl Precopy {
@@ -182,11 +195,15 @@ impl Precopy {
             wire_bytes_per_page: WHOLE_PAGE_BYTES,
             max_downtime: config.convergence.max_downtime,
             glimpsed: PageSet::new(pages),
+            unsent: PageSet::new(pages),
+            writes: WriteRate::default(),
+            measured: None,
             order: config.order.then(|| Order::new(pages)),
             convergence: Convergence::new(config.convergence),
             second_look: config.direct_io_window.map(|window| SecondLook::new(pages, window)),
             earliest_stop: Duration::ZERO,
             last_scan: Duration::ZERO,
+            last_look: Duration::ZERO,
         }
     }
 
@@ -205,6 +222,7 @@ impl Precopy {
             self.earliest_stop = look.next_due().unwrap_or(now);
         }
         self.last_scan = now;
+        self.last_look = now;
         self.state = State::Sending { number: 1 };
         Ok(Step::Send(self.round(1, data, PageSet::new(self.pages), now)))
     }
@@ -216,6 +234,8 @@ impl Precopy {
             None if dirty.is_empty() => vec![],
             None => vec![dirty.clone()],
         };
+        self.unsent.clone_from(&dirty);
+        self.unsent.union_with(&look);
         Round { number, dirty, waves, look, not_before }
     }
 
@@ -237,6 +257,7 @@ impl Precopy {
             look.report(written, now);
         }
         self.glimpsed.union_with(written);
+        self.count_writes(written, now);
         let Some(order) = &mut self.order else { return Ok(PageSet::new(self.pages)) };
         order.scanned(written, now);
         Ok(order.leave_out(written, number == 1))
@@ -285,6 +306,7 @@ impl Precopy {
         if let Some(order) = &mut self.order {
             order.scanned(&dirty, now);
         }
+        self.count_writes(&dirty, now);
         let second_look = self.look_after_scan(&dirty, now);
         dirty.union_with(&self.glimpsed);
         self.glimpsed.clear();
@@ -303,9 +325,13 @@ impl Precopy {
             overhead: link.overhead,
         };
         self.last_scan = now;
+        self.writes.round(dirtied_pages, seen.interval);
+        let decision = self.convergence.decide(&seen, now);
+        let may_stop = now >= self.earliest_stop && again == 0;
+        self.measured = may_stop.then(|| self.measure(&seen, &decision, number));
         let number = number + 1;
-        Ok(match self.convergence.decide(&seen, now) {
-            Decision::Stop if now >= self.earliest_stop && again == 0 => {
+        Ok(match decision {
+            Decision::Stop if may_stop => {
                 dirty.union_with(&look);
                 self.state = State::Stopping { number, dirty };
                 Step::StopGuest
@@ -324,10 +350,64 @@ impl Precopy {
                 Step::Send(self.round(number, dirty, look, not_before))
             }
             Decision::GiveUp(stall) => {
-                self.state = State::GaveUp;
+                dirty.union_with(&look);
+                self.unsent = dirty;
+                self.state = State::GaveUp { number };
                 Step::GiveUp(stall)
             }
         })
+    }
+
+    /// A scan or glimpse at `now` found these pages written.
+    fn count_writes(&mut self, written: &PageSet, now: Duration) {
+        let mut whole = written.clone();
+        let look = self.split_coarse(&mut whole);
+        let pages = whole.len() + (look.len() as f64 * self.changed_share) as u64;
+        self.writes.scanned(pages, now.saturating_sub(self.last_look));
+        self.last_look = now;
+    }
+
+    fn measure(&self, seen: &Observation, decision: &Decision, rounds: u32) -> Measured {
+        Measured {
+            rounds,
+            left_pages: seen.dirty_pages,
+            outstanding_bytes: seen.outstanding_bytes,
+            writes: self.writes.writes(),
+            wire_bytes_per_page: seen.wire_bytes_per_page,
+            goodput_bytes_per_s: seen.goodput_bytes_per_s,
+            overhead: seen.overhead,
+            max_downtime: self.max_downtime,
+            prediction: self.convergence.prediction(),
+            stalled: matches!(decision, Decision::GiveUp(_)),
+        }
+    }
+
+    /// What the last scan found, for [`crate::mode::choose_mode`]. Nothing before the first round is
+    /// sent, and while many pages wait for their second look: stopping the guest then would make all
+    /// of them last pages.
+    pub fn measured(&self) -> Option<Measured> {
+        self.measured
+    }
+
+    /// The guest is to be stopped before what is left fits into the downtime: instead of sending the
+    /// round that was asked for (or, should part of it be sent, the rest of it), or after
+    /// [`Step::GiveUp`]. Stop the guest, scan, then call [`Self::stopped`]. The destination lacks what
+    /// the last rounds hold: the dirty pages, and those to look at whose content differs.
+    ///
+    /// # Errors
+    /// [`OutOfTurn`] if no round was asked for.
+    pub fn stop_now(&mut self) -> Result<(), OutOfTurn> {
+        let (State::Sending { number } | State::GaveUp { number }) = self.state else {
+            return Err(self.out_of_turn("stop_now"));
+        };
+        let mut dirty = std::mem::replace(&mut self.unsent, PageSet::new(self.pages));
+        dirty.union_with(&self.glimpsed);
+        self.glimpsed.clear();
+        if let Some(order) = &mut self.order {
+            order.end_waiting(&mut dirty);
+        }
+        self.state = State::Stopping { number, dirty };
+        Ok(())
     }
 
     /// Takes hot pages out of the next round that can as well travel when the guest is stopped.

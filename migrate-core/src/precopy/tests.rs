@@ -153,3 +153,55 @@ fn calls_out_of_turn_are_refused() {
     let text = precopy.tail(set(&[])).unwrap_err().to_string();
     assert!(text.contains("sending"), "{text}");
 }
+
+#[test]
+fn a_round_that_is_asked_for_can_wait_for_the_stop() {
+    let mut precopy = Precopy::new(&layout(4096), config(None));
+    assert!(precopy.stop_now().is_err() && precopy.measured().is_none());
+    precopy.armed(set(&[1, 2, 3]), at(0)).unwrap();
+    precopy.glimpsed(&set(&[4]), at(100)).unwrap();
+    precopy.round_sent(&PageCounts::default()).unwrap();
+    assert!(precopy.stop_now().is_err(), "a scan is due");
+    let step = precopy.scanned(set(&[2, 4]), SLOW, at(200)).unwrap();
+    assert!(matches!(step, Step::Send(_)), "{step:?}");
+    let seen = precopy.measured().unwrap();
+    assert_eq!((seen.rounds, seen.left_pages, seen.stalled), (1, 2, false));
+    // One page in the first 100 ms, two in the second.
+    assert_eq!(seen.writes.unwrap().pages_per_s, 15.0);
+    precopy.glimpsed(&set(&[9]), at(300)).unwrap();
+    precopy.stop_now().unwrap();
+    let last = precopy.stopped(set(&[5])).unwrap();
+    assert_eq!((last.number, last.dirty), (2, set(&[2, 4, 5, 9])));
+    assert_eq!(precopy.tail(set(&[6])).unwrap().dirty, set(&[6]));
+}
+
+#[test]
+fn after_giving_up_the_guest_can_still_be_stopped() {
+    let mut precopy = Precopy::new(&layout(8 * 4096), config(None));
+    precopy.armed(set(&[1]), at(0)).unwrap();
+    let stuck = LinkState { goodput_bytes_per_s: Some(1e3), ..LINK };
+    for ms in [1, 2, 6000] {
+        precopy.round_sent(&PageCounts::default()).unwrap();
+        let step = precopy.scanned(set(&[1, 2, 40]), stuck, at(ms)).unwrap();
+        assert_eq!(matches!(step, Step::GiveUp(_)), ms == 6000);
+    }
+    assert!(precopy.measured().unwrap().stalled);
+    precopy.stop_now().unwrap();
+    let last = precopy.stopped(set(&[3])).unwrap();
+    assert_eq!((last.dirty, last.look), (set(&[1, 2, 3]), set(&[40])));
+}
+
+#[test]
+fn nothing_is_measured_while_all_memory_waits_for_a_second_look() {
+    let mut precopy = Precopy::new(&layout(4096), config(Some(at(1000))));
+    precopy.armed(set(&[1]), at(0)).unwrap();
+    for (ms, known) in [(500, false), (1001, false), (1005, true)] {
+        precopy.round_sent(&PageCounts::default()).unwrap();
+        let step = precopy.scanned(set(&[3, 4]), SLOW, at(ms)).unwrap();
+        assert!(matches!(step, Step::Send(_)), "{step:?}");
+        assert_eq!(precopy.measured().is_some(), known, "{ms} ms");
+    }
+    precopy.stop_now().unwrap();
+    let last = precopy.stopped(set(&[])).unwrap();
+    assert_eq!(last.dirty.len() + last.look.len(), 2, "what was written lately");
+}

@@ -1,0 +1,167 @@
+//! How many neighbours to send with a faulting page, and in which direction.
+//!
+//! Faults that continue one another are a stream. Of each stream the window is kept that its last
+//! fault was answered with: a fault on the first unsent page right behind the window, or right
+//! before it, continues the stream, and the next window is twice as wide. A fault that continues
+//! none begins one; such windows become narrower with each of them and wider with each
+//! continuation, so that scattered faults bring nothing but themselves. Pages that the background
+//! push sent behind a window do not break its stream.
+//!
+//! ```text
+//!   fault 1        fault 2                    fault 3
+//!   ▼              ▼                          ▼
+//!   [page, 1 more] [page, 3 more]  (pushed)   [page, 7 more]
+//! ```
+
+use std::ops::Range;
+
+use super::HostPage;
+use crate::pageset::PageSet;
+
+/// Streams that are told apart; the one that was idle longest makes room.
+const STREAMS_MAX: usize = 16;
+
+/// Longest distance in pages from a window to the fault that continues it: 4 MiB of pages that were
+/// sent or never missing.
+pub(super) const REACH_PAGES: u64 = 1024;
+
+/// Pages of the first window.
+const FRESH_PAGES: u64 = 4;
+
+/// A stream begins with at most this part of the widest window.
+const FRESH_SHARE: u64 = 4;
+
+/// Where a stream leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Forward,
+    Backward,
+}
+
+/// What to answer a fault with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Window {
+    /// On which side of the faulting page its neighbours lie.
+    pub(super) direction: Direction,
+    /// Pages, the faulting one included.
+    pub(super) pages: u64,
+}
+
+#[derive(Debug)]
+struct Stream {
+    block: Range<u64>,
+    /// From the first to the last page of its last window.
+    span: Range<u64>,
+    window: Window,
+    /// Pages of the window besides those that were asked for, until they are known to have been used.
+    neighbours: u64,
+}
+
+impl Stream {
+    /// Whether `fault` is right behind or before the window, and how far the two are apart.
+    fn continued(&self, fault: &HostPage, unsent: &PageSet) -> Option<(Direction, u64)> {
+        let (direction, between) = if fault.pages.start >= self.span.end {
+            (Direction::Forward, self.span.end..fault.pages.start)
+        } else {
+            (Direction::Backward, fault.pages.end..self.span.start)
+        };
+        let distance = between.end.checked_sub(between.start)?;
+        let near = distance <= REACH_PAGES && self.block == fault.block;
+        (near && unsent.first_in(between).is_none()).then_some((direction, distance))
+    }
+}
+
+/// The streams of faults.
+#[derive(Debug)]
+pub(super) struct Windows {
+    /// The most recent one is the last.
+    streams: Vec<Stream>,
+    pages_max: u64,
+    /// Width of the window that a stream begins with.
+    fresh_pages: u64,
+    used_pages: u64,
+}
+
+impl Windows {
+    pub(super) fn new(pages_max: u64) -> Self {
+        let pages_max = pages_max.max(1);
+        let fresh_pages = FRESH_PAGES.min(pages_max);
+        Self { streams: Vec::new(), pages_max, fresh_pages, used_pages: 0 }
+    }
+
+    /// Takes out the stream that `fault` continues, and says where to.
+    fn take(&mut self, fault: &HostPage, unsent: &PageSet) -> Option<(Stream, Direction)> {
+        let found = self.streams.iter().enumerate().rev().filter_map(|(index, stream)| {
+            let (direction, distance) = stream.continued(fault, unsent)?;
+            Some((distance, index, direction))
+        });
+        let (_, index, direction) = found.min_by_key(|(distance, ..)| *distance)?;
+        let mut stream = self.streams.remove(index);
+        if direction == stream.window.direction {
+            self.used_pages += std::mem::take(&mut stream.neighbours);
+        }
+        Some((stream, direction))
+    }
+
+    fn put(&mut self, stream: Stream) {
+        if self.streams.len() >= STREAMS_MAX {
+            self.streams.remove(0);
+        }
+        self.streams.push(stream);
+    }
+
+    /// The window for a fault on a page that was not sent.
+    pub(super) fn fault(&mut self, fault: &HostPage, unsent: &PageSet) -> Window {
+        let stream = match self.take(fault, unsent) {
+            Some((mut stream, direction)) => {
+                let turned = direction != stream.window.direction;
+                let pages = if turned { FRESH_PAGES / 2 } else { stream.window.pages * 2 };
+                stream.window = Window { direction, pages: pages.min(self.pages_max) };
+                stream.span = fault.pages.clone();
+                let fresh_max = (self.pages_max / FRESH_SHARE).max(1);
+                self.fresh_pages = (self.fresh_pages * 2).min(fresh_max);
+                stream
+            }
+            None => {
+                let window = Window { direction: Direction::Forward, pages: self.fresh_pages };
+                self.fresh_pages = (self.fresh_pages / 2).max(1);
+                let (block, span) = (fault.block.clone(), fault.pages.clone());
+                Stream { block, span, window, neighbours: 0 }
+            }
+        };
+        let window = stream.window;
+        self.put(stream);
+        window
+    }
+
+    /// The last fault was answered with `run` besides the faulting page.
+    pub(super) fn answered(&mut self, run: &Range<u64>) {
+        if let Some(stream) = self.streams.last_mut() {
+            stream.span = stream.span.start.min(run.start)..stream.span.end.max(run.end);
+            stream.neighbours += run.end - run.start;
+        }
+    }
+
+    /// A fault on a page that is under way already: its stream moves on, but no window grows.
+    pub(super) fn late(&mut self, fault: &HostPage, unsent: &PageSet) {
+        let inside = |stream: &Stream| stream.span.contains(&fault.pages.start);
+        if self.streams.iter().any(inside) {
+            return;
+        }
+        if let Some((mut stream, direction)) = self.take(fault, unsent) {
+            stream.window.direction = direction;
+            stream.span = fault.pages.clone();
+            self.put(stream);
+        }
+    }
+
+    /// Nothing that was sent before is known to have arrived: windows begin anew.
+    pub(super) fn forget(&mut self) {
+        self.streams.clear();
+    }
+
+    /// Neighbours whose window was continued.
+    pub(super) fn used_pages(&self) -> u64 {
+        self.used_pages
+    }
+}
