@@ -18,6 +18,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -58,7 +59,7 @@ pub struct RamRegion {
 
 impl RamRegion {
     /// QEMU's addresses of the block.
-    pub fn addresses(&self) -> std::ops::Range<u64> {
+    pub fn addresses(&self) -> Range<u64> {
         self.hva..self.hva.saturating_add(self.length_bytes)
     }
 }
@@ -138,6 +139,11 @@ impl GuestRam {
     /// Which file backs each block, in layout order.
     pub fn backings(&self) -> impl ExactSizeIterator<Item = Backing> + '_ {
         self.blocks.iter().map(|block| block.backing)
+    }
+
+    /// The file behind each block, in layout order.
+    pub(crate) fn files(&self) -> impl ExactSizeIterator<Item = &File> {
+        self.blocks.iter().map(|block| &block.file)
     }
 
     /// QEMU's address of a page; nothing if there is no such page.
@@ -417,29 +423,38 @@ impl Block {
             }
             return Ok(());
         }
-        let mut at = first;
-        while at < end {
-            let start = match rustix::fs::seek(&self.file, SeekFrom::Data(at)) {
-                Ok(start) => start,
-                // No data from here to the end of the file.
-                Err(rustix::io::Errno::NXIO) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            };
-            if start >= end {
-                return Ok(());
-            }
-            let stop = match rustix::fs::seek(&self.file, SeekFrom::Hole(start)) {
-                // A hole was punched here since: go on behind it.
-                Ok(stop) if stop <= start => start + PAGE,
-                Ok(stop) => stop.min(end),
-                Err(rustix::io::Errno::NXIO) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            };
-            found(start - first, stop.min(end) - first);
-            at = stop;
-        }
-        Ok(())
+        seek_data(&self.file, first..end, |start, stop| found(start - first, stop - first))
     }
+}
+
+/// Calls `found` with the start and end of every stretch of data within a range of a file on tmpfs.
+pub(crate) fn seek_data(
+    file: &File,
+    range: Range<u64>,
+    mut found: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // No data from here to the end of the file.
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        if start >= range.end {
+            return Ok(());
+        }
+        let stop = match rustix::fs::seek(file, SeekFrom::Hole(start)) {
+            // A hole was punched here since: go on behind it.
+            Ok(stop) if stop <= start => start + PAGE,
+            Ok(stop) => stop.min(range.end),
+            Err(rustix::io::Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        found(start, stop.min(range.end));
+        at = stop;
+    }
+    Ok(())
 }
 
 /// The mappings that cover a block: adjacent, shared, and one piece of one file.

@@ -33,9 +33,10 @@ use userfaultfd::RegisterMode;
 
 use crate::error::ProcError;
 pub use crate::error::TrackError;
-use crate::pagemap::{self, Pagemap, ScanMode};
-use crate::procfs::{self, Identity};
-use crate::ram::{Backing, GuestRam, RamRegion, covering};
+use crate::mapped;
+use crate::pagemap::{Pagemap, ScanMode};
+use crate::procfs::Identity;
+use crate::ram::{Backing, GuestRam, RamRegion};
 use crate::uffd::{Features, RegisterError, TargetUffd};
 
 const PAGE: u64 = PAGE_BYTES as u64;
@@ -197,46 +198,12 @@ impl DirtyTracker {
     }
 
     fn intact(&self, block: &Tracked) -> Result<bool, TrackError> {
-        match self.intact_by_query(block) {
-            Ok(intact) => Ok(intact),
-            // Before Linux 6.11.
-            Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.intact_by_list(block),
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
-            Err(source) => Err(self.scan_failed(block, source)),
-        }
+        let intact = mapped::intact(self.pid, &self.maps, &block.region, &block.backing);
+        intact.map_err(|source| TrackError::Proc { pid: self.pid, source })
     }
 
     fn changed(&self, block: &Tracked) -> TrackError {
         TrackError::Changed { block: block.region.name.clone(), pid: self.pid }
-    }
-
-    fn intact_by_query(&self, block: &Tracked) -> io::Result<bool> {
-        let range = block.region.addresses();
-        let mut address = range.start;
-        while address < range.end {
-            let Some(vma) = pagemap::vma_at(&self.maps, address)? else { return Ok(false) };
-            let offset = vma.offset_bytes.wrapping_add(address.wrapping_sub(vma.start));
-            let expected = block.backing.offset_bytes + (address - range.start);
-            let same = (vma.device, vma.inode) == (block.backing.device, block.backing.inode);
-            if !vma.shared || !same || offset != expected || vma.end <= address {
-                return Ok(false);
-            }
-            address = vma.end;
-        }
-        Ok(true)
-    }
-
-    fn intact_by_list(&self, block: &Tracked) -> Result<bool, TrackError> {
-        let failed = |source| TrackError::Proc { pid: self.pid, source };
-        let mappings = procfs::mappings(self.pid).map_err(failed)?;
-        let covering = covering(self.pid, &block.region, &mappings);
-        let first = covering.ok().and_then(|found| found.first().copied());
-        Ok(first.is_some_and(|mapping| {
-            let offset = mapping.offset_bytes + (block.region.hva - mapping.start);
-            let file = (mapping.device, mapping.inode);
-            file == (block.backing.device, block.backing.inode)
-                && offset == block.backing.offset_bytes
-        }))
     }
 
     /// Number of pages that a set passed to [`scan`](Self::scan) must hold.

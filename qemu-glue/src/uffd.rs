@@ -2,8 +2,8 @@
 //!
 //! A userfaultfd belongs to the address space of the process that created it, whoever holds the
 //! descriptor: registering through QEMU's descriptor registers QEMU's memory, and the addresses are
-//! QEMU's. The crate issues UFFDIO_API only on descriptors that it created itself, so that
-//! handshake is here; registering, protecting and waking go through the crate.
+//! QEMU's. The crate issues UFFDIO_API only on descriptors that it created itself, and it does not
+//! tell how far a UFFDIO_ZEROPAGE came: both are here, everything else goes through the crate.
 //!
 //! Source: include/uapi/linux/userfaultfd.h.
 #![expect(unsafe_code, reason = "ioctls on a userfaultfd and adoption of its descriptor")]
@@ -14,8 +14,9 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use linux_raw_sys::general::{
-    UFFD_API, UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
-    UFFD_FEATURE_WP_UNPOPULATED, uffdio_api,
+    UFFD_API, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MISSING_HUGETLBFS,
+    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    UFFD_FEATURE_WP_UNPOPULATED, uffdio_api, uffdio_range, uffdio_zeropage,
 };
 use rustix::ioctl::{Opcode, Updater, opcode};
 use rustix::mm::UserfaultfdFlags;
@@ -23,6 +24,9 @@ use userfaultfd::{RegisterMode, Uffd};
 
 const UFFDIO_API_OPCODE: Opcode = opcode::read_write::<uffdio_api>(0xaa, 0x3f);
 const _: () = assert!(size_of::<uffdio_api>() == 24);
+
+const UFFDIO_ZEROPAGE_OPCODE: Opcode = opcode::read_write::<uffdio_zeropage>(0xaa, 0x04);
+const _: () = assert!(size_of::<uffdio_zeropage>() == 32);
 
 /// Most bytes that one UFFDIO_WRITEPROTECT covers: the call holds QEMU's mmap lock for reading, and
 /// a thread that wants to map memory meanwhile waits for its end (about 0.1 ms per 64 MiB).
@@ -44,9 +48,15 @@ impl Features {
     pub const WP_HUGETLBFS_SHMEM: Self = Self(UFFD_FEATURE_WP_HUGETLBFS_SHMEM as u64);
     /// Missing faults on tmpfs.
     pub const MISSING_SHMEM: Self = Self(UFFD_FEATURE_MISSING_SHMEM as u64);
+    /// Missing faults on hugetlbfs.
+    pub const MISSING_HUGETLBFS: Self = Self(UFFD_FEATURE_MISSING_HUGETLBFS as u64);
+    /// Mapping of pages of hugetlbfs that the file holds already.
+    pub const MINOR_HUGETLBFS: Self = Self(UFFD_FEATURE_MINOR_HUGETLBFS as u64);
     /// What dirty tracking asks for.
     pub const TRACKING: Self =
         Self(Self::WP_ASYNC.0 | Self::WP_UNPOPULATED.0 | Self::WP_HUGETLBFS_SHMEM.0);
+    /// What demand paging asks for.
+    pub const PAGING: Self = Self(Self::MISSING_SHMEM.0 | Self::MISSING_HUGETLBFS.0);
 
     /// Takes bits as the kernel numbers them.
     pub fn from_bits(bits: u64) -> Self {
@@ -86,8 +96,9 @@ pub fn handshake(uffd: impl AsFd, wanted: Features) -> io::Result<Features> {
     Ok(Features(api.features))
 }
 
-/// A userfaultfd of this process's own address space, for a look at what the kernel can do.
-fn create_local() -> io::Result<OwnedFd> {
+/// A userfaultfd of this process's own address space, for a look at what the kernel can do or at
+/// the pages of a file. It need not see faults of the kernel.
+pub(crate) fn create_local() -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
     // The kernel's features do not depend on the flag that needs no privilege, so fall back to it.
     // SAFETY: an uninitialised userfaultfd has no influence on memory; no range is registered.
@@ -121,6 +132,26 @@ pub enum RegisterError {
     Busy,
     /// Anything else.
     Other(io::Error),
+}
+
+/// How far filling missing pages came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Filled {
+    /// So many bytes from the start on were filled: at least a page, perhaps not all.
+    Bytes(u64),
+    /// The first page was there already, and nothing was done.
+    Present,
+}
+
+/// What a file holds at the start of a range of a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cached {
+    /// So many bytes were there and are mapped now: at least a page, perhaps not all.
+    Bytes(u64),
+    /// The first page was there and mapped.
+    Mapped,
+    /// The first page is missing.
+    Missing,
 }
 
 impl TargetUffd {
@@ -183,6 +214,100 @@ impl TargetUffd {
         }
         Ok(())
     }
+
+    /// Fills missing pages of a registered range, from `address` on, and wakes who waits for them.
+    /// The length is a multiple of the range's page size. Nobody sees a page half filled. A page
+    /// that is there ends the call.
+    ///
+    /// # Errors
+    /// The kernel's answer: `ENOENT` if the range is not registered or lies in several mappings,
+    /// `ESRCH` if the owner is gone, `ENOMEM` if the file may not grow, `EFAULT` if it ends before.
+    pub fn copy(&self, address: u64, content: &[u8]) -> io::Result<Filled> {
+        let (target, length) = pointer(&(address..address.saturating_add(content.len() as u64)));
+        let copy = || {
+            // SAFETY: reads `length` bytes of `content`. What it writes to are pages of another
+            // process that did not exist before, so that no reference to them does.
+            unsafe { self.uffd.copy(content.as_ptr().cast(), target, length, true) }
+        };
+        again(|| match copy() {
+            Ok(bytes) => Ok(Filled::Bytes(bytes as u64)),
+            Err(userfaultfd::Error::PartiallyCopied(bytes)) => progress(bytes as i64),
+            Err(error) => present_or(io_error(error)),
+        })
+    }
+
+    /// As [`copy`](Self::copy), with zeros. hugetlbfs does not have this.
+    ///
+    /// # Errors
+    /// As [`copy`](Self::copy); `EINVAL` on hugetlbfs.
+    pub fn zero(&self, range: &Range<u64>) -> io::Result<Filled> {
+        let len = range.end.saturating_sub(range.start);
+        again(|| {
+            let range = uffdio_range { start: range.start, len };
+            let mut argument = uffdio_zeropage { range, mode: 0, zeropage: 0 };
+            // SAFETY: UFFDIO_ZEROPAGE reads and writes exactly one uffdio_zeropage (size asserted
+            // above). Memory that it fills is as in `copy`.
+            let request =
+                unsafe { Updater::<UFFDIO_ZEROPAGE_OPCODE, uffdio_zeropage>::new(&mut argument) };
+            // SAFETY: the request's pointer is to `argument`, which outlives the call.
+            match unsafe { rustix::ioctl::ioctl(&self.uffd, request) } {
+                Ok(()) => Ok(Filled::Bytes(len)),
+                Err(rustix::io::Errno::AGAIN) => progress(argument.zeropage),
+                Err(error) => present_or(error.into()),
+            }
+        })
+    }
+
+    /// Wakes the threads that wait for pages of a range. Each looks again: if its page is still
+    /// missing, its fault is reported anew.
+    ///
+    /// # Errors
+    /// The kernel's answer; `EINVAL` if the range is not aligned to pages.
+    pub fn wake(&self, range: &Range<u64>) -> io::Result<()> {
+        let (start, length) = pointer(range);
+        self.uffd.wake(start, length).map_err(io_error)
+    }
+
+    /// Maps what the file behind a registered range holds, from the start on up to the first page
+    /// that is missing, and wakes who waits for it. Fills nothing.
+    ///
+    /// # Errors
+    /// The kernel's answer; `ENOENT` if the range is registered with no userfaultfd or lies in
+    /// several mappings.
+    pub fn map_cached(&self, range: &Range<u64>) -> io::Result<Cached> {
+        let (start, length) = pointer(range);
+        again(|| match self.uffd.r#continue(start, length, true).map_err(io_error) {
+            Ok(bytes) => Ok(Cached::Bytes(bytes)),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EEXIST) => Ok(Cached::Mapped),
+                Some(libc::EFAULT) => Ok(Cached::Missing),
+                _ => Err(error),
+            },
+        })
+    }
+
+    /// Lets reads return at once when there is nothing to read; poll(2) answers with an error
+    /// otherwise. Holds for the owner's copy of the descriptor as well.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        let flags = rustix::fs::fcntl_getfl(&self.uffd)?;
+        Ok(rustix::fs::fcntl_setfl(&self.uffd, flags | rustix::fs::OFlags::NONBLOCK)?)
+    }
+}
+
+/// The kernel stopped early: after some bytes, or before it did anything (then the count is an
+/// error number or 0).
+fn progress(bytes: i64) -> io::Result<Filled> {
+    match u64::try_from(bytes) {
+        Ok(bytes) if bytes > 0 => Ok(Filled::Bytes(bytes)),
+        _ => Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+    }
+}
+
+fn present_or(error: io::Error) -> io::Result<Filled> {
+    if error.raw_os_error() == Some(libc::EEXIST) { Ok(Filled::Present) } else { Err(error) }
 }
 
 impl AsFd for TargetUffd {
@@ -206,7 +331,7 @@ fn pointer(range: &Range<u64>) -> (*mut c_void, usize) {
     )
 }
 
-fn again(mut operation: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+fn again<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     for _ in 0..AGAIN_MAX {
         match operation() {
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => std::thread::yield_now(),
@@ -217,7 +342,7 @@ fn again(mut operation: impl FnMut() -> io::Result<()>) -> io::Result<()> {
 }
 
 /// The error number inside the crate's error.
-fn io_error(error: userfaultfd::Error) -> io::Error {
+pub(crate) fn io_error(error: userfaultfd::Error) -> io::Error {
     match error {
         userfaultfd::Error::SystemError(errno)
         | userfaultfd::Error::CopyFailed(errno)

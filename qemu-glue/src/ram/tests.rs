@@ -23,7 +23,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn describe(&self) -> String {
+    pub(crate) fn describe(&self) -> String {
         match self {
             Self::Memfd => "memfd".into(),
             Self::File { path, offset } => format!("file:{offset}:{path}"),
@@ -101,7 +101,7 @@ pub(crate) mod writer {
 
     pub(crate) const BLOCKS: &str = "GODWIT_TEST_BLOCKS";
 
-    fn map(kind: &str, bytes: usize, fixed: Option<u64>) -> u64 {
+    pub(crate) fn map(kind: &str, bytes: usize, fixed: Option<u64>) -> u64 {
         let (mut flags, mut offset, mut fd) = (libc::MAP_SHARED, 0, -1);
         let file;
         match kind.split(':').collect::<Vec<_>>()[..] {

@@ -9,6 +9,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use super::*;
 use crate::attach::{CloseRemote, Way, userfaultfd};
+use crate::procfs;
 use crate::ram::tests::{HUGE_POOL, HugePages, Kind, Writer, tmpfs_file};
 
 const MIB: u64 = 1 << 20;
