@@ -12,7 +12,7 @@ use crate::uffd::Filled;
 /// when all are there (about 0.3 ms).
 const FILL_BYTES_MAX: u64 = 1 << 20;
 
-/// What placing did, in pages of [`PAGE_BYTES`].
+/// What placing did, in pages of [`PAGE_BYTES`](migrate_core::layout::PAGE_BYTES).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Placement {
     /// Put in place.
