@@ -2,6 +2,7 @@
 
 mod guest;
 mod load;
+mod qemu;
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
