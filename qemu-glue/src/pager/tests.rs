@@ -202,6 +202,7 @@ fn threads_wait_for_the_next_engine() {
     // A descriptor on which reads block cannot be polled.
     rustix::fs::fcntl_setfl(&uffd, rustix::fs::OFlags::empty()).unwrap();
     let pager = Pager::resume(guest.pid(), uffd, &ram).unwrap();
+    poll(&pager, Duration::ZERO);
     assert_eq!(faults(&pager, 3), [read(1), read(258), read(260)]);
     assert_eq!(list(&pager.present().unwrap()), [0]);
     for (job, page) in [(read_before, 1), (not_read, 258), (while_away, 260)] {
