@@ -221,8 +221,8 @@ impl GuestRam {
         result.map_err(|source| block.io("discard part of", offset, source))
     }
 
-    /// The pages that hold data, that is, are no holes. On hugetlbfs, which cannot tell, all pages
-    /// of a file that has any.
+    /// The pages that hold data, that is, are no holes. On hugetlbfs, where finding out costs more
+    /// ([`Pager::present`](crate::pager::Pager::present) does), all pages of a file that has any.
     ///
     /// # Errors
     /// [`RamError::Io`].

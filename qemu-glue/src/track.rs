@@ -253,4 +253,4 @@ impl Drop for DirtyTracker {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,9 +1,10 @@
 //! Tests of demand paging on a child process whose threads wait for pages.
 
 mod guest;
+mod load;
+mod qemu;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use migrate_core::error::{Classify, ErrorBin};
@@ -198,7 +199,10 @@ fn threads_wait_for_the_next_engine() {
         assert!(guest.is_held(job));
     }
     let uffd = take_descriptor(guest.pid(), remote_fd).unwrap();
+    // A descriptor on which reads block cannot be polled.
+    rustix::fs::fcntl_setfl(&uffd, rustix::fs::OFlags::empty()).unwrap();
     let pager = Pager::resume(guest.pid(), uffd, &ram).unwrap();
+    poll(&pager, Duration::ZERO);
     assert_eq!(faults(&pager, 3), [read(1), read(258), read(260)]);
     assert_eq!(list(&pager.present().unwrap()), [0]);
     for (job, page) in [(read_before, 1), (not_read, 258), (while_away, 260)] {
@@ -332,6 +336,32 @@ fn faults_of_the_kernel_are_served() {
 }
 
 #[test]
+fn more_faults_than_one_read_takes() {
+    let mut guest = Guest::start(&[(Kind::Memfd, 2 * MIB)], 4096);
+    let (_ram, pager, _) = start(&guest);
+    let count = FAULTS_MAX as u64 + 44;
+    let jobs: Vec<_> =
+        (0..count).map(|page| guest.begin(&format!("sum 0 {} 4096", page * PAGE))).collect();
+    let path = format!("/proc/{}/fdinfo/{}", std::process::id(), pager.as_raw_fd());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let waiting = format!("pending:\t{count}\n");
+    while !std::fs::read_to_string(&path).unwrap().contains(&waiting) {
+        assert!(Instant::now() < deadline, "not {count} threads wait");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let mut found = Vec::new();
+    assert!(pager.read_faults(&mut found).unwrap());
+    assert_eq!(found.len(), FAULTS_MAX);
+    assert!(!pager.read_faults(&mut found).unwrap());
+    found.sort_by_key(|fault| fault.page);
+    assert_eq!(found, (0..count).map(read).collect::<Vec<_>>());
+    assert_eq!(pager.place(PageIndex(0), &contents(0..count)).unwrap(), placed(count, 0));
+    for (page, job) in (0..).zip(jobs) {
+        assert_eq!(guest.wait(job), sum(&content(page)));
+    }
+}
+
+#[test]
 fn a_full_file_system_is_named_and_placing_goes_on_when_there_is_room() {
     let folder = tempfile::tempdir().unwrap();
     let mount = std::process::Command::new("mount")
@@ -438,104 +468,4 @@ fn huge_pages_are_placed_whole() {
     pager.end().unwrap();
     assert_eq!(guest.wait(held), sum(&[0; PAGE_BYTES]));
     assert_eq!(guest.order(&format!("sum 0 {} {HUGE}", 5 * HUGE)), zero);
-}
-
-/// Threads of the guest roam over memory while one thread serves their faults and another places
-/// everything in order: every byte must be right, and no mark of the guest lost.
-#[test]
-fn everything_arrives_while_the_guest_roams() {
-    const PAGES: u64 = 8192;
-    let mut guest = Guest::start(&[(Kind::Memfd, PAGES * PAGE)], 4096);
-    let (_ram, pager, remote_fd) = start(&guest);
-    let jobs: Vec<_> =
-        (0..8).map(|thread| guest.begin(&format!("roam 0 0 {thread} 4000"))).collect();
-    let all = AtomicBool::new(false);
-    let (served, pushed) = std::thread::scope(|scope| {
-        let server = scope.spawn(|| {
-            let (mut served, mut waiting) = (0, Vec::new());
-            while !all.load(SeqCst) {
-                poll(&pager, Duration::from_millis(10));
-                while pager.read_faults(&mut waiting).unwrap() {}
-                for fault in waiting.drain(..) {
-                    served += pager.place(fault.page, &content(fault.page.0)).unwrap().placed;
-                }
-            }
-            served
-        });
-        let pusher = scope.spawn(|| {
-            let mut pushed = 0;
-            for first in (0..PAGES).step_by(32) {
-                let batch = contents(first..first + 32);
-                pushed += pager.place(PageIndex(first), &batch).unwrap().placed;
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            all.store(true, SeqCst);
-            pushed
-        });
-        (server.join().unwrap(), pusher.join().unwrap())
-    });
-    println!("{served} pages placed on a fault, {pushed} in order");
-    assert_eq!(served + pushed, PAGES);
-    assert!(served > 100, "the guest hardly waited");
-    assert_eq!(pager.present().unwrap().len(), PAGES);
-    pager.end().unwrap();
-    close_descriptor(guest.pid(), remote_fd).unwrap();
-    for job in jobs {
-        let answer = guest.wait(job);
-        assert!(answer.starts_with("0 wrong of "), "{answer}");
-    }
-}
-
-/// Prints how long a thread waits for a page that the pager has at hand.
-#[test]
-#[ignore = "a measurement"]
-fn figures_of_paging() {
-    const PAGES: u64 = 20_000;
-    for (what, busy) in [("poll", false), ("no sleep between reads", true)] {
-        let mut guest = Guest::start(&[(Kind::Memfd, PAGES * PAGE)], 4096);
-        let (_ram, pager, _) = start(&guest);
-        let page = content(1);
-        let job = guest.begin(&format!("time 0 0 {PAGES} 4096"));
-        let (mut left, mut waiting) = (PAGES, Vec::new());
-        while left > 0 {
-            if !busy {
-                poll(&pager, Duration::from_secs(20));
-            }
-            pager.read_faults(&mut waiting).unwrap();
-            for fault in waiting.drain(..) {
-                left -= pager.place(fault.page, &page).unwrap().placed;
-            }
-        }
-        let mut waited: Vec<u64> =
-            guest.wait(job).split(' ').map(|text| text.parse().unwrap()).collect();
-        waited.sort_unstable();
-        let at = |share: f64| waited[(waited.len() as f64 * share) as usize] as f64 / 1000.0;
-        println!(
-            "fault to wake, {what}: {:.1} us p50, {:.1} us p90, {:.1} us p99",
-            at(0.5),
-            at(0.9),
-            at(0.99)
-        );
-    }
-    let guest = Guest::start(&[(Kind::Memfd, 256 * MIB)], 4096);
-    let (_ram, pager, _) = start(&guest);
-    let batch = contents(0..256);
-    let began = Instant::now();
-    for first in (0..32_768).step_by(256) {
-        pager.place(PageIndex(first), &batch).unwrap();
-    }
-    let placing = began.elapsed();
-    let began = Instant::now();
-    for first in (0..32_768).step_by(256) {
-        pager.place(PageIndex(first), &batch).unwrap();
-    }
-    let present = began.elapsed();
-    let began = Instant::now();
-    let count = pager.present().unwrap().len();
-    let asked = began.elapsed();
-    println!(
-        "1 MiB placed in {:.0} us, found there in {:.0} us; {count} present pages listed in {asked:?}",
-        placing.as_secs_f64() * 1e6 / 128.0,
-        present.as_secs_f64() * 1e6 / 128.0
-    );
 }

@@ -225,14 +225,14 @@ fn huge_pages_report_all_their_parts() {
 }
 
 /// A QEMU whose firmware starts anew every few ms, writing to RAM; killed when dropped.
-struct Qemu {
+pub(crate) struct Qemu {
     child: Child,
     _file: tempfile::NamedTempFile,
-    region: RamRegion,
+    pub(crate) region: RamRegion,
 }
 
 impl Qemu {
-    fn start(mib: u64, more: &[&str]) -> Option<Self> {
+    pub(crate) fn start(mib: u64, more: &[&str]) -> Option<Self> {
         let (file, path) = tmpfs_file(mib * MIB);
         let object = format!("memory-backend-file,id=mem0,size={mib}M,mem-path={path},share=on");
         let child = Command::new("qemu-system-x86_64")
@@ -272,7 +272,7 @@ impl Qemu {
         Some(Self { child, _file: file, region })
     }
 
-    fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).unwrap()
     }
 
