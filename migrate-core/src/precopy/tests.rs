@@ -167,7 +167,8 @@ fn a_round_that_is_asked_for_can_wait_for_the_stop() {
     let seen = precopy.measured().unwrap();
     assert_eq!((seen.rounds, seen.left_pages, seen.stalled), (1, 2, false));
     // One page in the first 100 ms, two in the second.
-    assert_eq!(seen.writes.unwrap().pages_per_s, 15.0);
+    let writes = seen.writes.unwrap();
+    assert_eq!((writes.scan.pages, writes.round.map(|round| round.pages)), (1.5, Some(2.0)));
     precopy.glimpsed(&set(&[9]), at(300)).unwrap();
     precopy.stop_now().unwrap();
     let last = precopy.stopped(set(&[5])).unwrap();
