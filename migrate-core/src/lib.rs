@@ -15,7 +15,7 @@
 //! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
 //! | [`convergence`] | predictions of downtime and when to stop the guest |
 //! | [`precopy`] | rounds, from arming to the last page, as a state machine |
-//! | [`writes`] | how fast and how widely the guest writes, from scans at any distance |
+//! | [`writes`] | how many pages the guest writes within a time, from scans at any distance |
 //! | [`mode`] | whether pre-copy will end, or the guest goes first and its last pages follow |
 //! | [`postcopy`] | the pages that follow: what to ask for, to answer with and to push |
 //! | [`handover`] | who owns the guest: both ends' state machines and their journal |

@@ -10,8 +10,9 @@
 //! ```
 //!
 //! The shorter a time, the more different pages are written in proportion to it, so rounds never
-//! become as short as `T` where this holds, and always do where it does not. Between the two lies a
-//! margin where the patience of [`crate::convergence`] decides.
+//! become as short as `T` where this holds. What is written within `T` is known from below
+//! ([`crate::writes`]), and a margin is left for errors of measurement; where that does not suffice,
+//! the patience of [`crate::convergence`] decides.
 //!
 //! | after | what is known | mode |
 //! |---|---|---|
@@ -29,7 +30,7 @@ use serde::Serialize;
 
 use crate::convergence::Prediction;
 use crate::layout::PAGE_BYTES;
-use crate::writes::Writes;
+use crate::writes::{Writes, Written};
 
 /// By how much the link must be overtaxed before pre-copy counts as endless.
 const MARGIN: f64 = 1.25;
@@ -153,7 +154,7 @@ fn compare(seen: &Measured, writes: Writes, link: &Link) -> Choice {
     let written_bytes = writes.within(link.memory) * seen.wire_bytes_per_page;
     let carried_bytes = link.goodput * link.memory.as_secs_f64();
     let comparison = format!(
-        "in the {:.0} ms that memory may take the guest writes {} on the wire and the link carries {}",
+        "in the {:.0} ms that memory may take the guest writes at least {} on the wire and the link carries {}",
         ms(link.memory),
         megabytes(written_bytes),
         megabytes(carried_bytes)
@@ -170,14 +171,12 @@ fn compare(seen: &Measured, writes: Writes, link: &Link) -> Choice {
             ),
         );
     }
-    let written = megabytes(writes.pages_per_s * PAGE_BYTES as f64);
-    let hot = writes.hot_pages.map_or_else(String::new, |pages| {
-        format!(" again and again among {}", megabytes(pages * PAGE_BYTES as f64))
-    });
+    let Written { pages, seconds } = writes.round.unwrap_or(writes.scan);
+    let written = megabytes(pages * PAGE_BYTES as f64);
     Choice::new(
         Mode::Hybrid,
         format!(
-            "The guest writes {written} a second{hot}, and pre-copy will not end: {comparison}"
+            "The guest wrote {written} in {seconds:.1} s, and pre-copy will not end: {comparison}"
         ),
     )
 }
@@ -213,11 +212,13 @@ mod tests {
 
     const OVERHEAD: Duration = Duration::from_millis(20);
 
-    /// A guest that writes at random within a hot set, and the link.
+    /// A guest that writes at random within sets, the link, and what the user allows.
     #[derive(Debug, Clone, Copy)]
     struct Guest {
-        writes: Writes,
+        /// Pages a second, and the pages within which they fall.
+        sets: [(f64, f64); 2],
         goodput: f64,
+        max_downtime: Duration,
     }
 
     /// How a migration ended.
@@ -233,7 +234,15 @@ mod tests {
 
     impl Guest {
         fn new(rate: f64, hot: f64, goodput: f64) -> Self {
-            Self { writes: Writes { pages_per_s: rate, hot_pages: Some(hot) }, goodput }
+            let max_downtime = Duration::from_millis(100);
+            Self { sets: [(rate, hot), (0.0, 1.0)], goodput, max_downtime }
+        }
+
+        /// Different pages written within a time.
+        fn within(&self, time: Duration) -> f64 {
+            let seconds = time.as_secs_f64();
+            let part = |(rate, size): (f64, f64)| size * (1.0 - (-rate * seconds / size).exp());
+            self.sets.map(part).iter().sum()
         }
 
         fn round_time(&self, pages: f64) -> Duration {
@@ -245,18 +254,18 @@ mod tests {
             let glimpse = Duration::from_millis(100);
             let mut rest = round;
             while rest > glimpse {
-                seen.scanned(self.writes.within(glimpse) as u64, glimpse);
+                seen.scanned(self.within(glimpse) as u64, glimpse);
                 rest -= glimpse;
             }
-            seen.scanned(self.writes.within(rest) as u64, rest);
-            let pages = self.writes.within(round);
+            seen.scanned(self.within(rest) as u64, rest);
+            let pages = self.within(round);
             seen.round(pages as u64, round);
             pages
         }
 
         /// Rounds until the decision, with or without the choice of a mode.
         fn migrate(self, automatic: bool) -> End {
-            let (max_downtime, patience) = (Duration::from_millis(100), Duration::from_secs(20));
+            let (max_downtime, patience) = (self.max_downtime, Duration::from_secs(20));
             let mut convergence = Convergence::new(Config { max_downtime, patience });
             let mut seen = WriteRate::default();
             let (mut now, mut dirty, mut wire_bytes) = (Duration::ZERO, RAM_PAGES, 0.0);
@@ -319,7 +328,10 @@ mod tests {
         assert_eq!((end.mode, end.met), (Mode::Hybrid, true), "{end:?}");
         assert!(end.left_pages < 52_000.0, "{end:?}");
         assert!(end.wire_bytes < 1.5 * RAM_PAGES * WIRE_BYTES_PER_PAGE, "{end:?}");
-        assert!(end.why.contains("again and again among 209"), "{end:?}");
+        assert!(
+            end.why.contains("wrote 203.1 MB in 1.8 s") && end.why.contains("9.5 MB"),
+            "{end:?}"
+        );
         let stubborn = guest.migrate(false);
         assert!(!stubborn.met && stubborn.wire_bytes > 1.5 * end.wire_bytes, "{stubborn:?}");
     }
@@ -341,7 +353,7 @@ mod tests {
         rounds: 1,
         left_pages: 50_000,
         outstanding_bytes: 0,
-        writes: Some(Writes { pages_per_s: 1e6, hot_pages: Some(50_000.0) }),
+        writes: Some(Writes { scan: Written { pages: 45_000.0, seconds: 0.1 }, round: None }),
         wire_bytes_per_page: WIRE_BYTES_PER_PAGE,
         goodput_bytes_per_s: Some(119e6),
         overhead: OVERHEAD,
@@ -373,7 +385,7 @@ mod tests {
 
     #[test]
     fn when_patience_is_over_the_rest_follows() {
-        let writes = Some(Writes { pages_per_s: 10.0, hot_pages: None });
+        let writes = Some(Writes { scan: Written { pages: 1.0, seconds: 0.1 }, round: None });
         let unclear = Measured { writes, ..HOPELESS };
         assert_eq!(choose_mode(&unclear).mode, Mode::PreCopy);
         assert_eq!(choose_mode(&Measured { stalled: true, ..unclear }).mode, Mode::Hybrid);
@@ -383,11 +395,15 @@ mod tests {
         /// Where pre-copy ends, it is not left; where it does not, hybrid costs no more.
         #[test]
         fn pre_copy_is_left_only_where_it_would_not_end(
-            rate in 2.0f64..6.0,
-            hot in 2.0f64..5.4,
+            rates in (2.0f64..6.0, 1.0f64..5.0),
+            sizes in (2.0f64..4.5, 3.0f64..5.4),
             goodput in 6.5f64..9.5,
+            max_downtime_ms in 25u64..3000,
         ) {
-            let guest = Guest::new(10f64.powf(rate), 10f64.powf(hot), 10f64.powf(goodput));
+            let [fast, slow] = [(rates.0, sizes.0), (rates.1, sizes.1)]
+                .map(|(rate, size)| (10f64.powf(rate), 10f64.powf(size)));
+            let max_downtime = Duration::from_millis(max_downtime_ms);
+            let guest = Guest { sets: [fast, slow], goodput: 10f64.powf(goodput), max_downtime };
             let (alone, chosen) = (guest.migrate(false), guest.migrate(true));
             let mode = if alone.met { Mode::PreCopy } else { Mode::Hybrid };
             prop_assert!(chosen.met && chosen.mode == mode, "{alone:?} {chosen:?}");

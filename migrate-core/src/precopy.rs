@@ -360,9 +360,12 @@ impl Precopy {
 
     /// A scan or glimpse at `now` found these pages written.
     fn count_writes(&mut self, written: &PageSet, now: Duration) {
-        let mut whole = written.clone();
-        let look = self.split_coarse(&mut whole);
-        let pages = whole.len() + (look.len() as f64 * self.changed_share) as u64;
+        let mut pages = written.len();
+        if let Some(coarse) = &self.coarse {
+            let mut parts = written.clone();
+            parts.intersect(coarse);
+            pages -= (parts.len() as f64 * (1.0 - self.changed_share)) as u64;
+        }
         self.writes.scanned(pages, now.saturating_sub(self.last_look));
         self.last_look = now;
     }

@@ -54,7 +54,7 @@ use crate::pageset::PageSet;
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum PostcopyError {
-    /// The destination asked for a page that it has.
+    /// The destination asked for a page that was not missing at the hand-over.
     #[error("{0} was asked for, which is not missing")]
     UnexpectedRequest(PageIndex),
     /// The source sent a page that was not missing, or that no RAM block holds.

@@ -446,6 +446,50 @@ mod tests {
     }
 
     #[test]
+    fn late_requests_keep_a_stream_that_the_push_has_overtaken() {
+        let mut plan = plan_of(&[0..8192]);
+        let mut page = 0;
+        for _ in 0..8 {
+            page += fault(&mut plan, page);
+        }
+        let pushed = [plan.next(1000).unwrap(), plan.next(1000).unwrap()];
+        assert_eq!(pushed, [page..1277, 1277..2277], "as far as the pivot reaches, then in order");
+        assert!(2277 - page > REACH_PAGES);
+        for late in [1200, 2100] {
+            assert_eq!(fault(&mut plan, late), 0);
+        }
+        assert_eq!(fault(&mut plan, 2277), 64);
+    }
+
+    #[test]
+    fn a_stream_that_turns_begins_narrow() {
+        let mut plan = plan_of(&[0..8192]);
+        let mut page = 4000;
+        for _ in 0..8 {
+            page += fault(&mut plan, page);
+        }
+        // What lies between its last window and where it began was sent by earlier windows.
+        let answer = plan.requested(PageIndex(3999), NOW).unwrap().unwrap();
+        assert_eq!(answer, Answer { page: 3999..4000, neighbours: vec![3998..3999] });
+        let answer = plan.requested(PageIndex(3997), NOW).unwrap().unwrap();
+        assert_eq!(answer, Answer { page: 3997..3998, neighbours: vec![3994..3997] });
+    }
+
+    #[test]
+    fn a_scan_takes_one_pivot_only() {
+        let mut plan = plan_of(&[0..8192]);
+        fault(&mut plan, 4000);
+        for n in 0..20 {
+            fault(&mut plan, 7000 + 7 * n);
+        }
+        let mut sent = PageSet::new(plan.missing().size());
+        while !sent.contains(3999) {
+            sent.insert_range(plan.next(100).unwrap());
+        }
+        assert_eq!(sent.first_in(0..2900), None, "what no pivot reaches follows");
+    }
+
+    #[test]
     fn neighbours_skip_what_was_sent_or_never_missing() {
         let mut plan = plan_of(&[0..1, 2..3, 5..7, 1200..1300]);
         let answer = plan.requested(PageIndex(0), NOW).unwrap().unwrap();

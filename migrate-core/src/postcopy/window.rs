@@ -115,7 +115,8 @@ impl Windows {
         let stream = match self.take(fault, unsent) {
             Some((mut stream, direction)) => {
                 let turned = direction != stream.window.direction;
-                let pages = if turned { FRESH_PAGES / 2 } else { stream.window.pages * 2 };
+                let pages =
+                    if turned { FRESH_PAGES / 2 } else { stream.window.pages.saturating_mul(2) };
                 stream.window = Window { direction, pages: pages.min(self.pages_max) };
                 stream.span = fault.pages.clone();
                 let fresh_max = (self.pages_max / FRESH_SHARE).max(1);

@@ -109,8 +109,9 @@ fn what_a_glimpse_finds_travels_in_the_next_round() {
     assert_eq!(round.dirty, set(&[1, 2, 9]));
 }
 
-#[test]
-fn hot_pages_go_last_and_then_wait_for_the_stop() {
+/// Pre-copy of a guest that writes the pages 2 to 16 all the time, and its latest round: pages 2 and
+/// 3 wait for the stop.
+fn with_hot_pages() -> (Precopy, Round) {
     let mut precopy = Precopy::new(&layout(4096), config(None));
     precopy.armed(set(&[1, 2, 3]), at(0)).unwrap();
     let mut last = None;
@@ -123,7 +124,12 @@ fn hot_pages_go_last_and_then_wait_for_the_stop() {
         let Step::Send(round) = step else { panic!("{step:?}") };
         last = Some(round);
     }
-    let round = last.unwrap();
+    (precopy, last.unwrap())
+}
+
+#[test]
+fn hot_pages_go_last_and_then_wait_for_the_stop() {
+    let (mut precopy, round) = with_hot_pages();
     assert_eq!((round.dirty.len(), precopy.waiting_pages()), (13, 2));
     assert!(!round.dirty.contains(2) && !round.dirty.contains(3));
     precopy.round_sent(&PageCounts::default()).unwrap();
@@ -167,12 +173,22 @@ fn a_round_that_is_asked_for_can_wait_for_the_stop() {
     let seen = precopy.measured().unwrap();
     assert_eq!((seen.rounds, seen.left_pages, seen.stalled), (1, 2, false));
     // One page in the first 100 ms, two in the second.
-    assert_eq!(seen.writes.unwrap().pages_per_s, 15.0);
+    let writes = seen.writes.unwrap();
+    assert_eq!((writes.scan.pages, writes.round.map(|round| round.pages)), (1.5, Some(2.0)));
     precopy.glimpsed(&set(&[9]), at(300)).unwrap();
     precopy.stop_now().unwrap();
     let last = precopy.stopped(set(&[5])).unwrap();
     assert_eq!((last.number, last.dirty), (2, set(&[2, 4, 5, 9])));
     assert_eq!(precopy.tail(set(&[6])).unwrap().dirty, set(&[6]));
+}
+
+#[test]
+fn pages_that_wait_are_among_the_last_when_the_round_is_not_sent() {
+    let (mut precopy, round) = with_hot_pages();
+    assert!(!round.dirty.contains(2));
+    precopy.stop_now().unwrap();
+    assert_eq!(precopy.waiting_pages(), 0);
+    assert_eq!(precopy.stopped(set(&[])).unwrap().dirty, set(&Vec::from_iter(2..17)));
 }
 
 #[test]
