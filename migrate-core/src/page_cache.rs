@@ -10,13 +10,13 @@
 //!            +------------------ victim of another --------------+
 //! ```
 //!
-//! What is worth holding is what will be sent again. A page that was sent again before is worth more
-//! than any that was not, among these the hotter ([`crate::order::Heat`]) more. What is held
-//! loses a level of its heat with every round in which it was not sent. A page takes another's frame
-//! only if it is worth more: rounds walk over the same pages again and again, and a cache that takes
-//! whatever comes would have lost each page just before it came back. The victim is the least worth
-//! of [`LOOKS`] frames under a hand that goes around, so that a sending costs the same however
-//! large the cache is.
+//! What is worth holding is what will be sent again, and what was sent more often is the likelier to.
+//! A page that was never sent again is worth less than any that was: in the first round as much as
+//! its heat ([`crate::order::Heat`]), later more, as only written pages are sent then. What is held
+//! loses worth while it is not sent. A page takes another's frame only if it is clearly worth more:
+//! rounds walk over the same pages again and again, and a cache that takes whatever comes would have
+//! lost each page just before it came back. The victim is the least worth of [`LOOKS`] frames under a
+//! hand that goes around, so that a sending costs the same however large the cache is.
 //!
 //! Invariants: what is held of a page is what was sent last, or nothing (every sending goes through
 //! [`PageCache::replace`]), so an evicted base costs a whole page and nothing else; memory
@@ -43,42 +43,75 @@ const FRAME_EXTRA_BYTES: usize = 128;
 /// Bytes of memory that holding a page takes.
 pub const FRAME_BYTES: u64 = (PAGE_BYTES + FRAME_EXTRA_BYTES) as u64;
 
-/// Heat that makes a level.
+/// What holding a page is worth.
+type Worth = u8;
+
+/// Heat that makes a level; the first round's pages are worth their level, 8 at most.
 const HEAT_PER_LEVEL: u8 = 32;
+
+/// The worth of a page that is sent for the first time after the first round, which says that it was
+/// written; and what is left to one that was sent again, but not any more.
+const WRITTEN: Worth = 9;
+
+/// Rounds without a sending after which a page that was sent again is worth half as many sendings.
+const HALVING_ROUNDS: u32 = 4;
 
 /// What is known of a page that is about to be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sending {
-    /// Whether it was sent before.
-    pub again: bool,
+    /// The version as which it is sent, 1 if it was never sent before.
+    pub version: u32,
     /// How often it is written, as [`crate::order::Heat::of`] says.
     pub heat: u8,
 }
 
-/// What holding a page is worth: first whether it was sent again, then its level of heat.
-type Worth = (bool, u8);
+impl Sending {
+    /// What holding the page would be worth.
+    fn worth(self, round: u32) -> Worth {
+        match (self.version, round) {
+            (0 | 1, 0 | 1) => self.heat.div_ceil(HEAT_PER_LEVEL),
+            (0 | 1, _) => WRITTEN,
+            (version, _) => sent_again(version),
+        }
+    }
+}
 
-/// The worth of a page of which nothing says that it will come again.
-const NO_WORTH: Worth = (false, 0);
+/// The worth of a page that was sent so many times, at least twice: twice as many are worth one more.
+fn sent_again(times: u32) -> Worth {
+    times.ilog2().try_into().map_or(Worth::MAX, |doublings: u8| WRITTEN + doublings)
+}
 
 #[derive(Debug)]
 struct Frame {
     page: PageIndex,
-    again: bool,
-    level: u8,
-    /// The round in which the page was sent last.
+    /// What the page was worth when it was sent last.
+    worth: Worth,
+    /// How often it was sent, as far as is known.
+    times: u32,
+    /// The round in which it was sent last.
     round: u32,
 }
 
 impl Frame {
+    /// For a page that is sent now. One that is sent first after the first round was written, and may
+    /// wait for its second sending like those that had it.
     fn new(page: PageIndex, sending: Sending, round: u32) -> Self {
-        let Sending { again, heat } = sending;
-        Self { page, again, level: heat / HEAT_PER_LEVEL, round }
+        let times = if round > 1 { sending.version.max(2) } else { sending.version };
+        let worth = Sending { version: times, ..sending }.worth(round);
+        Self { page, worth, times, round }
+    }
+
+    /// The same page is sent again.
+    fn renew(&mut self, sending: Sending, round: u32) {
+        let version = sending.version.max(self.times.saturating_add(1));
+        *self = Self::new(self.page, Sending { version, ..sending }, round);
     }
 
     fn worth(&self, round: u32) -> Worth {
-        let rounds = u8::try_from(round.wrapping_sub(self.round)).unwrap_or(u8::MAX);
-        (self.again, self.level.saturating_sub(rounds))
+        let rounds = round.wrapping_sub(self.round);
+        let (lost, least) =
+            if self.times < 2 { (rounds, 0) } else { (rounds / HALVING_ROUNDS, WRITTEN) };
+        self.worth.saturating_sub(u8::try_from(lost).unwrap_or(u8::MAX)).max(least)
     }
 }
 
@@ -97,8 +130,8 @@ impl Shard {
     }
 
     /// Finds a frame for a page that is not held; nothing if what is held is worth as much.
-    fn admit(&mut self, frame: Frame) -> Option<usize> {
-        let page = frame.page;
+    fn admit(&mut self, page: PageIndex, sending: Sending, round: u32) -> Option<usize> {
+        let frame = Frame::new(page, sending, round);
         let number = if self.frames.len() < self.frames_max {
             if self.frames.len() == self.slabs.len() * SLAB_FRAMES {
                 self.slabs.push(vec![[0; PAGE_BYTES]; SLAB_FRAMES].into());
@@ -106,7 +139,7 @@ impl Shard {
             self.frames.push(frame);
             self.frames.len() - 1
         } else {
-            let number = self.victim(frame.worth(frame.round), frame.round)?;
+            let number = self.victim(sending.worth(round), round)?;
             let old = std::mem::replace(self.frames.get_mut(number)?, frame);
             self.frame_of.remove(&old.page);
             number
@@ -117,7 +150,7 @@ impl Shard {
 
     /// The least worth of the next frames under the hand, if it is worth less than `worth`.
     fn victim(&mut self, worth: Worth, round: u32) -> Option<usize> {
-        if worth == NO_WORTH {
+        if worth == 0 {
             return None;
         }
         let mut least: Option<(Worth, usize)> = None;
@@ -182,15 +215,15 @@ impl PageCache {
         compare: impl FnOnce(&Page) -> R,
     ) -> Option<R> {
         let mut shard = self.shards.get(lane_of(page, self.shards.len())).map(lock)?;
-        let frame = Frame::new(page, sending, self.round.load(Ordering::Relaxed));
+        let round = self.round.load(Ordering::Relaxed);
         if let Some(&number) = shard.frame_of.get(&page) {
-            *shard.frames.get_mut(number)? = frame;
+            shard.frames.get_mut(number)?.renew(sending, round);
             let held = shard.content(number)?;
             let answer = compare(held);
             *held = *content;
             return Some(answer);
         }
-        let number = shard.admit(frame)?;
+        let number = shard.admit(page, sending, round)?;
         *shard.content(number)? = *content;
         None
     }
@@ -213,9 +246,8 @@ mod tests {
 
     use super::*;
 
-    const COLD: Sending = Sending { again: false, heat: 0 };
-    const HOT: Sending = Sending { again: false, heat: 200 };
-    const AGAIN: Sending = Sending { again: true, heat: 80 };
+    const COLD: Sending = Sending { version: 1, heat: 0 };
+    const AGAIN: Sending = Sending { version: 2, heat: 80 };
 
     /// Room for `frames` pages a lane, a multiple of [`SLAB_FRAMES`].
     fn cache(lanes: usize, frames: u64) -> PageCache {
@@ -241,7 +273,25 @@ mod tests {
     }
 
     fn sending() -> impl Strategy<Value = Sending> {
-        (any::<bool>(), any::<u8>()).prop_map(|(again, heat)| Sending { again, heat })
+        (1u32..9, any::<u8>()).prop_map(|(version, heat)| Sending { version, heat })
+    }
+
+    /// What the model knows of a page that was sent.
+    struct Known {
+        value: u8,
+        worth: u8,
+        times: u32,
+        round: u32,
+    }
+
+    impl Known {
+        fn worth(&self, round: u32) -> u8 {
+            let idle = (round - self.round) as u8;
+            match self.times {
+                1 => self.worth.saturating_sub(idle),
+                _ => self.worth.saturating_sub(idle / 4).max(9),
+            }
+        }
     }
 
     proptest! {
@@ -252,8 +302,9 @@ mod tests {
             sends in prop::collection::vec((0u64..320, any::<u8>(), sending(), 0u8..40), 1..400)
         ) {
             const FRAMES: usize = 2 * SLAB_FRAMES;
-            let (cache, mut round) = (cache(2, FRAMES as u64), 0u8);
-            let mut sent: HashMap<u64, (u8, Sending, u8)> = HashMap::new();
+            let (cache, mut round) = (cache(2, FRAMES as u64), 1);
+            cache.begin_round();
+            let mut sent: HashMap<u64, Known> = HashMap::new();
             for (page, value, sending, next_round) in sends {
                 if next_round == 0 {
                     cache.begin_round();
@@ -263,27 +314,33 @@ mod tests {
                 let before = held(&cache, lane);
                 let answer = send(&cache, page, value, sending);
                 let after = held(&cache, lane);
-                let base = sent.get(&page).map(|(value, ..)| *value);
-                prop_assert_eq!(answer, base.filter(|_| before.contains(&page)));
+                let base = sent.get(&page).filter(|_| before.contains(&page));
+                prop_assert_eq!(answer, base.map(|known| known.value));
 
-                let worth = |page: &u64| {
-                    let (_, sending, at) = sent[page];
-                    (sending.again, (sending.heat / HEAT_PER_LEVEL).saturating_sub(round - at))
+                let again = |times: u32| 9 + times.ilog2() as u8;
+                let once = sending.heat.div_ceil(32);
+                let coming = match (sending.version, round) {
+                    (1, 1) => once,
+                    (1, _) => 9,
+                    (version, _) => again(version),
                 };
-                let new = (sending.again, sending.heat / HEAT_PER_LEVEL);
                 let lost: Vec<&u64> = before.difference(&after).collect();
                 if before.contains(&page) {
                     prop_assert_eq!(&before, &after);
                 } else if before.len() < FRAMES {
                     prop_assert!(lost.is_empty() && after.contains(&page));
                 } else if after.contains(&page) {
-                    prop_assert!(lost.len() == 1 && worth(lost[0]) < new);
+                    prop_assert!(lost.len() == 1 && sent[lost[0]].worth(round) < coming);
                 } else {
                     prop_assert!(lost.is_empty());
-                    let as_good = before.iter().filter(|held| worth(held) >= new).count();
-                    prop_assert!(as_good >= LOOKS, "only {as_good} are worth as much");
+                    let as_good = before.iter().filter(|held| sent[held].worth(round) >= coming);
+                    let as_good = as_good.count();
+                    prop_assert!(as_good >= LOOKS || coming == 0, "only {as_good} are worth as much");
                 }
-                sent.insert(page, (value, sending, round));
+                let times = base.map_or(1, |known| known.times + 1).max(sending.version);
+                let times = if round > 1 { times.max(2) } else { times };
+                let worth = if times == 1 { once } else { again(times) };
+                sent.insert(page, Known { value, worth, times, round });
             }
             prop_assert!(cache.memory_bytes() <= 2 * FRAMES as u64 * FRAME_BYTES);
         }
@@ -293,23 +350,37 @@ mod tests {
     fn a_page_that_was_never_sent_again_drives_none_out_that_was() {
         let cache = cache(1, 64);
         for page in 0..64 {
-            send(&cache, page, 1, Sending { again: true, heat: 0 });
+            send(&cache, page, 1, Sending { version: 2, heat: 0 });
         }
-        for page in 64..640 {
-            send(&cache, page, 1, Sending { again: false, heat: 255 });
+        for round in 0..20 {
+            for page in 64..640 {
+                send(&cache, page, 1, Sending { version: 1, heat: 255 });
+            }
+            assert_eq!(held(&cache, 0), (0..64).collect(), "round {round}");
+            cache.begin_round();
         }
-        assert_eq!(held(&cache, 0), (0..64).collect());
     }
 
     #[test]
     fn in_the_first_round_heat_decides() {
         let cache = cache(1, 64);
+        cache.begin_round();
         for page in 0..1000 {
-            let sending = if page % 20 == 7 { HOT } else { COLD };
-            send(&cache, page, 1, sending);
+            let heat = if page % 20 == 7 { 1 } else { 0 };
+            send(&cache, page, 1, Sending { version: 1, heat });
         }
         let hot = held(&cache, 0).iter().filter(|page| *page % 20 == 7).count();
         assert_eq!(hot, 50, "all of them");
+    }
+
+    #[test]
+    fn what_is_sent_first_after_the_first_round_was_written() {
+        let cache = cache(1, 64);
+        cache.begin_round();
+        (0..64).for_each(|page| assert_eq!(send(&cache, page, 1, COLD), None));
+        cache.begin_round();
+        (64..128).for_each(|page| assert_eq!(send(&cache, page, 1, COLD), None));
+        assert_eq!(held(&cache, 0), (64..128).collect());
     }
 
     /// A hot set of four times the cache, walked in order, round after round.
@@ -327,10 +398,10 @@ mod tests {
     fn what_is_not_sent_any_more_makes_room() {
         let cache = cache(1, 64);
         for page in 0..64 {
-            send(&cache, page, 1, Sending { again: true, heat: 255 });
+            send(&cache, page, 1, Sending { version: 8, heat: 255 });
         }
-        // In the sixth round their level, 7 when they were sent, is below the others' 2.
-        for round in 1..=6 {
+        // Sent 8 times is worth more than twice until it was halved thrice.
+        for round in 1..=12 {
             assert_eq!(held(&cache, 0).first(), Some(&0), "round {round}");
             cache.begin_round();
             for page in 100..164 {

@@ -113,7 +113,12 @@ impl Rng {
 }
 
 /// Words as they come in text: some often, most rarely.
-struct Words(Vec<String>);
+struct Words {
+    /// Each with a space behind it.
+    words: Vec<Vec<u8>>,
+    /// Numbers of words, as often as they come.
+    picks: Vec<usize>,
+}
 
 impl Words {
     fn new() -> Self {
@@ -121,25 +126,30 @@ impl Words {
             "ra", "ten", "mo", "li", "sa", "ker", "un", "dis", "po", "tion", "e", "ing", "ver",
             "al", "com", "ba",
         ];
+        const WORDS: u64 = 4096;
         let mut rng = Rng(1);
-        let mut syllable = || SYLLABLES[rng.below(16) as usize];
-        let words = (0..4096).map(|number| match number {
-            0..16 => syllable().to_owned(),
-            16..256 => [syllable(), syllable()].concat(),
-            _ => [syllable(), syllable(), syllable()].concat(),
-        });
-        Self(words.collect())
+        let mut word = |number| {
+            let syllables = match number {
+                0..16 => 1,
+                16..256 => 2,
+                _ => 3,
+            };
+            let mut word: String =
+                (0..syllables).map(|_| SYLLABLES[rng.below(16) as usize]).collect();
+            word.push(' ');
+            word.into_bytes()
+        };
+        let words = (0..WORDS).map(&mut word).collect();
+        let picks = (0..1 << 16).map(|_| rng.skewed(WORDS) as usize).collect();
+        Self { words, picks }
     }
 
     fn fill(&self, rng: &mut Rng, mut room: &mut [u8]) {
         while !room.is_empty() {
-            let word = self.0[rng.skewed(self.0.len() as u64) as usize].bytes();
-            let mut filled = 0;
-            for (target, byte) in room.iter_mut().zip(word.chain(*b" ")) {
-                *target = byte;
-                filled += 1;
-            }
-            room = &mut room[filled..];
+            let word = &self.words[self.picks[rng.below(1 << 16) as usize]];
+            let (target, rest) = room.split_at_mut(word.len().min(room.len()));
+            target.copy_from_slice(&word[..target.len()]);
+            room = rest;
         }
     }
 }

@@ -1,5 +1,5 @@
 //! Compares what the engine can remember of sent pages, without a guest:
-//! `cargo run --release -p bench --example deltas`.
+//! `cargo run --release -p bench --example deltas`; an argument chooses the workloads whose names hold it.
 //!
 //! A guest of 1 GiB full of text is written to in several ways ([`guest`]) while it is moved: rounds in
 //! the engine's own order ([`migrate_core::order`]), with a scan every tick, each page read when its turn
@@ -140,8 +140,8 @@ struct Migration {
     order: Order,
     heat: Heat,
     now: Duration,
-    /// Pages that the destination has some version of.
-    sent: PageSet,
+    /// How often each page was sent.
+    versions: Vec<u32>,
     contestants: Vec<Contestant>,
 }
 
@@ -153,7 +153,7 @@ impl Migration {
             order: Order::new(GUEST_PAGES),
             heat: Heat::new(GUEST_PAGES),
             now: Duration::ZERO,
-            sent: PageSet::new(GUEST_PAGES),
+            versions: vec![0; GUEST_PAGES as usize],
             contestants: methods.map(Contestant::new).collect(),
         }
     }
@@ -185,8 +185,9 @@ impl Migration {
         while pages.peek().is_some() {
             let mut group = Group::default();
             for page in pages.by_ref().take(GROUP_PAGES) {
-                let sending = Sending { again: self.sent.contains(page), heat: self.heat.of(page) };
-                self.sent.insert(page);
+                let version = &mut self.versions[page as usize];
+                *version += 1;
+                let sending = Sending { version: *version, heat: self.heat.of(page) };
                 group.pages.push((PageIndex(page), sending));
                 group.contents.push(self.guest.read(page));
             }
@@ -244,13 +245,13 @@ impl Migration {
 
 /// Processor time of this thread.
 fn cpu_time() -> Duration {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 
 fn main() -> Result<()> {
     println!("Cells: MB sent after the first round (packed), share of pages with a base.");
-    for workload in &WORKLOADS {
+    let wanted = std::env::args().nth(1).unwrap_or_default();
+    for workload in WORKLOADS.iter().filter(|workload| workload.name.contains(&wanted)) {
         let mut migration = Migration::new(workload);
         migration.run()?;
         migration.print(workload);
