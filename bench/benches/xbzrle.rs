@@ -1,8 +1,9 @@
-//! What a page that is sent again costs until its delta is there: `cargo bench -p bench --bench xbzrle`.
+//! What a page that is sent again costs until its delta is there:
+//! `cargo bench -p bench --bench xbzrle`.
 //!
 //! `encode` is the engine's XBZRLE, `reference` the same format byte by byte, `cached` the engine's
-//! with the page cache around it, `judge` the page table with hashes of lines. Each is run over one page,
-//! and over 32 MiB of them, with as much remembered, which come from memory. Times are the
+//! with the page cache around it, `judge` the page table with hashes of lines. Each is run over one
+//! page, and over 32 MiB of them, with as much remembered, which come from memory. Times are the
 //! processor's, so that other work on the machine counts less.
 #![expect(clippy::unwrap_used, reason = "own inputs; a benchmark may end at once")]
 
@@ -96,8 +97,8 @@ impl Versions {
         Self { old, new }
     }
 
-    /// Calls `work` with a page's number and its versions, one page after the other and again from the
-    /// start; every second time around the versions are exchanged.
+    /// Calls `work` with a page's number and its versions, one page after the other and again from
+    /// the start; every second time around the versions are exchanged.
     fn walk<R>(&self, mut work: impl FnMut(usize, &Page, &Page) -> R) -> impl FnMut() -> R {
         let mut at = 0;
         move || {

@@ -13,7 +13,7 @@
 //! | [`encode`] | private copies of pages into batches |
 //! | [`page_table`] | what each side knows of every page: version, hash |
 //! | [`bases`], [`delta`] | changed lines of a page, found by hashes of what was sent |
-//! | [`page_cache`], [`xbzrle`] | changed bytes of a page in QEMU's format, found by copies of what was sent |
+//! | [`page_cache`], [`xbzrle`] | changed bytes of a page as QEMU tells them, found by copies |
 //! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
 //! | [`convergence`] | predictions of downtime and when to stop the guest |
 //! | [`precopy`] | rounds, from arming to the last page, as a state machine |

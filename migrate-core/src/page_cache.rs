@@ -10,17 +10,18 @@
 //!            +------------------ victim of another --------------+
 //! ```
 //!
-//! What is worth holding is what will be sent again, and what was sent more often is the likelier to.
-//! A page that was never sent again is worth less than any that was: in the first round as much as
-//! its heat ([`crate::order::Heat`]), later more, as only written pages are sent then. What is held
-//! loses worth while it is not sent. A page takes another's frame only if it is clearly worth more:
-//! rounds walk over the same pages again and again, and a cache that takes whatever comes would have
-//! lost each page just before it came back. The victim is the least worth of [`LOOKS`] frames under a
-//! hand that goes around, so that a sending costs the same however large the cache is.
+//! What is worth holding is what will be sent again, and what was sent more often is the likelier
+//! to. A page that was never sent again is worth less than any that was: in the first round as much
+//! as its heat ([`crate::order::Heat`]), later more, as only written pages are sent then. What is
+//! held loses worth while it is not sent. A page takes another's frame only if it is clearly worth
+//! more: rounds walk over the same pages again and again, and a cache that takes whatever comes
+//! would have lost each page just before it came back. The victim is the least worth of [`LOOKS`]
+//! frames under a hand that goes around, so that a sending costs the same however large the cache
+//! is.
 //!
 //! Invariants: what is held of a page is what was sent last, or nothing (every sending goes through
-//! [`PageCache::replace`]), so an evicted base costs a whole page and nothing else; memory
-//! stays below the bound; each shard holds the pages of one lane, so lanes do not wait for one another.
+//! [`PageCache::replace`]), so an evicted base costs a whole page and nothing else; memory stays
+//! below the bound; each shard holds the pages of one lane, so lanes do not wait for one another.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -36,8 +37,8 @@ pub const LOOKS: usize = 16;
 /// Frames that are found together.
 const SLAB_FRAMES: usize = 16;
 
-/// Most bytes that a frame takes beside its page: [`Frame`], and an entry of the map with the room that
-/// a map keeps free, of which there are two while it grows.
+/// Most bytes that a frame takes beside its page: [`Frame`], and an entry of the map with the room
+/// that a map keeps free, of which there are two while it grows.
 const FRAME_EXTRA_BYTES: usize = 128;
 
 /// Bytes of memory that holding a page takes.
@@ -49,8 +50,8 @@ type Worth = u8;
 /// Heat that makes a level; the first round's pages are worth their level, 8 at most.
 const HEAT_PER_LEVEL: u8 = 32;
 
-/// The worth of a page that is sent for the first time after the first round, which says that it was
-/// written; and what is left to one that was sent again, but not any more.
+/// The worth of a page that is sent for the first time after the first round, which says that it
+/// was written; and what is left to one that was sent again, but not any more.
 const WRITTEN: Worth = 9;
 
 /// Rounds without a sending after which a page that was sent again is worth half as many sendings.
@@ -76,7 +77,8 @@ impl Sending {
     }
 }
 
-/// The worth of a page that was sent so many times, at least twice: twice as many are worth one more.
+/// The worth of a page that was sent so many times, at least twice: twice as many are worth one
+/// more.
 fn sent_again(times: u32) -> Worth {
     times.ilog2().try_into().map_or(Worth::MAX, |doublings: u8| WRITTEN + doublings)
 }
@@ -93,8 +95,8 @@ struct Frame {
 }
 
 impl Frame {
-    /// For a page that is sent now. One that is sent first after the first round was written, and may
-    /// wait for its second sending like those that had it.
+    /// For a page that is sent now. One that is sent first after the first round was written, and
+    /// may wait for its second sending like those that had it.
     fn new(page: PageIndex, sending: Sending, round: u32) -> Self {
         let times = if round > 1 { sending.version.max(2) } else { sending.version };
         let worth = Sending { version: times, ..sending }.worth(round);
@@ -183,8 +185,8 @@ pub struct PageCache {
 }
 
 impl PageCache {
-    /// Holds pages that travel on `lanes` lanes, in at most `bytes_max` bytes. Memory is taken as pages
-    /// come; fewer bytes than [`FRAME_BYTES`] for 16 pages a lane hold nothing.
+    /// Holds pages that travel on `lanes` lanes, in at most `bytes_max` bytes. Memory is taken as
+    /// pages come; fewer bytes than [`FRAME_BYTES`] for 16 pages a lane hold nothing.
     pub fn new(lanes: usize, bytes_max: u64) -> Self {
         let lanes = lanes.max(1);
         let frames = usize::try_from(bytes_max / FRAME_BYTES).unwrap_or(usize::MAX) / lanes;
@@ -205,8 +207,8 @@ impl PageCache {
         self.round.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Remembers `content` as sent. If the page was held, `compare` sees what was sent before, and its
-    /// answer is returned; lanes other than the page's own do not wait meanwhile.
+    /// Remembers `content` as sent. If the page was held, `compare` sees what was sent before, and
+    /// its answer is returned; lanes other than the page's own do not wait meanwhile.
     pub fn replace<R>(
         &self,
         page: PageIndex,

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! [`encode`] writes byte for byte what `xbzrle_encode_buffer` of QEMU (migration/xbzrle.c, the
-//! variant in plain C) writes, also in that a changed run ends at the first equal byte, and gives up
-//! where that does; QEMU's variant for AVX-512 decides otherwise for some deltas that just fill
+//! variant in plain C) writes, also in that a changed run ends at the first equal byte, and gives
+//! up where that does; QEMU's variant for AVX-512 decides otherwise for some deltas that just fill
 //! the limit. [`decode`] takes and refuses what `xbzrle_decode_buffer` takes and refuses.
 //!
 //! Speed comes from looking at lines of 64 bytes first: in those that are equal nothing else is
@@ -79,8 +79,8 @@ impl Classify for XbzrleError {
     }
 }
 
-/// Writes the delta from `old` to `new` into `out`. QEMU's limit is an `out` of [`PAGE_BYTES`]; what is
-/// in `out` after an overflow is of no use.
+/// Writes the delta from `old` to `new` into `out`. QEMU's limit is an `out` of [`PAGE_BYTES`];
+/// what is in `out` after an overflow is of no use.
 pub fn encode(old: &Page, new: &Page, out: &mut [u8]) -> Encoded {
     let limit = out.len();
     let mut out = Output { rest: out };
@@ -109,8 +109,8 @@ pub fn encode(old: &Page, new: &Page, out: &mut [u8]) -> Encoded {
 /// bytes from the page's start. An empty delta changes nothing.
 ///
 /// # Errors
-/// [`XbzrleError`] if the delta is not well formed. Runs before the offending one have been applied,
-/// so the page is of no use.
+/// [`XbzrleError`] if the delta is not well formed. Runs before the offending one have been
+/// applied, so the page is of no use.
 pub fn decode(delta: &[u8], page: &mut Page) -> Result<usize, XbzrleError> {
     let mut input = delta;
     let mut rest = &mut page[..];
@@ -151,7 +151,8 @@ struct Output<'a> {
 }
 
 impl Output<'_> {
-    /// Writes an equal run's length and a changed run; nothing if there is no room where QEMU wants it.
+    /// Writes an equal run's length and a changed run; nothing if there is no room where QEMU wants
+    /// it.
     fn put_run(&mut self, equal: usize, changed: &[u8]) -> Option<()> {
         self.put_length(equal)?;
         if self.rest.len() < LENGTH_BYTES_MAX {
@@ -371,7 +372,8 @@ mod tests {
         assert_eq!(refused(&[0x81, 0x20, 1, 1]), XbzrleError::BeyondPage);
         assert_eq!(refused(&[0x80, 0x20, 1, 1]), XbzrleError::BeyondPage);
         assert_eq!(refused(&[0xff, 0x1f, 2, 1, 1]), XbzrleError::BeyondPage);
-        // What it takes although it would not write it: nothing, a padded length, bytes that are equal.
+        // What it takes although it would not write it: nothing, a padded length, bytes that are
+        // equal.
         let taken = |delta: &[u8]| decode(delta, &mut [0; PAGE_BYTES]);
         assert_eq!(taken(&[]), Ok(0));
         assert_eq!(taken(&[0x80, 0, 1, 0]), Ok(1));

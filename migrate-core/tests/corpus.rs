@@ -1,4 +1,5 @@
-//! The fuzzer's corpus is handled by a stable build too: nothing panics, and what is good is accepted.
+//! The fuzzer's corpus is handled by a stable build too: nothing panics, and what is good is
+//! accepted.
 
 use std::fs;
 use std::path::PathBuf;

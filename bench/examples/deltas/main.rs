@@ -1,14 +1,16 @@
 //! Compares what the engine can remember of sent pages, without a guest:
-//! `cargo run --release -p bench --example deltas`; an argument chooses the workloads whose names hold it.
+//! `cargo run --release -p bench --example deltas`.
+//! An argument chooses the workloads whose names hold it.
 //!
-//! A guest of 1 GiB full of text is written to in several ways ([`guest`]) while it is moved: rounds in
-//! the engine's own order ([`migrate_core::order`]), with a scan every tick, each page read when its turn
-//! comes. All methods ([`methods`]) see the same pages at the same time, so rounds last as long as
-//! they are told here, not as long as a method's bytes would take. The first round is the same for
-//! all: every page whole. Counted is what comes after it, until the guest has been stopped.
+//! A guest of 1 GiB full of text is written to in several ways ([`guest`]) while it is moved:
+//! rounds in the engine's own order ([`migrate_core::order`]), with a scan every tick, each page
+//! read when its turn comes. All methods ([`methods`]) see the same pages at the same time, so
+//! rounds last as long as they are told here, not as long as a method's bytes would take. The first
+//! round is the same for all: every page whole. Counted is what comes after it, until the guest has
+//! been stopped.
 //!
-//! Tables go to stdout: MB of contents with 16 bytes for each page sent, as a lane has it, and the same packed
-//! by a lane's Zstandard stream.
+//! Tables go to stdout: MB of contents with 16 bytes for each page sent, as a lane has it, and the
+//! same packed by a lane's Zstandard stream.
 
 mod guest;
 mod methods;
@@ -158,8 +160,8 @@ impl Migration {
         }
     }
 
-    /// Sends a round and returns what was written meanwhile. Each tick the guest writes, a scan tells
-    /// what, and the tick's share of the pages is sent.
+    /// Sends a round and returns what was written meanwhile. Each tick the guest writes, a scan
+    /// tells what, and the tick's share of the pages is sent.
     fn round(&mut self, dirty: &PageSet, ticks: u32, number: u32) -> Result<PageSet> {
         self.contestants.iter_mut().for_each(|contestant| contestant.method.begin_round());
         let waves = self.order.begin_round(dirty);

@@ -103,8 +103,8 @@ impl Method for Pages {
     }
 }
 
-/// Half of the memory for hashes, at most what all lines need, and the rest for pages; the page's own
-/// base is used if there is one.
+/// Half of the memory for hashes, at most what all lines need, and the rest for pages; the page's
+/// own base is used if there is one.
 struct Both {
     hashes: SourcePages,
     pages: PageCache,
@@ -127,8 +127,8 @@ impl Method for Both {
     }
 }
 
-/// A cache as QEMU has it: a page has one place, in which it replaces another that was not sent for two
-/// rounds, and nothing is held in the first round.
+/// A cache as QEMU has it: a page has one place, in which it replaces another that was not sent for
+/// two rounds, and nothing is held in the first round.
 struct QemuCache {
     places: Vec<Place>,
     round: u64,
