@@ -12,6 +12,8 @@
 //! | [`batch`] | what travels on a lane: runs of pages with their versions |
 //! | [`encode`] | private copies of pages into batches |
 //! | [`page_table`] | what each side knows of every page: version, hash |
+//! | [`bases`], [`delta`] | changed lines of a page, found by hashes of what was sent |
+//! | [`page_cache`], [`xbzrle`] | changed bytes of a page as QEMU tells them, found by copies |
 //! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
 //! | [`convergence`] | predictions of downtime and when to stop the guest |
 //! | [`precopy`] | rounds, from arming to the last page, as a state machine |
@@ -20,6 +22,7 @@
 //! | [`postcopy`] | the pages that follow: what to ask for, to answer with and to push |
 //! | [`handover`] | who owns the guest: both ends' state machines and their journal |
 //! | [`error`] | the four bins that every error falls into |
+//! | [`fuzz`] | entry points for fuzzers |
 //!
 //! Architecture invariant: this crate depends on no other crate of the workspace.
 
@@ -31,13 +34,16 @@ pub mod convergence;
 pub mod delta;
 pub mod encode;
 pub mod error;
+pub mod fuzz;
 pub mod handover;
 pub mod layout;
 pub mod mode;
 pub mod order;
+pub mod page_cache;
 pub mod page_table;
 pub mod pageset;
 pub mod postcopy;
 pub mod precopy;
 pub mod second_look;
 pub mod writes;
+pub mod xbzrle;
