@@ -123,13 +123,14 @@ pub struct ReceiveArgs {
 /// How memory is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// Chosen from measurements; today always pre-copy.
+    /// Pre-copy; hybrid if measurement shows that it would not end within the downtime allowed.
     Auto,
-    /// All memory first, then the guest.
+    /// All memory first, then the guest. Can be undone to the last moment.
     PreCopy,
-    /// The guest first, its memory on demand (not built yet).
+    /// The guest first, its memory on demand. From then on the guest needs both hosts until all of
+    /// its memory is over.
     PostCopy,
-    /// Pre-copy, then post-copy for the rest (not built yet).
+    /// All memory once, then the guest, then on demand what was written meanwhile.
     Hybrid,
 }
 

@@ -30,6 +30,30 @@ pub fn probe(pid: i32, preload_socket: Option<&Path>) -> Vec<Finding> {
     }
 }
 
+/// Attaches for paging: QEMU keeps a copy, whose number is returned, so that its threads wait for
+/// another engine should this one die (rule 12).
+///
+/// # Errors
+/// What [`attach::userfaultfd`] says.
+pub async fn attach_shared(pid: i32) -> Result<(OwnedFd, i32), EngineError> {
+    let attached = tokio::task::spawn_blocking(move || attach::userfaultfd_by_injection(pid, true));
+    let attached = attached.await.map_err(|error| EngineError::Internal(error.to_string()))?;
+    let (uffd, report) = attached?;
+    let remote_fd = report.remote_fd;
+    let remote_fd = remote_fd.ok_or_else(|| EngineError::Internal("QEMU kept no copy".into()))?;
+    Ok((uffd, remote_fd))
+}
+
+/// Undoes [`attach_shared`] where nothing was registered.
+pub async fn detach(pid: i32, uffd: OwnedFd, remote_fd: i32) {
+    drop(uffd);
+    let closed =
+        tokio::task::spawn_blocking(move || attach::close_descriptor(pid, remote_fd)).await;
+    if let Ok(Err(error)) = closed {
+        tracing::info!(%error, "QEMU keeps a descriptor that is of no use any more");
+    }
+}
+
 /// Attaches. QEMU keeps no copy, so that the death of this process undoes everything (rule 12).
 ///
 /// # Errors

@@ -8,10 +8,12 @@ use std::path::PathBuf;
 use migrate_core::convergence::Stall;
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::LayoutError;
+use migrate_core::postcopy::PostcopyError;
 use migrate_core::precopy::OutOfTurn;
 use qemu_glue::check::Finding;
 use qemu_glue::device_state::DeviceStateError;
 use qemu_glue::error::{AttachError, ProcError, RamError, TrackError};
+use qemu_glue::pager::PagerError;
 use qemu_glue::qmp::QmpError;
 use qemu_glue::vm::VmError;
 use thiserror::Error;
@@ -75,6 +77,12 @@ pub enum EngineError {
         "The guest's RAM does not fit: start the destination's QEMU with the source's memory options"
     )]
     Layout(#[from] LayoutError),
+    /// A page was asked for or sent that is not missing.
+    #[error("The peer lost track of the missing pages")]
+    Postcopy(#[from] PostcopyError),
+    /// The guest's page faults could not be served.
+    #[error("The guest's page faults cannot be served")]
+    Pager(#[from] PagerError),
     /// A bug: a state machine was called out of turn.
     #[error("The engine lost its way; please report this")]
     OutOfTurn(#[from] OutOfTurn),
@@ -153,7 +161,7 @@ pub enum EngineError {
     },
     /// An earlier migration is unfinished.
     #[error(
-        "An earlier migration of this VM is in doubt ({migration}); end it with \
+        "An earlier migration of this VM is not over ({migration}); end it with \
          `migrate resolve --qmp {qmp}` first"
     )]
     Unresolved {
@@ -171,6 +179,18 @@ pub enum EngineError {
     InDoubt {
         /// The VM's QMP socket.
         qmp: PathBuf,
+    },
+    /// The guest runs at the destination, its missing pages are here.
+    #[error(
+        "The guest runs at the destination and needs memory that is here ({pages} pages at most), \
+         but the destination cannot be reached. Its threads wait for that memory. Leave this QEMU \
+         as it is, make the destination reachable and run `migrate resolve --qmp {qmp}` here"
+    )]
+    Unserved {
+        /// The VM's QMP socket.
+        qmp: PathBuf,
+        /// Pages that were not sent.
+        pages: u64,
     },
     /// The guest belongs here and does not run.
     #[error(
@@ -222,6 +242,8 @@ impl Classify for EngineError {
                 AbortCode::Protocol => ErrorBin::PeerMisbehaved,
                 _ => ErrorBin::System,
             },
+            Self::Postcopy(error) => error.bin(),
+            Self::Pager(error) => error.bin(),
             Self::OutOfTurn(_)
             | Self::Pump(_)
             | Self::TooSlow { .. }
@@ -229,6 +251,7 @@ impl Classify for EngineError {
             | Self::RamChanged
             | Self::Mismatch { .. }
             | Self::InDoubt { .. }
+            | Self::Unserved { .. }
             | Self::Unreachable { .. }
             | Self::Stuck { .. }
             | Self::Internal(_) => ErrorBin::System,

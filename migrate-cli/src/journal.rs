@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::handover::{DestinationRecord, SourceRecord};
+use qemu_glue::ram::RamRegion;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
@@ -57,6 +58,18 @@ pub struct Entry {
     pub keep_source: bool,
     /// Whether the other end is known to know how it ended.
     pub heard: bool,
+    /// How QEMU's memory is paged, where pages may be missing (post-copy).
+    #[serde(default)]
+    pub paging: Option<PagingEntry>,
+}
+
+/// What an engine needs to go on with the paging of one that died.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PagingEntry {
+    /// Number of QEMU's own copy of the userfaultfd.
+    pub remote_fd: i32,
+    /// The RAM blocks: QEMU cannot be asked while its threads wait for pages.
+    pub regions: Vec<RamRegion>,
 }
 
 /// Which end a journal belongs to, and its record.
@@ -233,6 +246,15 @@ impl Journal {
         self.entry.was_running = was_running;
     }
 
+    /// Notes how QEMU's memory is paged, and makes that durable.
+    ///
+    /// # Errors
+    /// [`JournalError`] if it cannot be written.
+    pub fn set_paging(&mut self, paging: PagingEntry) -> Result<(), JournalError> {
+        self.entry.paging = Some(paging);
+        self.write()
+    }
+
     /// Notes that the other end knows how it ended. Losing this note does no harm.
     pub fn mark_heard(&mut self) {
         if !self.entry.heard {
@@ -314,6 +336,7 @@ mod tests {
             was_running: true,
             keep_source: false,
             heard: false,
+            paging: None,
         }
     }
 

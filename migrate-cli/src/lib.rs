@@ -21,6 +21,7 @@ pub mod destination;
 pub mod error;
 pub mod failpoint;
 pub mod journal;
+pub mod missing;
 pub mod progress;
 pub mod random;
 pub mod report;

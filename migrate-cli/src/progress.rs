@@ -63,6 +63,18 @@ impl Progress {
         }
     }
 
+    /// Shows how post-copy goes on.
+    pub fn fetching(&mut self, left_pages: u64, applied_bytes: u64) {
+        let text = format!("the guest runs at the destination; {left_pages} pages left to send");
+        if let Some(bar) = &self.bar {
+            bar.set_position(applied_bytes);
+            bar.set_message(text);
+        } else if self.last_line.is_none_or(|at| at.elapsed() >= LINE_INTERVAL) {
+            self.last_line = Some(Instant::now());
+            eprintln!("{text}");
+        }
+    }
+
     /// Says something that stays on the screen.
     pub fn say(&self, text: &str) {
         match &self.bar {

@@ -8,6 +8,7 @@ use migrate_core::convergence::Prediction;
 use migrate_core::encode::{Packed, PageCounts};
 use migrate_core::error::{ErrorBin, GuestPlace};
 use serde::Serialize;
+use transport::messages::FaultStats;
 
 /// Version of the report's shape.
 pub const REPORT_VERSION: u32 = 1;
@@ -86,6 +87,12 @@ pub struct PageReport {
     pub raw: u64,
     /// Held back because they were about to be rewritten.
     pub deferred: u64,
+    /// Missing at the destination when the guest was handed over (post-copy).
+    pub missing: u64,
+    /// Of those, sent because the guest waited for them.
+    pub urgent: u64,
+    /// Of those, sent with such pages because they lie beside them.
+    pub prefetched: u64,
     /// Sent more than once: sendings beyond a page's first.
     pub resent: u64,
 }
@@ -117,12 +124,21 @@ pub struct CodecReport {
 pub struct FaultReport {
     /// How many.
     pub count: u64,
+    /// Of those, how many found their page on its way.
+    pub waited: u64,
     /// Median service time in microseconds.
     pub p50_us: u64,
     /// 99th percentile in microseconds.
     pub p99_us: u64,
     /// Longest in microseconds.
     pub max_us: u64,
+}
+
+impl From<FaultStats> for FaultReport {
+    fn from(stats: FaultStats) -> Self {
+        let FaultStats { count, waited, p50_us, p99_us, max_us } = stats;
+        Self { count, waited, p50_us, p99_us, max_us }
+    }
 }
 
 /// What `--verify` found.
@@ -158,6 +174,8 @@ pub struct Report {
     pub vm: String,
     /// Mode used.
     pub mode: &'static str,
+    /// Why this one, where it was chosen by measurement.
+    pub mode_reason: Option<String>,
     /// Path used.
     pub path: &'static str,
     /// From the command's start to the word that the guest runs at the destination, or to the
@@ -175,6 +193,8 @@ pub struct Report {
     pub pages: PageReport,
     /// Faults; nothing without post-copy.
     pub faults: Option<FaultReport>,
+    /// Share of the prefetched pages that the guest went on to use; nothing without any.
+    pub prefetch_hit_rate: Option<f64>,
     /// What `--verify` found; nothing without it.
     pub verify: Option<VerifyReport>,
     /// Time that a thread of QEMU was stopped to attach, in microseconds; nothing with the
@@ -198,6 +218,7 @@ impl Report {
             outcome: ReportOutcome::Failed,
             vm: vm.to_owned(),
             mode: "pre-copy",
+            mode_reason: None,
             path: "direct",
             total_ms: 0.0,
             downtime_ms: 0.0,
@@ -206,6 +227,7 @@ impl Report {
             bytes: ByteReport::default(),
             pages: PageReport::default(),
             faults: None,
+            prefetch_hit_rate: None,
             verify: None,
             attach_stopped_us: None,
             codecs: Codec::ALL.map(|codec| CodecReport { codec, ..Default::default() }),

@@ -22,6 +22,10 @@ pub const BATCH_PAYLOAD_BYTES_MAX: usize = 1 << 20;
 /// Most pages that one run may cover.
 pub const RUN_PAGES_MAX: u16 = 1 << 15;
 
+/// Version of a page that left after the guest stopped for good (post-copy): whoever brings it, there
+/// is no later one.
+pub const LAST_VERSION: u32 = u32::MAX;
+
 /// Most lanes of a session.
 pub const LANES_MAX: usize = 64;
 
@@ -57,7 +61,8 @@ pub struct PageRun {
     pub pages: u16,
     /// How they travel.
     pub kind: RunKind,
-    /// Version of each of them: 0 is "never sent", the first sending is 1.
+    /// Version of each of them: 0 is "never sent", the first sending is 1; [`LAST_VERSION`] after the
+    /// hand-over.
     pub version: u32,
 }
 

@@ -6,11 +6,13 @@
 
 use serde::Serialize;
 
-use crate::batch::{BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, PageRun, RUN_PAGES_MAX, RunKind};
+use crate::batch::{
+    BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LAST_VERSION, PageRun, RUN_PAGES_MAX, RunKind,
+};
 use crate::codec::Codec;
 use crate::delta::{self, delta_bytes};
 use crate::layout::{PAGE_BYTES, PageIndex};
-use crate::page_table::{PageVerdict, SourcePages};
+use crate::page_table::{PageVerdict, SourcePages, is_zero};
 
 /// Bytes of contents at which a batch is worth sending.
 pub const BATCH_TARGET_BYTES: usize = 256 << 10;
@@ -61,7 +63,6 @@ impl PageBuffer {
     }
 
     /// Leaves the first `bytes` bytes in use.
-    /// Keeps the first `bytes` bytes.
     pub fn truncate(&mut self, bytes: usize) {
         self.bytes = self.bytes.min(bytes);
     }
@@ -234,6 +235,48 @@ impl BatchBuilder {
             self.counts.looked_sent += self.counts.sent() - sent_before;
         }
         Ok(())
+    }
+
+    /// As [`Self::push`] for pages that change no more and of which the destination holds nothing
+    /// (post-copy): all of them travel.
+    ///
+    /// # Errors
+    /// Whatever `read` returns; the batch is then as before.
+    pub fn push_last<E>(
+        &mut self,
+        first: PageIndex,
+        pages: usize,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let start = self.batch.content.len();
+        let buffer = &mut self.batch.content;
+        if let Err(error) = read(buffer.extend(pages * PAGE_BYTES)) {
+            buffer.truncate(start);
+            return Err(error);
+        }
+        let memory = &mut buffer.memory;
+        let mut keep_end = start;
+        for (page, at) in (first.0..).zip((start..).step_by(PAGE_BYTES)).take(pages) {
+            let kind = if is_zero(memory.get(at..at + PAGE_BYTES).unwrap_or_default()) {
+                self.counts.zero += 1;
+                RunKind::Zero
+            } else {
+                if at != keep_end {
+                    memory.copy_within(at..at + PAGE_BYTES, keep_end);
+                }
+                keep_end += PAGE_BYTES;
+                self.counts.raw += 1;
+                RunKind::Raw
+            };
+            extend_run(&mut self.batch.runs, page, kind, LAST_VERSION);
+        }
+        self.batch.content.truncate(keep_end);
+        Ok(())
+    }
+
+    /// Bytes of contents so far.
+    pub fn content_bytes(&self) -> usize {
+        self.batch.content.len()
     }
 
     /// Pages that a push may still bring so that no limit of a batch can be exceeded.

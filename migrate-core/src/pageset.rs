@@ -73,6 +73,23 @@ impl PageSet {
         }
     }
 
+    /// The set as words: page `n` is bit `n % 64` of word `n / 64`.
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Adds pages given as words, the first of which begins with page 64 times `first_word`.
+    pub fn insert_words(&mut self, first_word: usize, words: &[u64]) {
+        let places = self.words.get_mut(first_word..).unwrap_or_default();
+        for (word, add) in places.iter_mut().zip(words) {
+            *word |= add;
+        }
+        let beyond = self.size % 64;
+        if let Some(last) = self.words.last_mut().filter(|_| beyond != 0) {
+            *last &= (1 << beyond) - 1;
+        }
+    }
+
     /// Adds all pages of `other`.
     pub fn union_with(&mut self, other: &Self) {
         for (word, add) in self.words.iter_mut().zip(&other.words) {
@@ -188,6 +205,26 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn words_go_in_as_they_come_out(
+            size in 1u64..260, pages in prop::collection::vec(0u64..300, 0..60), at in 0usize..5,
+        ) {
+            let mut set = PageSet::new(size);
+            pages.iter().for_each(|page| set.insert(*page));
+            let mut copy = PageSet::new(size);
+            for (index, words) in set.words().chunks(2).enumerate() {
+                copy.insert_words(2 * index, words);
+            }
+            prop_assert_eq!(&copy, &set);
+            copy.insert_words(at, &[u64::MAX; 3]);
+            let added = (64 * at as u64)..(64 * (at as u64 + 3));
+            prop_assert!(copy.iter().all(|page| page < size));
+            for page in 0..size {
+                let expected = set.contains(page) || added.contains(&page);
+                prop_assert_eq!(copy.contains(page), expected);
+            }
+        }
+
         #[test]
         fn behaves_like_a_set(size in 1u64..260, ops in ops(), from in 0u64..300, to in 0u64..300) {
             let mut set = PageSet::new(size);

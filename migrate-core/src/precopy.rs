@@ -395,11 +395,12 @@ impl Precopy {
     /// The guest is to be stopped before what is left fits into the downtime: instead of sending the
     /// round that was asked for (or, should part of it be sent, the rest of it), or after
     /// [`Step::GiveUp`]. Stop the guest, scan, then call [`Self::stopped`]. The destination lacks what
-    /// the last rounds hold: the dirty pages, and those to look at whose content differs.
+    /// the last rounds hold: the dirty pages, and those to look at whose content differs. Returns the
+    /// pages that are known to be among them already.
     ///
     /// # Errors
     /// [`OutOfTurn`] if no round was asked for.
-    pub fn stop_now(&mut self) -> Result<(), OutOfTurn> {
+    pub fn stop_now(&mut self) -> Result<PageSet, OutOfTurn> {
         let (State::Sending { number } | State::GaveUp { number }) = self.state else {
             return Err(self.out_of_turn("stop_now"));
         };
@@ -409,8 +410,8 @@ impl Precopy {
         if let Some(order) = &mut self.order {
             order.end_waiting(&mut dirty);
         }
-        self.state = State::Stopping { number, dirty };
-        Ok(())
+        self.state = State::Stopping { number, dirty: dirty.clone() };
+        Ok(dirty)
     }
 
     /// Takes hot pages out of the next round that can as well travel when the guest is stopped.

@@ -38,6 +38,7 @@ mod error;
 mod page_cache;
 mod place;
 mod register;
+mod waiting;
 
 use std::fs::File;
 use std::io;
@@ -50,6 +51,7 @@ use userfaultfd::{Event, EventBuffer, FaultKind, ReadWrite};
 
 pub use self::error::PagerError;
 pub use self::place::Placement;
+pub use self::waiting::FaultStream;
 use crate::mapped;
 use crate::procfs::Identity;
 use crate::ram::{self, Backing, RamRegion};

@@ -28,6 +28,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use migrate_core::layout::{BlockSpec, PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::pageset::PageSet;
 use rustix::fs::{FallocateFlags, SeekFrom};
+use serde::{Deserialize, Serialize};
 
 use crate::error::ProcError;
 pub use crate::error::RamError;
@@ -45,7 +46,7 @@ const PAGE: u64 = PAGE_BYTES as u64;
 const IOV_MAX: usize = 1024;
 
 /// A RAM block as QEMU describes it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamRegion {
     /// QEMU's name of the block.
     pub name: String,

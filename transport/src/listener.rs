@@ -288,7 +288,9 @@ async fn serve_control(
     };
     let selected = Selection { version, features: offer.features & shared.options.features };
     let lanes = match offer.intent {
-        Intent::Migrate => offer.lanes.min(u16::try_from(shared.options.lanes).unwrap_or(u16::MAX)),
+        Intent::Migrate | Intent::Resume => {
+            offer.lanes.min(u16::try_from(shared.options.lanes).unwrap_or(u16::MAX))
+        }
         Intent::Ask => 0,
     };
     let mut token = [0; 16];

@@ -19,7 +19,9 @@ use crate::error::WireError;
 /// | version | what changed |
 /// |---|---|
 /// | 1 | the first |
-pub const VERSIONS: &[u16] = &[2];
+/// | 2 | deltas, packed batches |
+/// | 3 | post-copy |
+pub const VERSIONS: &[u16] = &[3];
 
 /// Most versions that an offer may list.
 pub const VERSIONS_MAX: usize = 16;
@@ -29,6 +31,9 @@ pub const TEXT_BYTES_MAX: usize = 1024;
 
 /// Most digests in one [`VerifyChunk`].
 pub const DIGESTS_MAX: usize = 8192;
+
+/// Most words in one [`Missing`]: pages of 1 GiB.
+pub const MISSING_WORDS_MAX: usize = 4096;
 
 /// Most bytes of device state in one [`DeviceState`].
 pub const DEVICE_CHUNK_BYTES_MAX: usize = 512 << 10;
@@ -90,6 +95,8 @@ pub enum Intent {
     Migrate,
     /// To ask how an earlier migration ended; no lanes, only [`Ask`] and [`Verdict`].
     Ask,
+    /// To go on with the missing pages of a guest that runs at the server already (post-copy).
+    Resume,
 }
 
 /// Client, first message: what it speaks and wants.
@@ -119,7 +126,7 @@ impl Offer {
             engine: text(engine),
             migration,
             intent,
-            lanes: u16::from(intent == Intent::Migrate),
+            lanes: u16::from(intent != Intent::Ask),
         }
     }
 }
@@ -179,6 +186,8 @@ pub struct Describe {
     pub blocks: Vec<BlockSpec>,
     /// Whether the source will ask for digests of all pages before the commit.
     pub verify: bool,
+    /// Whether the source may hand the guest over while pages are missing.
+    pub post_copy: bool,
 }
 
 /// Destination, answer to [`Describe`]: this guest fits.
@@ -189,6 +198,8 @@ pub struct Accept {
     /// Bytes of the destination's RAM that are populated before the first batch: firmware that
     /// QEMU loaded. Where it is not 0, pages of zeros must be sent as such.
     pub resident_bytes: u64,
+    /// Why this place cannot take a guest with missing pages; nothing if it can, or was not asked to.
+    pub no_post_copy: Option<String>,
 }
 
 /// Why a guest is not taken.
@@ -268,6 +279,42 @@ pub struct VerifyEnd {
     pub pages: u64,
 }
 
+/// Source: the guest is about to be handed over while pages are missing. The [`Missing`] pages named
+/// so far were dropped when the answer comes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepare {}
+
+/// Destination, answer to [`Prepare`]: page faults can be served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prepared {}
+
+/// A part of the set of missing pages, in ascending order.
+///
+/// From the source before [`Load`]: the destination drops what it holds of them; no batch is under
+/// way then (the source has seen [`Synced`]). From the source in a session to resume: the pages that
+/// may be missing. From the destination there: those of them that are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// The page of the first word's lowest bit; a multiple of 64.
+    pub first_page: u64,
+    /// Bits of consecutive pages, the first in the lowest bit; 1 to [`MISSING_WORDS_MAX`].
+    pub words: Vec<u64>,
+}
+
+/// The last [`Missing`] was sent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MissingEnd {
+    /// How many pages are missing in all.
+    pub pages: u64,
+}
+
+/// Destination: the guest waits for this page.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// The page.
+    pub page: u64,
+}
+
 /// Source, guest stopped: a part of QEMU's device state, in ascending order without gaps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
@@ -314,6 +361,23 @@ pub struct Commit {
 pub struct Running {
     /// From the arrival of [`Commit`] until QEMU said that the guest runs, in microseconds.
     pub resume_us: u64,
+    /// The guest's page faults; nothing without post-copy.
+    pub faults: Option<FaultStats>,
+}
+
+/// What the page faults of a guest cost that ran while pages were missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultStats {
+    /// Faults on missing pages.
+    pub count: u64,
+    /// Of those, faults on pages that were on their way already.
+    pub waited: u64,
+    /// Median time from a page's first fault until it was there, in microseconds.
+    pub p50_us: u64,
+    /// 99th percentile of it in microseconds.
+    pub p99_us: u64,
+    /// Longest in microseconds.
+    pub max_us: u64,
 }
 
 /// Why a migration ends early.
@@ -444,7 +508,7 @@ messages! {
     /// Source: the guest.
     Describe = 16, 3 * TEXT_BYTES_MAX + BLOCKS_MAX * 280 + SMALL_BYTES;
     /// Destination: the guest fits.
-    Accept = 17, SMALL_BYTES;
+    Accept = 17, TEXT_BODY_BYTES;
     /// Destination: the guest cannot come.
     Refuse = 18, TEXT_BODY_BYTES;
     /// Destination: what was applied.
@@ -459,6 +523,16 @@ messages! {
     VerifyChunk = 36, DIGESTS_MAX * 10 + SMALL_BYTES;
     /// Destination: no more digests.
     VerifyEnd = 37, SMALL_BYTES;
+    /// Source: pages will be missing.
+    Prepare = 40, SMALL_BYTES;
+    /// Destination: it is prepared for that.
+    Prepared = 41, SMALL_BYTES;
+    /// Either: some of the missing pages.
+    Missing = 42, MISSING_WORDS_MAX * 10 + SMALL_BYTES;
+    /// Either: no more of them.
+    MissingEnd = 43, SMALL_BYTES;
+    /// Destination: the guest waits for a page.
+    Request = 44, SMALL_BYTES;
     /// Source: a part of the device state.
     DeviceState = 48, DEVICE_CHUNK_BYTES_MAX + SMALL_BYTES;
     /// Source: load the guest.
@@ -579,7 +653,9 @@ impl Body for Describe {
 impl Body for Accept {
     fn validate(&self) -> Result<(), WireError> {
         let fits = self.resident_bytes <= migrate_core::layout::RAM_BYTES_MAX;
-        rule(fits, "Accept", "resident_bytes", self.resident_bytes, "RAM has at most 64 TiB")
+        rule(fits, "Accept", "resident_bytes", self.resident_bytes, "RAM has at most 64 TiB")?;
+        let text = self.no_post_copy.as_deref().unwrap_or_default();
+        check_text("Accept", "no_post_copy", text)
     }
 }
 
@@ -610,6 +686,29 @@ impl Body for VerifyChunk {
 impl Body for VerifyEnd {
     fn validate(&self) -> Result<(), WireError> {
         rule(self.pages <= PAGES_MAX, "VerifyEnd", "pages", self.pages, "pages end at 2^34")
+    }
+}
+
+impl Body for Missing {
+    fn validate(&self) -> Result<(), WireError> {
+        let (what, first, words) = ("Missing", self.first_page, self.words.len());
+        let in_range = (1..=MISSING_WORDS_MAX).contains(&words);
+        rule(in_range, what, "words", words as u64, "1 to 4096 words are allowed")?;
+        rule(first.is_multiple_of(64), what, "first_page", first, "a multiple of 64 is needed")?;
+        let end = first.checked_add(64 * words as u64).filter(|end| *end <= PAGES_MAX);
+        rule(end.is_some(), what, "first_page", first, "pages end at 2^34")
+    }
+}
+
+impl Body for MissingEnd {
+    fn validate(&self) -> Result<(), WireError> {
+        rule(self.pages <= PAGES_MAX, "MissingEnd", "pages", self.pages, "pages end at 2^34")
+    }
+}
+
+impl Body for Request {
+    fn validate(&self) -> Result<(), WireError> {
+        rule(self.page < PAGES_MAX, "Request", "page", self.page, "pages end at 2^34")
     }
 }
 
@@ -662,4 +761,4 @@ macro_rules! unconditional {
     };
 }
 
-unconditional!(Synced, VerifyRequest, Commit, Running, Ask);
+unconditional!(Synced, VerifyRequest, Prepare, Prepared, Commit, Running, Ask);

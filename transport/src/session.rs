@@ -93,7 +93,7 @@ pub async fn connect(
     let mut offer = offer;
     offer.features = options.features;
     offer.lanes = match offer.intent {
-        Intent::Migrate => u16::try_from(options.lanes).unwrap_or(u16::MAX),
+        Intent::Migrate | Intent::Resume => u16::try_from(options.lanes).unwrap_or(u16::MAX),
         Intent::Ask => 0,
     };
     Message::Offer(offer.clone()).validate().map_err(TransportError::Refused)?;
@@ -234,7 +234,7 @@ async fn dial(
 
 fn check_select(peer: SocketAddr, offer: &Offer, select: Select) -> Result<Select, TransportError> {
     let lanes_fit = match offer.intent {
-        Intent::Migrate => (1..=offer.lanes).contains(&select.lanes),
+        Intent::Migrate | Intent::Resume => (1..=offer.lanes).contains(&select.lanes),
         Intent::Ask => select.lanes == 0,
     };
     if !offer.versions.contains(&select.version)

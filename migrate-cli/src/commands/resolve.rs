@@ -74,6 +74,16 @@ async fn resolve_source(
     let lives = recover::is_same_qemu(&entry);
     let client = monitor(args, lives).await?;
     let client = client.as_ref().filter(|_| lives);
+    let serving = entry.record == Record::Source(SourceRecord::Serving);
+    if serving && (args.run_here || args.runs_there) {
+        return Err(EngineError::Misuse {
+            what: "The guest runs at the destination and still needs memory that is here, so \
+                   there is nothing to decide"
+                .into(),
+            remedy: "Make the destination reachable and leave --run-here and --runs-there out"
+                .into(),
+        });
+    }
     if args.runs_there && place(client).await == GuestPlace::Running {
         return Err(EngineError::Misuse {
             what: "The guest runs here, so it does not run there".into(),
@@ -89,7 +99,16 @@ async fn resolve_source(
         (_, true, Record::Source(SourceRecord::HandedOver)) => Some(Input::OperatorRunThere),
         _ => None,
     };
-    let outcome = recover::finish(client, &mut journal, &mut contact, operator, ASK_FOR).await?;
+    let mut server = match client {
+        Some(client) if recover::is_gone(&entry) => Some(recover::server(client).await?),
+        _ => None,
+    };
+    let outcome =
+        recover::finish(client, &mut journal, &mut contact, server.as_mut(), operator, ASK_FOR);
+    let outcome = outcome.await?;
+    if let Some(server) = &mut server {
+        server.stop().await;
+    }
     contact.close("resolved").await;
     let vm = place(client).await;
     let (outcome, message) = match outcome {

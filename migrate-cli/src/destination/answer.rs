@@ -10,6 +10,7 @@ use transport::messages::{Message, Verdict};
 use transport::{DestinationSession, TransportError, close_code};
 
 use super::owner::{discard, resume_guest};
+use super::paging::release_abandoned;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, Record};
 use crate::source::recover::{free_journals, is_same_qemu};
@@ -80,11 +81,37 @@ impl Archive {
         Ok(())
     }
 
+    /// Ends the paging of guests that never came to run here: threads of QEMU may wait for pages, and
+    /// its monitor with them.
+    pub async fn release_abandoned(&self) {
+        for journal in &self.journals {
+            let entry = journal.entry();
+            let ran = matches!(
+                entry.record,
+                Record::Destination(DestinationRecord::Owned | DestinationRecord::Fetching)
+            );
+            if !ran && is_same_qemu(entry) {
+                release_abandoned(entry).await;
+            }
+        }
+    }
+
+    /// The journal of a guest that runs here and lacks pages, if there is one.
+    pub fn take_fetching(&mut self) -> Option<Journal> {
+        let is_fetching = |journal: &Journal| fetches(journal.entry());
+        let at = self.journals.iter().position(is_fetching)?;
+        Some(self.journals.remove(at))
+    }
+
     /// Ends what a killed engine left unfinished: an arrival is refused for ever, an owned guest is
     /// resumed.
     pub async fn recover(&mut self, client: Option<&Client>) {
         for journal in &mut self.journals {
             let Record::Destination(record) = journal.entry().record else { continue };
+            // It must not run before its page faults are served.
+            if fetches(journal.entry()) {
+                continue;
+            }
             let client = client.filter(|_| is_same_qemu(journal.entry()));
             recover_one(journal, record, client).await;
         }
@@ -105,7 +132,9 @@ impl Archive {
         let entry = self.journals.last()?.entry();
         let owned = matches!(
             entry.record,
-            Record::Destination(DestinationRecord::Owned | DestinationRecord::Running)
+            Record::Destination(
+                DestinationRecord::Owned | DestinationRecord::Fetching | DestinationRecord::Running
+            )
         );
         Some((entry.migration.clone(), owned))
     }
@@ -185,6 +214,13 @@ impl Archive {
     }
 }
 
+/// Whether an entry is about a guest that belongs here and may lack pages.
+pub fn fetches(entry: &Entry) -> bool {
+    use DestinationRecord::{Fetching, Owned};
+    let owned = matches!(entry.record, Record::Destination(Owned | Fetching));
+    owned && entry.paging.is_some() && is_same_qemu(entry)
+}
+
 async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: Option<&Client>) {
     let (mut state, outputs) = Destination::recovered(record);
     let mut todo = std::collections::VecDeque::from(outputs);
@@ -200,7 +236,7 @@ async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: O
             (Output::ResumeGuest, Some(client)) => {
                 eprintln!("the guest of migration {} belongs here", journal.entry().migration);
                 match resume_guest(client, journal.entry().was_running).await {
-                    Ok(()) => Input::Resumed,
+                    Ok(()) => Input::Resumed { complete: true },
                     Err(error) => {
                         tracing::error!(error = %error.tell(), "the guest could not be resumed");
                         Input::ResumeFailed
@@ -227,7 +263,12 @@ async fn state_of(journal: &Journal, client: Option<&Client>) -> (DestinationSta
         Record::Destination(DestinationRecord::Running) => {
             (DestinationState::Running, "it ran here".into())
         }
-        Record::Destination(DestinationRecord::Owned) => owned_state(journal.entry(), client).await,
+        _ if fetches(journal.entry()) => {
+            (DestinationState::Fetching, "it belongs here; pages of it are missing".into())
+        }
+        Record::Destination(DestinationRecord::Owned | DestinationRecord::Fetching) => {
+            owned_state(journal.entry(), client).await
+        }
         _ => (DestinationState::Unknown, "its arrival is not over".into()),
     }
 }

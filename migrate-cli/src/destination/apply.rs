@@ -1,4 +1,4 @@
-//! Decoder threads: from the lanes into guest memory.
+//! Decoder threads: from the lanes into guest memory, or to the pager once the guest runs here.
 //!
 //! Invariants: batches of a lane are applied in the order in which they came, by one thread; a page
 //! is written only if its version is the next one (correctness rule 3); what waits is bounded by the
@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 use std::io::IoSlice;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use migrate_core::batch::{RunKind, wire_bytes};
+use migrate_core::batch::{LAST_VERSION, PageRun, RunKind, wire_bytes};
 use migrate_core::codec::{Codec, CodecError, Unpacker};
 use migrate_core::delta::{MASK_BYTES, changed_ranges};
 use migrate_core::error::{Classify, ErrorBin};
@@ -20,6 +20,9 @@ use qemu_glue::ram::{GuestRam, RamError};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
 use transport::Batch;
+
+use super::fetcher::Fetcher;
+use crate::error::EngineError;
 
 /// Batches that may wait for each decoder thread.
 const QUEUE: usize = 4;
@@ -39,9 +42,15 @@ pub enum ApplyError {
     /// A delta says that nothing changed.
     #[error("The source sent a delta that changes nothing, for {0}")]
     EmptyDelta(PageIndex),
+    /// A delta of a page that the destination does not hold.
+    #[error("The source sent a delta of {0}, which is missing")]
+    DeltaOfMissing(PageIndex),
     /// The contents end within a run, or go on after the last one.
     #[error("A batch holds fewer or more bytes than its runs describe")]
     Length,
+    /// A missing page was not placed.
+    #[error("A missing page cannot be put in place")]
+    Fetch(#[source] Box<EngineError>),
 }
 
 impl Classify for ApplyError {
@@ -50,7 +59,10 @@ impl Classify for ApplyError {
             Self::Version(error) => error.bin(),
             Self::Ram(error) => error.bin(),
             Self::Codec(error) => error.bin(),
-            Self::EmptyDelta(_) | Self::Length => ErrorBin::PeerMisbehaved,
+            Self::Fetch(error) => error.bin(),
+            Self::EmptyDelta(_) | Self::DeltaOfMissing(_) | Self::Length => {
+                ErrorBin::PeerMisbehaved
+            }
         }
     }
 }
@@ -64,6 +76,7 @@ struct Shared {
     batches: Vec<AtomicU64>,
     failure: Mutex<Option<ApplyError>>,
     changed: Notify,
+    fetcher: OnceLock<Arc<Fetcher>>,
 }
 
 /// The entrance for one lane's batches.
@@ -102,22 +115,38 @@ impl Applier {
             batches: (0..lanes).map(|_| AtomicU64::new(0)).collect(),
             failure: Mutex::new(None),
             changed: Notify::new(),
+            fetcher: OnceLock::new(),
         });
-        let (queues, threads): (Vec<_>, Vec<_>) = (0..threads.clamp(1, lanes.max(1)))
+        // What the guest waits for comes on the last lane and must not queue behind anything.
+        let shared_lanes = lanes.saturating_sub(1).max(1);
+        let threads = threads.clamp(1, shared_lanes) + usize::from(lanes > 1);
+        let (queues, threads): (Vec<_>, Vec<_>) = (0..threads)
             .map(|_| {
                 let (queue, inbox) = mpsc::channel(QUEUE);
                 let shared = Arc::clone(&shared);
                 (queue, thread::spawn(move || apply_all(&shared, inbox)))
             })
             .unzip();
-        let inlets = queues
-            .iter()
+        let last = queues.last().filter(|_| lanes > 1);
+        let others = queues.iter().take(queues.len() - usize::from(last.is_some()));
+        let inlets = others
             .cycle()
-            .take(lanes)
+            .take(lanes - usize::from(last.is_some()))
+            .chain(last)
             .enumerate()
             .map(|(lane, queue)| LaneInlet { lane, queue: queue.clone() })
             .collect();
         (Self { shared, threads: Mutex::new(threads) }, inlets)
+    }
+
+    /// From now on pages that were missing at the hand-over go to `fetcher`.
+    pub fn fetch(&self, fetcher: Arc<Fetcher>) {
+        let _set_once = self.shared.fetcher.set(fetcher);
+    }
+
+    /// Who takes pages that were missing at the hand-over.
+    pub fn fetcher(&self) -> Option<&Arc<Fetcher>> {
+        self.shared.fetcher.get()
     }
 
     /// Bytes applied since the start, and batches applied of each lane.
@@ -217,6 +246,12 @@ fn apply<'a>(
     mut contents: Contents<'a, impl Iterator<Item = &'a [u8]>>,
 ) -> Result<(), ApplyError> {
     for run in &batch.runs {
+        if let Some(fetcher) = shared.fetcher.get()
+            && run.version == LAST_VERSION
+        {
+            place(fetcher, run, &mut contents)?;
+            continue;
+        }
         shared.pages.accept(run)?;
         for (first, pages) in shared.ram.layout().split(run.first, u64::from(run.pages)) {
             match run.kind {
@@ -235,6 +270,35 @@ fn apply<'a>(
         }
     }
     if contents.ended() { Ok(()) } else { Err(ApplyError::Length) }
+}
+
+/// Hands a run to the pager.
+fn place<'a>(
+    fetcher: &Fetcher,
+    run: &PageRun,
+    contents: &mut Contents<'a, impl Iterator<Item = &'a [u8]>>,
+) -> Result<(), ApplyError> {
+    let pages = run.first.0..run.first.0 + u64::from(run.pages);
+    let placed = match run.kind {
+        RunKind::Zero => fetcher.place(&pages, None),
+        // There is nothing that a delta could be against.
+        RunKind::Delta => return Err(ApplyError::DeltaOfMissing(run.first)),
+        RunKind::Raw => {
+            let bytes = usize::from(run.pages) * PAGE_BYTES;
+            let pieces = contents.take(bytes).ok_or(ApplyError::Length)?;
+            match pieces.as_slice() {
+                [whole] => fetcher.place(&pages, Some(whole)),
+                pieces => fetcher.place(&pages, Some(&join(pieces, bytes))),
+            }
+        }
+    };
+    placed.map_err(|error| ApplyError::Fetch(Box::new(error)))
+}
+
+fn join(pieces: &[IoSlice<'_>], bytes: usize) -> Vec<u8> {
+    let mut whole = Vec::with_capacity(bytes);
+    pieces.iter().for_each(|piece| whole.extend_from_slice(piece));
+    whole
 }
 
 fn apply_delta<'a>(

@@ -1,38 +1,39 @@
 //! One guest coming in: its description, its pages, its device state.
 
-use std::future::pending;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migrate_core::error::{Classify, ErrorBin};
+use migrate_core::error::Classify;
 use migrate_core::handover::destination::Input;
 use migrate_core::handover::{Destination, DestinationRecord, Outcome};
 use migrate_core::layout::{PageIndex, RamLayout};
 use migrate_core::page_table::DestinationPages;
+use migrate_core::pageset::PageSet;
+use qemu_glue::check::Severity;
 use qemu_glue::device_state;
 use qemu_glue::procfs;
 use qemu_glue::qmp::RunState;
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 use transport::messages::{
-    self, Abort, Accept, DIGESTS_MAX, Describe, Load, Message, Progress, Ready, Refuse, RefuseCode,
-    Sync, Synced, VerifyChunk, VerifyEnd, VerifyRequest,
+    self, Abort, Accept, DIGESTS_MAX, Describe, Load, Message, Missing, MissingEnd, Prepared,
+    Ready, Refuse, RefuseCode, Sync, Synced, VerifyChunk, VerifyEnd, VerifyRequest,
 };
-use transport::{
-    Closer, ControlReceiver, ControlSender, DestinationSession, LaneReceiver, close_code,
-};
+use transport::{Closer, ControlReceiver, ControlSender, DestinationSession, close_code};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::Place;
-use super::apply::{Applier, LaneInlet};
+use super::intake::Intake;
 use super::owner::{Owner, Voice};
+use super::paging::Paging;
 use crate::error::EngineError;
-use crate::journal::{Entry, Journal, Record};
-use crate::{failpoint, verify};
+use crate::journal::{Entry, Journal, PagingEntry, Record};
+use crate::missing::Arriving;
+use crate::{attaching, failpoint, verify};
 
-/// How often the source is told what was applied.
-const PROGRESS_EVERY: Duration = Duration::from_millis(5);
+/// Most RAM blocks of a guest whose pages may be missing: the journal holds them all.
+const PAGED_BLOCKS_MAX: usize = 32;
 
 /// Longest silence of a source that is connected but does nothing.
 const IDLE_MAX: Duration = Duration::from_secs(120);
@@ -120,9 +121,11 @@ async fn begin(
             was_running: true,
             keep_source: false,
             heard: false,
+            paging: None,
         },
     )?;
-    match accept(place, session, &ram).await {
+    let no_post_copy = guest.post_copy.then(|| no_post_copy(place, &theirs)).flatten();
+    match accept(place, session, &ram, no_post_copy).await {
         Ok(()) => Ok((ram, journal)),
         Err(error) => {
             // The source never heard that it was accepted, or has gone: nobody will ask.
@@ -137,6 +140,7 @@ async fn accept(
     place: &Place,
     session: &DestinationSession,
     ram: &Arc<GuestRam>,
+    no_post_copy: Option<String>,
 ) -> Result<(), EngineError> {
     // What an earlier attempt left must not shine through pages that are zero at the source.
     let clean = Arc::clone(ram);
@@ -146,8 +150,29 @@ async fn accept(
     let accept = Accept {
         qemu_version: (version.major, version.minor, version.micro),
         resident_bytes: ram.resident_bytes()?,
+        no_post_copy,
     };
     Ok(session.control_sender.send(&Message::Accept(accept)).await?)
+}
+
+/// Why a guest cannot run here before its pages are here.
+fn no_post_copy(place: &Place, theirs: &RamLayout) -> Option<String> {
+    if place.vm.regions.len() > PAGED_BLOCKS_MAX {
+        let blocks = place.vm.regions.len();
+        return Some(format!("{blocks} RAM blocks; at most {PAGED_BLOCKS_MAX} can be paged"));
+    }
+    for (ours, theirs) in place.vm.regions.iter().zip(theirs.blocks()) {
+        if ours.page_bytes != theirs.page_bytes {
+            return Some(messages::text(&format!(
+                "RAM block {} has pages of {} bytes here and of {} there",
+                ours.name, ours.page_bytes, theirs.page_bytes
+            )));
+        }
+    }
+    let findings = attaching::probe(place.vm.pid, None);
+    let blocker = findings.into_iter().find(|found| found.severity == Severity::Blocker)?;
+    let remedy = blocker.remedy.map(|remedy| format!(" ({remedy})")).unwrap_or_default();
+    Some(messages::text(&format!("{}{remedy}", blocker.what)))
 }
 
 fn check_machine(place: &Place, guest: &Describe) -> Result<(), EngineError> {
@@ -177,8 +202,12 @@ fn check_machine(place: &Place, guest: &Describe) -> Result<(), EngineError> {
 /// # Errors
 /// If the memory cannot be written.
 pub fn empty(ram: &GuestRam) -> Result<(), EngineError> {
-    let data = ram.data_ranges()?;
-    let mut pages = data.iter().peekable();
+    discard_all(ram, &ram.data_ranges()?)
+}
+
+/// Punches pages out. Blocks.
+fn discard_all(ram: &GuestRam, set: &PageSet) -> Result<(), EngineError> {
+    let mut pages = set.iter().peekable();
     while let Some(first) = pages.next() {
         let mut end = first + 1;
         while pages.next_if_eq(&end).is_some() {
@@ -196,44 +225,42 @@ struct Arrival {
     place: Arc<Place>,
     ram: Arc<GuestRam>,
     pages: Arc<DestinationPages>,
-    applier: Arc<Applier>,
+    intake: Option<Intake>,
+    /// What the source says is missing, part by part.
+    arriving: Arriving,
+    /// All of it, once that is known.
+    missing: Option<PageSet>,
+    verify_seed: Option<u64>,
+    /// A descriptor to page with, and QEMU's copy of it.
+    uffd: Option<(OwnedFd, i32)>,
+    paging: Option<Paging>,
     control: ControlSender,
     receiver: ControlReceiver,
     closer: Closer,
     migration: transport::MigrationId,
-    tasks: Vec<JoinHandle<()>>,
     device_state: Vec<u8>,
 }
 
 impl Arrival {
     fn start(place: Arc<Place>, ram: Arc<GuestRam>, session: DestinationSession) -> Self {
         let pages = Arc::new(DestinationPages::new(ram.layout().pages()));
-        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
-        let lanes = session.lanes.len();
-        let (applier, inlets) =
-            Applier::start(Arc::clone(&ram), Arc::clone(&pages), lanes, threads);
-        let applier = Arc::new(applier);
-        let closer = session.closer.clone();
-        let mut tasks: Vec<_> = session
-            .lanes
-            .into_iter()
-            .zip(inlets)
-            .map(|(lane, inlet)| tokio::spawn(drain(lane, inlet, closer.clone())))
-            .collect();
-        tasks.push(tokio::spawn(tell_progress(
-            session.control_sender.clone(),
-            Arc::clone(&applier),
-        )));
+        let (control, closer) = (session.control_sender.clone(), session.closer.clone());
+        let taken = (Arc::clone(&ram), Arc::clone(&pages));
+        let intake = Intake::start(taken.0, taken.1, session.lanes, control, &closer);
         Self {
             place,
+            arriving: Arriving::new(ram.layout().pages()),
             ram,
             pages,
-            applier,
+            intake: Some(intake),
+            missing: None,
+            verify_seed: None,
+            uffd: None,
+            paging: None,
             control: session.control_sender,
             receiver: session.control_receiver,
             closer,
             migration: session.migration,
-            tasks,
             device_state: vec![],
         }
     }
@@ -243,8 +270,16 @@ impl Arrival {
         journal: &mut Journal,
         asks: &mut mpsc::Receiver<DestinationSession>,
     ) -> Result<Outcome, EngineError> {
-        let loaded = self.receive().await;
-        self.stop_tasks().await;
+        let loaded = self.receive(journal).await;
+        // A guest that lacks pages takes them in until it has them all.
+        if let Some(mut intake) = self.intake.take() {
+            intake.stop().await;
+        }
+        if loaded.is_err()
+            && let Some((uffd, remote_fd)) = self.uffd.take()
+        {
+            attaching::detach(self.place.vm.pid, uffd, remote_fd).await;
+        }
         let mut ready = None;
         let (input, error) = match loaded {
             Ok(loaded) => {
@@ -262,6 +297,8 @@ impl Arrival {
             client: &self.place.client,
             journal,
             voice: Voice { control: self.control, receiver: self.receiver, closer: self.closer },
+            paging: self.paging,
+            faults: None,
             asks,
             migration: self.migration,
             lease: self.place.lease,
@@ -276,9 +313,9 @@ impl Arrival {
     }
 
     /// Handles control messages until the guest is loaded.
-    async fn receive(&mut self) -> Result<Ready, EngineError> {
+    async fn receive(&mut self, journal: &mut Journal) -> Result<Ready, EngineError> {
         loop {
-            let applier = Arc::clone(&self.applier);
+            let applier = Arc::clone(self.intake()?.applier());
             let message = tokio::select! {
                 message = self.receiver.recv() => message?,
                 error = applier.failed() => return Err(error.into()),
@@ -291,6 +328,9 @@ impl Arrival {
             match message {
                 Message::Sync(sync) => self.sync(&sync).await?,
                 Message::VerifyRequest(request) => self.verify(&request).await?,
+                Message::Missing(part) => self.drop_pages(&part).await?,
+                Message::Prepare(_) => self.prepare(journal).await?,
+                Message::MissingEnd(end) => self.all_missing(&end)?,
                 Message::DeviceState(part) => {
                     if part.offset != self.device_state.len() as u64 {
                         return Err(EngineError::Contradiction(format!(
@@ -316,11 +356,12 @@ impl Arrival {
     }
 
     async fn sync(&mut self, sync: &Sync) -> Result<(), EngineError> {
-        if sync.batches.len() != self.applier.applied().1.len() {
+        let applier = Arc::clone(self.intake()?.applier());
+        if sync.batches.len() != applier.applied().1.len() {
             return Err(EngineError::Contradiction("another number of lanes than it has".into()));
         }
         tokio::select! {
-            reached = self.applier.reach(&sync.batches) => reached?,
+            reached = applier.reach(&sync.batches) => reached?,
             () = tokio::time::sleep(IDLE_MAX) => return Err(EngineError::TooSlow {
                 wanted: "the batches that it announced",
                 seconds: IDLE_MAX.as_secs(),
@@ -331,7 +372,59 @@ impl Arrival {
         Ok(self.control.send(&Message::Synced(synced)).await?)
     }
 
-    async fn verify(&self, request: &VerifyRequest) -> Result<(), EngineError> {
+    fn intake(&self) -> Result<&Intake, EngineError> {
+        self.intake.as_ref().ok_or_else(|| EngineError::Internal("nothing is taken in".into()))
+    }
+
+    /// Drops pages that are out of date: they are fetched once the guest runs here.
+    async fn drop_pages(&mut self, part: &Missing) -> Result<(), EngineError> {
+        let dropped = self.arriving.add(part)?;
+        let ram = Arc::clone(&self.ram);
+        let dropping = tokio::task::spawn_blocking(move || discard_all(&ram, &dropped));
+        dropping.await.map_err(|error| EngineError::Internal(error.to_string()))?
+    }
+
+    /// Gets hold of QEMU's page faults, while the guest still runs at its source.
+    async fn prepare(&mut self, journal: &mut Journal) -> Result<(), EngineError> {
+        failpoint::hit("destination-preparing").await;
+        let attached = attaching::attach_shared(self.place.vm.pid).await?;
+        let remote_fd = attached.1;
+        self.uffd = Some(attached);
+        journal.set_paging(PagingEntry { remote_fd, regions: self.place.vm.regions.clone() })?;
+        self.arriving = Arriving::new(self.ram.layout().pages());
+        Ok(self.control.send(&Message::Prepared(Prepared {})).await?)
+    }
+
+    fn all_missing(&mut self, end: &MissingEnd) -> Result<(), EngineError> {
+        if self.uffd.is_none() || self.missing.is_some() {
+            return Err(EngineError::OutOfPlace { got: "MissingEnd", wanted: "pages" });
+        }
+        let fresh = Arriving::new(self.ram.layout().pages());
+        self.missing = Some(std::mem::replace(&mut self.arriving, fresh).end(end)?);
+        Ok(())
+    }
+
+    /// Begins to serve faults: loading the device state touches memory.
+    async fn begin_paging(&mut self, missing: PageSet) -> Result<(), EngineError> {
+        let parts = self.uffd.take().zip(self.intake.take());
+        let ((uffd, remote_fd), intake) =
+            parts.ok_or_else(|| EngineError::Internal("there is nothing to page with".into()))?;
+        let (ram, seed) = (Arc::clone(&self.ram), self.verify_seed);
+        match Paging::start(uffd, remote_fd, ram, missing, seed, intake).await {
+            Ok(paging) => {
+                paging.fetcher().connect(self.control.clone()).await;
+                self.paging = Some(paging);
+                Ok(())
+            }
+            Err((error, intake)) => {
+                self.intake = Some(intake);
+                Err(error)
+            }
+        }
+    }
+
+    async fn verify(&mut self, request: &VerifyRequest) -> Result<(), EngineError> {
+        self.verify_seed = Some(request.seed);
         let total = self.ram.layout().pages();
         for first in (0..total).step_by(DIGESTS_MAX) {
             let (ram, seed) = (Arc::clone(&self.ram), request.seed);
@@ -356,8 +449,17 @@ impl Arrival {
             return Err(EngineError::Contradiction("other pages than it sent".into()));
         }
         failpoint::hit("destination-loading").await;
+        if let Some(missing) = self.missing.take() {
+            self.begin_paging(missing).await?;
+            failpoint::hit("destination-paging").await;
+        }
         let began = Instant::now();
-        let status = device_state::load(&self.place.client, state).await?;
+        let loading = device_state::load(&self.place.client, state);
+        let status = tokio::select! {
+            status = loading => status?,
+            // Loading may wait for a page that nobody sends any more.
+            lost = self.closer.closed(), if self.paging.is_some() => return Err(lost.into()),
+        };
         let load_us = began.elapsed().as_micros() as u64;
         if status.running || status.state == RunState::InMigrate {
             let found = status.state.to_string();
@@ -376,55 +478,5 @@ impl Arrival {
         tracing::warn!(bin = %error.bin(), text, "migration refused");
         let abort = Message::Abort(Abort { code: error.abort_code(), text });
         let _told = tokio::time::timeout(Duration::from_secs(1), self.control.send(&abort)).await;
-    }
-
-    /// After this, nothing writes guest memory any more.
-    async fn stop_tasks(&mut self) {
-        for task in self.tasks.drain(..) {
-            task.abort();
-            let _aborted = task.await;
-        }
-        let applier = Arc::clone(&self.applier);
-        let _joined = tokio::task::spawn_blocking(move || applier.join()).await;
-    }
-}
-
-async fn drain(mut lane: LaneReceiver, inlet: LaneInlet, closer: Closer) {
-    loop {
-        match lane.recv().await {
-            Ok(Some(batch)) => {
-                if !inlet.push(batch).await {
-                    break;
-                }
-            }
-            Ok(None) => break,
-            Err(error) if error.bin() == ErrorBin::PeerMisbehaved => {
-                closer.close(close_code::PROTOCOL, &EngineError::from(error).tell()).await;
-                break;
-            }
-            Err(error) => {
-                tracing::info!(lane = lane.index(), %error, "lane ended");
-                break;
-            }
-        }
-    }
-    // Nothing more comes on this lane; the control stream says what that means.
-    drop(inlet);
-    pending::<()>().await;
-}
-
-async fn tell_progress(control: ControlSender, applier: Arc<Applier>) {
-    let mut told = 0;
-    loop {
-        tokio::time::sleep(PROGRESS_EVERY).await;
-        let (applied_bytes, applied_batches) = applier.applied();
-        if applied_bytes == told {
-            continue;
-        }
-        told = applied_bytes;
-        let progress = Message::Progress(Progress { applied_bytes, applied_batches });
-        if control.send(&progress).await.is_err() {
-            return;
-        }
     }
 }

@@ -5,13 +5,20 @@
 //!                └─────► Ask: what the journal says
 //! ```
 //!
+//! A guest that was handed over before its pages runs while they come in ([`paging`], [`fetcher`]); if
+//! the engine dies meanwhile, the next one goes on ([`rescue`]).
+//!
 //! Invariant: this process runs a guest only after `owned` is durable in its journal, which needs the
 //! source's commit (see [`migrate_core::handover`]).
 
 pub mod answer;
 pub mod apply;
 pub mod arrival;
+pub mod fetcher;
+pub mod intake;
 pub mod owner;
+pub mod paging;
+mod rescue;
 
 use std::path::PathBuf;
 use std::pin::pin;
@@ -24,7 +31,9 @@ use qemu_glue::qmp::{Client, RunState};
 use qemu_glue::vm::{self, VmInventory};
 use tokio::sync::mpsc;
 use transport::messages::{Intent, RefuseCode};
-use transport::{DestinationSession, Identity, Listener, Options, TransportError, close_code};
+use transport::{
+    DestinationSession, Identity, Listener, MigrationId, Options, TransportError, close_code,
+};
 
 use self::answer::Archive;
 use crate::args::ReceiveArgs;
@@ -68,6 +77,13 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         ..Options::default()
     };
     let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
+    archive.release_abandoned().await;
+    if let Some(journal) = archive.take_fetching() {
+        return tokio::select! {
+            outcome = rescue::rescue(args, &identity, &options, journal, &mut archive) => outcome,
+            () = cancel::requested() => Err(EngineError::Cancelled),
+        };
+    }
     let client = Client::connect(&args.common.qmp).await;
     archive.recover(client.as_ref().ok()).await;
     let (client, vm) = match client {
@@ -156,11 +172,11 @@ async fn serve(
                 eprintln!("refused: {}", EngineError::from(error).tell());
                 continue;
             }
-            Ok(session) if session.intent == Intent::Ask => {
+            Ok(session) if session.intent == Intent::Migrate => session,
+            Ok(session) => {
                 archive.answer(Some(&place.client), session).await;
                 continue;
             }
-            Ok(session) => session,
         };
         let taken = take(listener, place, archive, session).await;
         match &taken {
@@ -170,7 +186,7 @@ async fn serve(
         // QEMU takes one guest; after that, or after a failure half-way, it is of no more use.
         let Err(over) = check_waiting(&place.client).await else { continue };
         if !archive.source_knows() {
-            linger(listener, place, archive).await;
+            linger(listener, Some(&place.client), place.lease, archive).await;
         }
         return taken.map_err(|_told| over);
     }
@@ -193,48 +209,65 @@ async fn take(
 ) -> Result<Outcome, EngineError> {
     let migration = session.migration;
     let (forward, mut asks) = mpsc::channel(ASKS_WAITING);
-    let (journal, outcome) = {
-        let mut arrival = pin!(arrival::take_guest(Arc::clone(place), session, &mut asks));
-        loop {
-            let other = tokio::select! {
-                done = &mut arrival => break done,
-                other = listener.accept() => other,
-            };
-            let answered = async {
-                match other {
-                    Ok(other) if other.intent == Intent::Migrate => {
-                        let text = "another guest is arriving here";
-                        arrival::refuse(&other, RefuseCode::Busy, text).await;
-                    }
-                    Ok(other) if other.migration == migration => {
-                        if let Err(full) = forward.try_send(other) {
-                            full.into_inner().close(close_code::REJECTED, "asked already").await;
-                        }
-                    }
-                    Ok(other) => archive.answer(Some(&place.client), other).await,
-                    Err(error) => tracing::info!(%error, "session refused"),
-                }
-            };
-            // A slow asker must not hold up the guest that is arriving.
-            tokio::select! {
-                done = &mut arrival => break done,
-                () = answered => {}
-            }
-        }
-    };
+    let arrival = arrival::take_guest(Arc::clone(place), session, &mut asks);
+    let client = Some(&place.client);
+    let (journal, outcome) = attend(listener, client, archive, migration, &forward, arrival).await;
     if let Some(journal) = journal {
         archive.add(journal);
     }
     outcome
 }
 
+/// Answers sessions while `work` is going on; those about its migration are forwarded to it.
+async fn attend<T>(
+    listener: &mut Listener,
+    client: Option<&Client>,
+    archive: &mut Archive,
+    migration: MigrationId,
+    forward: &mpsc::Sender<DestinationSession>,
+    work: impl Future<Output = T>,
+) -> T {
+    let mut work = pin!(work);
+    loop {
+        let other = tokio::select! {
+            done = &mut work => return done,
+            other = listener.accept() => other,
+        };
+        let answered = async {
+            match other {
+                Ok(other) if other.intent == Intent::Migrate => {
+                    let text = "another guest is arriving here";
+                    arrival::refuse(&other, RefuseCode::Busy, text).await;
+                }
+                Ok(other) if other.migration == migration => {
+                    if let Err(full) = forward.try_send(other) {
+                        full.into_inner().close(close_code::REJECTED, "asked already").await;
+                    }
+                }
+                Ok(other) => archive.answer(client, other).await,
+                Err(error) => tracing::info!(%error, "session refused"),
+            }
+        };
+        // A slow asker must not hold up the guest that is arriving.
+        tokio::select! {
+            done = &mut work => return done,
+            () = answered => {}
+        }
+    }
+}
+
 /// Stays a while to answer a source that lost contact after its commit.
-async fn linger(listener: &mut Listener, place: &Arc<Place>, archive: &mut Archive) {
+async fn linger(
+    listener: &mut Listener,
+    client: Option<&Client>,
+    lease: Duration,
+    archive: &mut Archive,
+) {
     let asked = async {
         loop {
             match listener.accept().await {
                 Ok(session) if session.intent == Intent::Ask => {
-                    archive.answer(Some(&place.client), session).await;
+                    archive.answer(client, session).await;
                     if archive.source_knows() {
                         return;
                     }
@@ -244,7 +277,7 @@ async fn linger(listener: &mut Listener, place: &Arc<Place>, archive: &mut Archi
             }
         }
     };
-    let _nobody_asked = tokio::time::timeout(place.lease * LINGER_LEASES, asked).await;
+    let _nobody_asked = tokio::time::timeout(lease * LINGER_LEASES, asked).await;
 }
 
 /// A guest can come in only while QEMU waits for one.

@@ -3,6 +3,7 @@
 //! The decisions are [`migrate_core::handover::Destination`]'s; this module only does what it says.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,16 @@ use migrate_core::handover::{Destination, DestinationState, Outcome};
 use qemu_glue::qmp::{Client, MigrationStatus, RunState};
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
-use transport::messages::{self, Message, Ready, Running, Verdict};
+use transport::messages::{
+    self, DIGESTS_MAX, FaultStats, Intent, Message, Ready, Running, Verdict, VerifyChunk, VerifyEnd,
+};
 use transport::{
     Closer, ControlReceiver, ControlSender, DestinationSession, MigrationId, TransportError,
     close_code,
 };
 
 use super::arrival::empty;
+use super::paging::Paging;
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::journal::{Journal, Record};
@@ -62,7 +66,11 @@ pub struct Owner<'a> {
     pub journal: &'a mut Journal,
     /// The session in use.
     pub voice: Voice,
-    /// Sessions opened to ask about this migration.
+    /// What brings missing pages in, until all are here.
+    pub paging: Option<Paging>,
+    /// What the guest's page faults cost.
+    pub faults: Option<FaultStats>,
+    /// Sessions opened to ask about this migration, or to go on with it.
     pub asks: &'a mut mpsc::Receiver<DestinationSession>,
     /// The migration.
     pub migration: MigrationId,
@@ -83,7 +91,13 @@ pub struct Owner<'a> {
 impl Owner<'_> {
     /// Drives the hand-over from `state`, which `input` has just reached, to its end.
     pub async fn drive(&mut self, state: Destination, input: Input) -> Outcome {
-        let (mut state, outputs) = state.handle(input);
+        let (state, outputs) = state.handle(input);
+        self.carry_on(state, outputs).await
+    }
+
+    /// Carries out `outputs` in `state`, and everything that follows.
+    pub async fn carry_on(&mut self, state: Destination, outputs: Vec<Output>) -> Outcome {
+        let mut state = state;
         let mut todo = VecDeque::from(outputs);
         let lease_ends = Instant::now() + self.lease;
         loop {
@@ -95,7 +109,7 @@ impl Owner<'_> {
                         return outcome;
                     }
                     // Nobody can resume it any more, and it may have run: the source stays stopped.
-                    None if state == Destination::Owned && self.client.is_closed() => {
+                    None if self.is_bereft(state) => {
                         eprintln!("the guest belongs here, but its QEMU is gone");
                         return Outcome::InDoubt;
                     }
@@ -109,6 +123,11 @@ impl Owner<'_> {
                 todo.extend(more);
             }
         }
+    }
+
+    /// Whether the guest belongs here and its QEMU is gone.
+    fn is_bereft(&self, state: Destination) -> bool {
+        matches!(state, Destination::Owned | Destination::Fetching) && self.client.is_closed()
     }
 
     async fn carry_out(&mut self, output: Output) -> Option<Input> {
@@ -142,19 +161,26 @@ impl Owner<'_> {
             Output::Say(DestinationState::Running) => {
                 let resume_us = self.commit.map_or(0, |commit| commit.at.elapsed().as_micros());
                 let resume_us = u64::try_from(resume_us).unwrap_or(u64::MAX);
-                self.tell(Message::Running(Running { resume_us })).await;
-                // QEMU announces when loading ends; a guest that was resumed later is announced
-                // again, so that no switch forgot it meanwhile.
-                if let Err(error) = self.client.announce_self().await {
-                    tracing::debug!(%error, "addresses not announced");
-                }
+                let faults = self.faults;
+                self.tell(Message::Running(Running { resume_us, faults })).await;
+                announce(self.client).await;
                 None
             }
             Output::Say(state) => {
                 self.tell(Message::Verdict(Verdict { state, text: String::new() })).await;
+                if state == DestinationState::Fetching {
+                    // QEMU may not answer before pages have come: nothing waits for it.
+                    let client = self.client.clone();
+                    tokio::spawn(async move { announce(&client).await });
+                    failpoint::hit("destination-fetching").await;
+                }
                 None
             }
             Output::DiscardGuest => {
+                // Threads of QEMU may wait for pages that nobody sends any more.
+                if let Some(paging) = self.paging.take() {
+                    paging.end().await;
+                }
                 discard(self.client, Some(self.ram)).await;
                 None
             }
@@ -163,10 +189,14 @@ impl Owner<'_> {
 
     async fn resume(&mut self) -> Input {
         let wanted = self.commit.is_none_or(|commit| commit.resume);
-        match resume_guest(self.client, wanted).await {
+        let resumed = match self.paging {
+            Some(_) => self.resume_lacking(wanted).await,
+            None => resume_guest(self.client, wanted).await,
+        };
+        match resumed {
             Ok(()) => {
                 failpoint::hit("destination-resumed").await;
-                Input::Resumed
+                Input::Resumed { complete: self.paging.is_none() }
             }
             Err(error) => {
                 tracing::error!(error = %error.tell(), "the guest could not be resumed");
@@ -175,9 +205,34 @@ impl Owner<'_> {
         }
     }
 
+    /// Resumes a guest that lacks pages: QEMU may need some of them to do so, and the source that has
+    /// them may have lost contact.
+    async fn resume_lacking(&mut self, wanted: bool) -> Result<(), EngineError> {
+        let fetching =
+            || Message::Verdict(Verdict { state: DestinationState::Fetching, text: String::new() });
+        if self.paging.as_ref().is_some_and(|paging| !paging.is_connected()) {
+            self.tell(fetching()).await;
+        }
+        let mut resuming = pin!(resume_guest(self.client, wanted));
+        loop {
+            tokio::select! {
+                resumed = &mut resuming => return resumed,
+                Some(session) = self.asks.recv() => {
+                    let asks = session.intent == Intent::Ask;
+                    if self.take_up(session).await && asks {
+                        self.tell(fetching()).await;
+                    }
+                }
+            }
+        }
+    }
+
     /// The next thing that the source, QEMU or time says.
     async fn hear(&mut self, state: Destination, lease_ends: Instant) -> Input {
         let is_ready = state == Destination::Ready;
+        if state == Destination::Fetching {
+            return self.fetch().await;
+        }
         let over = if is_ready { lease_ends } else { Instant::now() + RETRY_AFTER };
         // Once the session is lost there is only a new one to wait for.
         let mut is_lost = self.is_lost;
@@ -199,11 +254,13 @@ impl Owner<'_> {
                     Err(error) => {
                         eprintln!("{error}; waiting for the source to come back");
                         is_lost = true;
+                        self.disconnect().await;
                     }
                 },
                 Some(session) = self.asks.recv() => {
-                    self.voice = Voice::of(session);
-                    is_lost = false;
+                    if self.take_up(session).await {
+                        is_lost = false;
+                    }
                 }
                 () = tokio::time::sleep_until(over.into()) => {
                     break if is_ready { Input::LeaseEnded } else { Input::Retry };
@@ -218,6 +275,104 @@ impl Owner<'_> {
         };
         self.is_lost = is_lost;
         heard
+    }
+
+    /// The session in use is over: nothing comes in until there is another.
+    async fn disconnect(&mut self) {
+        if let Some(paging) = &mut self.paging {
+            paging.stop_intake().await;
+        }
+    }
+
+    /// Goes on in another session. Says whether it is of use.
+    async fn take_up(&mut self, session: DestinationSession) -> bool {
+        if session.intent == Intent::Ask {
+            // Who asks has lost contact, whether that was noticed here or not.
+            self.disconnect().await;
+            self.voice = Voice::of(session);
+            return true;
+        }
+        let Some(paging) = &mut self.paging else {
+            session.close(close_code::REJECTED, "no page is missing").await;
+            return false;
+        };
+        match paging.resume(session).await {
+            Ok(voice) => {
+                self.voice = voice;
+                true
+            }
+            Err(error) => {
+                eprintln!("{}; waiting for the source to come back", error.tell());
+                false
+            }
+        }
+    }
+
+    /// Takes missing pages in, until all are here or something else has to be done.
+    async fn fetch(&mut self) -> Input {
+        let Some(paging) = &mut self.paging else { return Input::Fetched };
+        let fetcher = Arc::clone(paging.fetcher());
+        let watch = tokio::time::sleep(RETRY_AFTER);
+        tokio::select! {
+            () = fetcher.completed() => {
+                self.end_fetching().await;
+                return Input::Fetched;
+            }
+            error = paging.failed(), if !self.is_lost => {
+                eprintln!("{}; waiting for the source to come back", error.tell());
+                self.voice.closer.close_now(close_code::ABORTED, &messages::text(&error.tell()));
+                self.is_lost = true;
+                self.disconnect().await;
+            }
+            message = self.voice.receiver.recv(), if !self.is_lost => match message {
+                Ok(Message::Ask(ask)) if ask.migration == self.migration => return Input::Asked,
+                Ok(Message::Commit(_)) => return Input::Commit,
+                Ok(other) => tracing::warn!(message = other.name(), "out of place"),
+                Err(error) => {
+                    eprintln!("{error}; the guest runs, waiting for the source to come back");
+                    self.is_lost = true;
+                    self.disconnect().await;
+                }
+            },
+            Some(session) = self.asks.recv() => {
+                if self.take_up(session).await {
+                    self.is_lost = false;
+                }
+            }
+            () = watch => {}
+        }
+        Input::Retry
+    }
+
+    /// Every page is here: the source is told what came, if it asked for that, and paging ends.
+    async fn end_fetching(&mut self) {
+        let Some(paging) = self.paging.take() else { return };
+        self.faults = paging.fetcher().stats();
+        let digests = paging.fetcher().digests();
+        paging.end().await;
+        let Some(digests) = digests else { return };
+        let pages = digests.len() as u64;
+        let mut chunk: Option<VerifyChunk> = None;
+        for (page, digest) in digests {
+            match &mut chunk {
+                Some(open)
+                    if open.first_page + open.digests.len() as u64 == page
+                        && open.digests.len() < DIGESTS_MAX =>
+                {
+                    open.digests.push(digest);
+                }
+                _ => {
+                    let next = VerifyChunk { first_page: page, digests: vec![digest] };
+                    if let Some(full) = chunk.replace(next) {
+                        self.tell(Message::VerifyChunk(full)).await;
+                    }
+                }
+            }
+        }
+        if let Some(last) = chunk {
+            self.tell(Message::VerifyChunk(last)).await;
+        }
+        self.tell(Message::VerifyEnd(VerifyEnd { pages })).await;
     }
 
     async fn tell(&self, message: Message) {
@@ -252,6 +407,14 @@ impl Voice {
             receiver: session.control_receiver,
             closer: session.closer,
         }
+    }
+}
+
+/// QEMU announces when loading ends; a guest that was resumed later is announced again, so that no
+/// switch forgot it meanwhile.
+async fn announce(client: &Client) {
+    if let Err(error) = client.announce_self().await {
+        tracing::debug!(%error, "addresses not announced");
     }
 }
 

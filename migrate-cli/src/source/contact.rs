@@ -109,10 +109,15 @@ impl Contact {
         let Some((link, _)) = &mut self.session else { return Input::Lost };
         match link.recv_within("its word about the hand-over", ANSWER_WITHIN).await {
             Ok(Message::Running(_)) => {
-                self.running_at = Some(Instant::now());
+                self.running_at.get_or_insert_with(Instant::now);
                 Input::Verdict(DestinationState::Running)
             }
-            Ok(Message::Verdict(verdict)) => Input::Verdict(verdict.state),
+            Ok(Message::Verdict(verdict)) => {
+                if verdict.state == DestinationState::Fetching {
+                    self.running_at.get_or_insert_with(Instant::now);
+                }
+                Input::Verdict(verdict.state)
+            }
             Ok(other) => {
                 tracing::warn!(message = other.name(), "out of place");
                 Input::Lost
@@ -123,6 +128,22 @@ impl Contact {
                 Input::Lost
             }
         }
+    }
+
+    /// The destination's next message while it fetches missing pages, however long that takes.
+    ///
+    /// # Errors
+    /// If contact is lost.
+    pub async fn next(&mut self) -> Result<Message, EngineError> {
+        match &mut self.session {
+            Some((link, _)) => link.recv().await,
+            None => Err(EngineError::Internal("there is no session".into())),
+        }
+    }
+
+    /// Bytes that the destination took in this session.
+    pub fn applied_bytes(&self) -> u64 {
+        self.session.as_ref().map_or(0, |(link, _)| link.applied_bytes())
     }
 
     /// Ends the session in good order.

@@ -20,6 +20,8 @@ struct Inner {
     entered_bytes: u64,
     applied_bytes: u64,
     window_bytes: u64,
+    /// What the window is bounded by besides.
+    window_bytes_max: u64,
     /// What the link carries, if that is known.
     link_bytes_per_s: Option<f64>,
     /// Whether a batch had to wait since the destination last told its progress.
@@ -45,6 +47,7 @@ impl Gate {
                 entered_bytes: 0,
                 applied_bytes: 0,
                 window_bytes: WINDOW_BYTES_MIN,
+                window_bytes_max: WINDOW_BYTES_MAX,
                 link_bytes_per_s: None,
                 held_back: false,
                 paid_until: Instant::now(),
@@ -61,7 +64,8 @@ impl Gate {
         let mut inner = self.lock();
         while !inner.closed {
             let under_way = inner.entered_bytes - inner.applied_bytes;
-            if under_way != 0 && under_way + bytes > inner.window_bytes {
+            if under_way != 0 && under_way + bytes > inner.window_bytes.min(inner.window_bytes_max)
+            {
                 inner.held_back = true;
                 inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 continue;
@@ -81,6 +85,17 @@ impl Gate {
             break;
         }
         inner.entered_bytes += bytes;
+    }
+
+    /// Counts bytes that leave at once, whatever is under way: a guest waits for them.
+    pub fn pass(&self, bytes: u64) {
+        self.lock().entered_bytes += bytes;
+    }
+
+    /// Bounds what is under way beyond what the goodput allows.
+    pub fn limit_window(&self, bytes_max: u64) {
+        self.lock().window_bytes_max = bytes_max;
+        self.changed.notify_all();
     }
 
     /// The destination applied `applied_bytes` in total. Returns what is still under way and whether

@@ -8,17 +8,30 @@ use std::time::{Duration, Instant};
 
 use migrate_core::error::GuestPlace;
 use migrate_core::handover::source::{Input, Output};
-use migrate_core::handover::{Outcome, Source};
+use migrate_core::handover::{DestinationState, Outcome, Source};
 use qemu_glue::device_state;
 use qemu_glue::qmp::Client;
+use transport::messages::{FaultStats, Message};
 
 use super::contact::Contact;
+use super::serve::Server;
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::journal::{Journal, Record};
+use crate::progress::Progress;
 
 /// Time that QEMU may take to wind up a migration of its own.
 const WIND_UP: Duration = Duration::from_secs(5);
+
+/// How long a destination that fetches pages is sought after contact is lost: without these pages
+/// the guest is lost.
+const SERVE_FOR: Duration = Duration::from_secs(600);
+
+/// Pause before another session is tried.
+const SERVE_AGAIN_AFTER: Duration = Duration::from_millis(300);
+
+/// How often progress is shown.
+const TICK: Duration = Duration::from_millis(100);
 
 /// Everything that the hand-over acts on.
 #[derive(Debug)]
@@ -31,12 +44,42 @@ pub struct Owner<'a> {
     pub contact: &'a mut Contact,
     /// How long to ask before the outcome is in doubt.
     pub ask_for: Duration,
+    /// Serves missing pages after the hand-over (post-copy).
+    pub server: Option<&'a mut Server>,
+    /// Whether the destination was heard to fetch them.
+    pub has_served: bool,
     /// Leave QEMU paused after success instead of quitting it.
     pub keep_source: bool,
     /// Why the migration is undone, to tell the destination.
     pub why: Option<&'a EngineError>,
+    /// What the destination said of the guest's faults.
+    pub faults: Option<FaultStats>,
     /// Why the guest, which belongs here, could not be resumed.
     pub stuck: Option<EngineError>,
+}
+
+impl<'a> Owner<'a> {
+    /// An owner that serves no pages and has nothing to complain of.
+    pub fn new(
+        client: Option<&'a Client>,
+        journal: &'a mut Journal,
+        contact: &'a mut Contact,
+        ask_for: Duration,
+        keep_source: bool,
+    ) -> Self {
+        Self {
+            client,
+            journal,
+            contact,
+            ask_for,
+            server: None,
+            has_served: false,
+            keep_source,
+            why: None,
+            faults: None,
+            stuck: None,
+        }
+    }
 }
 
 impl Owner<'_> {
@@ -49,6 +92,7 @@ impl Owner<'_> {
             let input = match (todo.pop_front(), state) {
                 (Some(output), _) => self.carry_out(output, &mut asking_since).await,
                 (None, Source::Ended(outcome)) => return outcome,
+                (None, Source::Serving) => Some(self.serve(&mut asking_since).await),
                 (None, _) => Some(self.contact.hear().await),
             };
             if let Some(input) = input {
@@ -90,7 +134,8 @@ impl Owner<'_> {
             }
             Output::Ask => {
                 let since = *asking_since.get_or_insert_with(Instant::now);
-                Some(self.contact.ask(since + self.ask_for).await)
+                let patience = if self.has_served { SERVE_FOR } else { self.ask_for };
+                Some(self.ask(since + patience).await)
             }
             Output::ResumeGuest => {
                 self.resume().await;
@@ -99,6 +144,70 @@ impl Owner<'_> {
             Output::ReleaseGuest => {
                 self.release().await;
                 None
+            }
+        }
+    }
+
+    /// Asks what became of the guest; if it fetches pages, goes on serving them.
+    async fn ask(&mut self, deadline: Instant) -> Input {
+        let heard = self.contact.ask(deadline).await;
+        let fetching = heard == Input::Verdict(DestinationState::Fetching);
+        let Some(server) = self.server.as_mut().filter(|_| fetching) else {
+            return match heard {
+                // Who only asks cannot serve.
+                Input::Verdict(DestinationState::Fetching) => Input::GiveUpAsking,
+                heard => heard,
+            };
+        };
+        match server.resume(self.contact).await {
+            Ok(()) => heard,
+            Err(error) if Instant::now() < deadline => {
+                tracing::info!(error = %error.tell(), "missing pages are not served yet");
+                tokio::time::sleep(SERVE_AGAIN_AFTER).await;
+                Input::Lost
+            }
+            Err(error) => {
+                tracing::warn!(error = %error.tell(), "missing pages are not served");
+                Input::GiveUpAsking
+            }
+        }
+    }
+
+    /// Serves missing pages until the destination has them all, or contact is lost.
+    async fn serve(&mut self, asking_since: &mut Option<Instant>) -> Input {
+        let Some(server) = &mut self.server else { return Input::GiveUpAsking };
+        if !server.push() {
+            // The commit went over a session that carries no pages.
+            return Input::Lost;
+        }
+        self.has_served = true;
+        *asking_since = None;
+        failpoint::hit("source-serving").await;
+        let mut progress = Progress::new();
+        loop {
+            let said = tokio::select! {
+                said = self.contact.next() => said,
+                () = tokio::time::sleep(TICK) => {
+                    progress.fetching(server.feed().unsent_pages(), self.contact.applied_bytes());
+                    continue;
+                }
+            };
+            let over = match said {
+                Ok(Message::VerifyChunk(chunk)) => server.compare(chunk).await.err(),
+                Ok(Message::VerifyEnd(_)) => None,
+                Ok(Message::Running(running)) => {
+                    self.faults = running.faults;
+                    progress.finish();
+                    return Input::Verdict(DestinationState::Running);
+                }
+                Ok(Message::Verdict(verdict)) => return Input::Verdict(verdict.state),
+                Ok(other) => Some(EngineError::OutOfPlace { got: other.name(), wanted: "Running" }),
+                Err(error) => Some(error),
+            };
+            if let Some(error) = over {
+                progress.finish();
+                eprintln!("{}; the guest waits for missing pages, contact is sought", error.tell());
+                return Input::Lost;
             }
         }
     }

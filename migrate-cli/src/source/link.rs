@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate_core::convergence::Goodput;
+use migrate_core::layout::PageIndex;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use transport::messages::Message;
@@ -14,6 +15,9 @@ use crate::error::EngineError;
 
 /// Messages that may wait for the engine. It waits for one at a time.
 const INBOX: usize = 16;
+
+/// Requests for pages that may wait: a guest has some threads that can fault.
+const REQUESTS: usize = 1024;
 
 /// How far the destination is.
 #[derive(Debug, Default)]
@@ -29,6 +33,7 @@ pub struct Link {
     inbox: mpsc::Receiver<Result<Message, EngineError>>,
     applied: Arc<Mutex<Applied>>,
     over: watch::Receiver<bool>,
+    requests: Option<mpsc::Receiver<PageIndex>>,
     task: JoinHandle<()>,
 }
 
@@ -43,6 +48,7 @@ impl Link {
         let (queue, inbox) = mpsc::channel(INBOX);
         let applied = Arc::new(Mutex::new(Applied::default()));
         let (ends, over) = watch::channel(false);
+        let (wanted, requests) = mpsc::channel(REQUESTS);
         let task = tokio::spawn({
             let applied = Arc::clone(&applied);
             async move {
@@ -53,6 +59,11 @@ impl Link {
                                 Ok(()) => continue,
                                 Err(error) => Err(error),
                             }
+                        }
+                        Ok(Message::Request(request)) => {
+                            // Nobody takes them where no pages are missing; then they mean nothing.
+                            let _unasked = wanted.send(PageIndex(request.page)).await;
+                            continue;
                         }
                         Ok(Message::Abort(abort)) => {
                             Err(EngineError::PeerAborted { code: abort.code, text: abort.text })
@@ -71,7 +82,12 @@ impl Link {
                 }
             }
         });
-        Self { sender, inbox, applied, over, task }
+        Self { sender, inbox, applied, over, requests: Some(requests), task }
+    }
+
+    /// The pages that the destination asks for; can be taken once.
+    pub fn requests(&mut self) -> Option<mpsc::Receiver<PageIndex>> {
+        self.requests.take()
     }
 
     /// Sends a message.

@@ -5,9 +5,14 @@
 //!      │               │               │          └────────┴─────────┴─► take back ─────► report
 //!      └───────────────┴───────────────┴──► nothing was touched ────────────────────────► report
 //! ```
+//!
+//! With post-copy the guest is handed over while pages are missing, which are served afterwards
+//! ([`early`], [`serve`]).
 
 pub mod buffers;
 pub mod contact;
+pub mod early;
+pub mod feed;
 pub mod gate;
 pub mod handover;
 pub mod link;
@@ -15,6 +20,7 @@ pub mod prepare;
 pub mod pump;
 pub mod recover;
 pub mod rounds;
+pub mod serve;
 pub mod switch;
 
 use std::sync::{Arc, Mutex};
@@ -35,17 +41,20 @@ use tokio::task::JoinHandle;
 use transport::{Batch, Closer, Identity, LaneSender, MigrationId};
 
 use self::contact::Contact;
+use self::feed::Feed;
 use self::gate::Gate;
 use self::handover::{Owner, place};
 use self::link::Link;
+use self::prepare::Accepted;
 use self::prepare::Guest;
 use self::pump::{LANE_QUEUE, LaneQueue, Pump, PumpError};
-use self::rounds::Mover;
-use crate::args::{PageOrder, SendArgs};
+use self::rounds::{Ended, Mover};
+use self::serve::Server;
+use crate::args::{Mode, PageOrder, SendArgs};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
-use crate::report::{ErrorReport, Report, ReportOutcome};
+use crate::report::{ErrorReport, Report, ReportOutcome, VerifyReport};
 use crate::{attaching, cancel, failpoint, random};
 
 /// How long the control stream may take to tell why a lane has ended.
@@ -72,7 +81,9 @@ pub async fn send(args: &SendArgs) -> Report {
 
 fn fail(report: &mut Report, error: &EngineError, source: GuestPlace, destination: GuestPlace) {
     report.outcome = match error {
-        EngineError::InDoubt { .. } | EngineError::Unresolved { .. } => ReportOutcome::InDoubt,
+        EngineError::InDoubt { .. }
+        | EngineError::Unserved { .. }
+        | EngineError::Unresolved { .. } => ReportOutcome::InDoubt,
         _ => ReportOutcome::Failed,
     };
     report.error = Some(ErrorReport {
@@ -92,9 +103,9 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
     let guest = prepare::guest(args).await?;
     report.vm = guest.vm.label();
     let migration = prepare::new_migration()?;
-    let options = prepare::options(&args.common, prepare::lanes(args.lanes));
-    let session =
-        prepare::accepted(addr, &identity, &options, migration, &guest, args.verify).await?;
+    let options = prepare::options(&args.common, prepare::lanes(args.lanes, args.mode));
+    let accepted = prepare::accepted(addr, &identity, &options, migration, &guest, args).await?;
+    let Accepted { session, urgent } = accepted;
     let closer = session.closer.clone();
     let journal = match prepare::journal(args, &guest, migration, &session.peer.name) {
         Ok(journal) => journal,
@@ -127,6 +138,7 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
         closer,
         clock,
         lanes: LaneTasks::start(session.lanes),
+        urgent,
     };
     migration.run(report).await;
     Ok(())
@@ -142,6 +154,14 @@ struct Migration<'a> {
     closer: Closer,
     clock: Instant,
     lanes: LaneTasks,
+    urgent: Option<LaneSender>,
+}
+
+/// A guest whose destination is ready.
+struct Moved {
+    mover: Mover,
+    /// Serves what is missing there.
+    server: Option<Server>,
 }
 
 impl Migration<'_> {
@@ -153,7 +173,7 @@ impl Migration<'_> {
             () = cancel::requested() => Err(EngineError::Cancelled),
         };
         progress.finish();
-        let moved = match moved {
+        let mut moved = match moved {
             Err(error) => Err(self.root_cause(error).await),
             moved => moved,
         };
@@ -164,31 +184,40 @@ impl Migration<'_> {
             Err(EngineError::PeerAborted { .. }) => Input::PeerAborted,
             Err(_) => Input::Cancel,
         };
+        let (server, why) = match &mut moved {
+            Ok(moved) => (moved.server.as_mut(), None),
+            Err(error) => (None, Some(&*error)),
+        };
+        let ask_for = Duration::from_secs(self.args.ask_s);
+        let (client, keep_source) = (Some(&self.guest.client), self.args.keep_source);
         let mut owner = Owner {
-            client: Some(&self.guest.client),
-            journal: &mut self.journal,
-            contact: &mut self.contact,
-            ask_for: Duration::from_secs(self.args.ask_s),
-            keep_source: self.args.keep_source,
-            why: moved.as_ref().err(),
-            stuck: None,
+            server,
+            why,
+            ..Owner::new(client, &mut self.journal, &mut self.contact, ask_for, keep_source)
         };
         let outcome = owner.drive(Source::Moving, input).await;
-        let stuck = owner.stuck.take();
+        let (stuck, faults) = (owner.stuck.take(), owner.faults.take());
+        report.faults = faults.map(Into::into);
         if let Some(stopped_at) = stopped_at {
-            let over = self.contact.running_at.unwrap_or_else(Instant::now);
-            report.downtime_ms = (over - stopped_at).as_secs_f64() * 1e3;
+            let running_at = self.contact.running_at.unwrap_or_else(Instant::now);
+            report.downtime_ms = (running_at - stopped_at).as_secs_f64() * 1e3;
+            let over = if report.pages.missing > 0 { Instant::now() } else { running_at };
             report.total_ms = (over - self.clock).as_secs_f64() * 1e3;
         }
         // Tracking is undone only now: that takes milliseconds which the guest would have waited.
         self.gate.close();
         self.lanes.stop().await;
-        let (mover, error) = match moved {
-            Ok(mover) => (Some(mover), None),
-            Err(error) => (None, Some(error)),
+        let (mover, server, error) = match moved {
+            Ok(Moved { mover, server }) => (Some(mover), server, None),
+            Err(error) => (None, None, Some(error)),
         };
+        let unserved = server.as_ref().map(|server| server.feed().unsent_pages());
+        if let Some(mut server) = server {
+            server.stop().await;
+            note_served(report, &server);
+        }
         let _dropped = on_thread(move || drop(mover)).await;
-        self.conclude(report, outcome, error, stuck).await;
+        self.conclude(report, outcome, error, stuck, unserved).await;
     }
 
     async fn conclude(
@@ -197,6 +226,7 @@ impl Migration<'_> {
         outcome: Outcome,
         why: Option<EngineError>,
         stuck: Option<EngineError>,
+        unserved: Option<u64>,
     ) {
         let wire = self.closer.stats().wire;
         report.bytes.wire = wire.sent + wire.received;
@@ -229,7 +259,10 @@ impl Migration<'_> {
             }
             Outcome::InDoubt => {
                 let qmp = self.args.common.qmp.clone();
-                let error = EngineError::InDoubt { qmp };
+                let error = match unserved {
+                    Some(pages) => EngineError::Unserved { qmp, pages },
+                    None => EngineError::InDoubt { qmp },
+                };
                 fail(report, &error, place(client).await, GuestPlace::Unknown);
             }
         }
@@ -251,7 +284,10 @@ impl Migration<'_> {
         report: &mut Report,
         progress: &mut Progress,
         stopped_at: &mut Option<Instant>,
-    ) -> Result<Mover, EngineError> {
+    ) -> Result<Moved, EngineError> {
+        if self.args.mode == Mode::PostCopy {
+            return self.post_copy(report, stopped_at).await;
+        }
         let Some((link, _)) = &mut self.contact.session else {
             return Err(EngineError::Internal("there is no session".into()));
         };
@@ -292,27 +328,39 @@ impl Migration<'_> {
         let pages =
             SourcePages::new(ram.layout().pages(), precopy.needs_hashes(), random::number()?);
         let pages = Arc::new(pages.with_deltas(queues.len(), self.args.delta_cache));
-        describe_memory(report, &pages, &precopy, &data);
-        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
+        describe_memory(report, &pages, precopy.order_memory_bytes(), &data);
         let mover = Mover {
             pump: Arc::new(Pump::start(
                 Arc::clone(&ram),
                 Arc::clone(&pages),
                 Arc::clone(&self.gate),
                 queues,
-                threads,
+                Pump::threads(),
                 self.args.compression.wanted(),
             )),
             ram,
             pages,
-            tracker: Arc::new(Mutex::new(tracker)),
+            tracker: Some(Mutex::new(tracker)),
             populated: self.guest.vm.discards.then(|| Mutex::new(data.clone())),
+            has_urgent_lane: self.urgent.is_some(),
             gate: Arc::clone(&self.gate),
             clock: self.clock,
         };
         failpoint::hit("source-precopy").await;
-        mover.precopy(&mut precopy, data, link, progress, report).await?;
+        let mode = if self.urgent.is_some() { self.args.mode } else { Mode::PreCopy };
+        let ended = mover.precopy(&mut precopy, data, link, mode, progress, report).await?;
         report.delta_cache_bytes = mover.pages.delta_memory_bytes();
+        if let Ended::Early(known) = ended {
+            report.mode = "hybrid";
+            progress.say(&format!(
+                "post-copy from here: {}",
+                report.mode_reason.as_deref().unwrap_or_default()
+            ));
+            let server =
+                self.hand_over_early(&mover, Some((&mut precopy, &known)), report, stopped_at);
+            let server = Some(server.await?);
+            return Ok(Moved { mover, server });
+        }
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
         let switched = switch::switch(&mover, &mut precopy, &self.guest, link, verify, report);
@@ -320,23 +368,120 @@ impl Migration<'_> {
             switched.await?;
         } else {
             // However slowly the destination goes on, the guest does not wait for it for ever.
-            let within = STOPPED_WITHIN + Duration::from_millis(10 * self.args.max_downtime_ms);
-            tokio::time::timeout(within, switched).await.map_err(|_| EngineError::TooSlow {
-                wanted: "that the guest can run there",
-                seconds: within.as_secs(),
-            })??;
+            in_time(self.args, switched).await?;
         }
-        Ok(mover)
+        Ok(Moved { mover, server: None })
+    }
+
+    /// Hands the guest over before any of its pages. Nothing is tracked: it is stopped first.
+    async fn post_copy(
+        &mut self,
+        report: &mut Report,
+        stopped_at: &mut Option<Instant>,
+    ) -> Result<Moved, EngineError> {
+        report.mode = "post-copy";
+        let ram = Arc::clone(&self.guest.ram);
+        let pages = Arc::new(SourcePages::new(ram.layout().pages(), false, 0));
+        describe_memory(report, &pages, 0, &ram.data_ranges()?);
+        let (gate, queues) = (Arc::clone(&self.gate), self.lanes.queues());
+        let (threads, wanted) = (Pump::threads(), self.args.compression.wanted());
+        let pump = Pump::start(Arc::clone(&ram), Arc::clone(&pages), gate, queues, threads, wanted);
+        let mover = Mover {
+            pump: Arc::new(pump),
+            ram,
+            pages,
+            tracker: None,
+            populated: None,
+            has_urgent_lane: true,
+            gate: Arc::clone(&self.gate),
+            clock: self.clock,
+        };
+        let server = Some(self.hand_over_early(&mover, None, report, stopped_at).await?);
+        Ok(Moved { mover, server })
+    }
+
+    /// Stops the guest and has it loaded at the destination, where pages are missing; `precopy` with
+    /// the pages that are known to be, or nothing if all are.
+    async fn hand_over_early(
+        &mut self,
+        mover: &Mover,
+        precopy: Option<(&mut Precopy, &PageSet)>,
+        report: &mut Report,
+        stopped_at: &mut Option<Instant>,
+    ) -> Result<Server, EngineError> {
+        let none = PageSet::new(mover.ram.layout().pages());
+        let (precopy, known) = match precopy {
+            Some((precopy, known)) => (Some(precopy), known),
+            None => (None, &none),
+        };
+        let mut session = self.contact.session.take();
+        let parts = session.as_mut().zip(self.urgent.take());
+        let ((link, _), urgent) = parts
+            .ok_or_else(|| EngineError::Internal("there is no lane for missing pages".into()))?;
+        early::prepare(mover, known, link).await?;
+        *stopped_at = Some(Instant::now());
+        let verify = self.args.verify;
+        let guest = &self.guest;
+        let (compression, limit) = (self.args.compression.wanted(), self.args.max_bandwidth);
+        let work = async {
+            let (feed, state) = early::stop(mover, precopy, guest, report).await?;
+            let seed = early::tell_missing(mover, &feed, link, verify, report).await?;
+            let feed: Arc<Feed> = Arc::new(feed);
+            let mut server = Server::new(Arc::clone(&mover.ram), feed, compression, limit, seed);
+            let requests = link
+                .requests()
+                .ok_or_else(|| EngineError::Internal("somebody else answers requests".into()))?;
+            let (pump, gate) = (Arc::clone(&mover.pump), Arc::clone(&mover.gate));
+            server.begin(pump, gate, urgent, requests);
+            early::load(mover, guest, &state, link, report).await?;
+            Ok(server)
+        };
+        let server = if verify { work.await } else { in_time(self.args, work).await };
+        self.contact.session = session;
+        server
     }
 }
 
-fn describe_memory(report: &mut Report, pages: &SourcePages, precopy: &Precopy, data: &PageSet) {
+/// Bounds the time for which the guest is stopped.
+async fn in_time<T>(
+    args: &SendArgs,
+    work: impl Future<Output = Result<T, EngineError>>,
+) -> Result<T, EngineError> {
+    let within = STOPPED_WITHIN + Duration::from_millis(10 * args.max_downtime_ms);
+    tokio::time::timeout(within, work).await.map_err(|_| EngineError::TooSlow {
+        wanted: "that the guest can run there",
+        seconds: within.as_secs(),
+    })?
+}
+
+/// What serving did, for the report.
+fn note_served(report: &mut Report, server: &Server) {
+    report.add(server.pushed());
+    let counts = server.feed().counts();
+    report.pages.urgent = counts.urgent_pages;
+    report.pages.prefetched = counts.prefetched_pages;
+    report.prefetch_hit_rate = counts.prefetch_hit_rate();
+    if let Some(late) = server.verified() {
+        let early = report.verify.unwrap_or(VerifyReport { pages: 0, mismatches: 0 });
+        report.verify = Some(VerifyReport {
+            pages: early.pages + late.pages,
+            mismatches: early.mismatches + late.mismatches,
+        });
+        if late.mismatches > 0 {
+            let VerifyReport { pages, mismatches } = late;
+            let error = EngineError::Mismatch { mismatches, pages };
+            fail(report, &error, GuestPlace::Gone, GuestPlace::Running);
+        }
+    }
+}
+
+fn describe_memory(report: &mut Report, pages: &SourcePages, order_bytes: usize, data: &PageSet) {
     let total = data.size();
     report.pages.total = total;
     report.pages.hole = total - data.len();
     report.bytes.ram = total * PAGE_BYTES as u64;
     report.bytes.populated = data.len() * PAGE_BYTES as u64;
-    let tables = pages.memory_bytes() + precopy.order_memory_bytes() + data.memory_bytes();
+    let tables = pages.memory_bytes() + order_bytes + data.memory_bytes();
     report.table_bytes_per_page = tables as f64 / total.max(1) as f64;
 }
 
@@ -393,6 +538,6 @@ async fn feed(mut lane: LaneSender, mut inbox: mpsc::Receiver<Batch>) {
 }
 
 /// The migration's id as journals write it.
-fn parse_migration(text: &str) -> Option<MigrationId> {
+pub fn parse_migration(text: &str) -> Option<MigrationId> {
     text.parse().ok()
 }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use migrate_core::batch::LANES_MAX;
 use migrate_core::handover::SourceRecord;
 use migrate_core::layout::PAGE_BYTES;
 use qemu_glue::check::{Finding, Severity};
@@ -12,8 +13,9 @@ use qemu_glue::qmp::Client;
 use qemu_glue::ram::GuestRam;
 use qemu_glue::vm::{self, VmInventory};
 use transport::messages::{Accept, Describe, Intent, Message, MigrationId};
-use transport::{Identity, Offer, Options, SourceSession, TransportError};
+use transport::{Identity, LaneSender, Offer, Options, SourceSession, TransportError};
 
+use super::pump::Pump;
 use crate::args::{CommonArgs, Mode, PathChoice, SendArgs};
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, Record};
@@ -50,12 +52,6 @@ pub fn check_asked(args: &SendArgs) -> Result<(), EngineError> {
     let refuse = |what: &str, remedy: &str| {
         Err(EngineError::Misuse { what: what.into(), remedy: remedy.into() })
     };
-    match args.mode {
-        Mode::Auto | Mode::PreCopy => {}
-        Mode::PostCopy | Mode::Hybrid => {
-            return refuse("Post-copy is not built yet", "Use --mode pre-copy");
-        }
-    }
     match args.path {
         PathChoice::Auto | PathChoice::Direct => Ok(()),
         PathChoice::Stream => refuse(
@@ -117,11 +113,11 @@ pub async fn accepted(
     options: &Options,
     migration: MigrationId,
     guest: &Guest,
-    verify: bool,
-) -> Result<SourceSession, EngineError> {
+    args: &SendArgs,
+) -> Result<Accepted, EngineError> {
     let mut tries = 0;
     loop {
-        let accepted = accepted_once(addr, identity, options, migration, guest, verify).await;
+        let accepted = accepted_once(addr, identity, options, migration, guest, args).await;
         match accepted {
             Err(error) if error.is_busy() && tries < BUSY_RETRIES => {
                 tries += 1;
@@ -132,14 +128,23 @@ pub async fn accepted(
     }
 }
 
+/// A session whose destination takes the guest.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The session, without the urgent lane.
+    pub session: SourceSession,
+    /// The lane for pages that the guest waits for, where it may be handed over before its pages.
+    pub urgent: Option<LaneSender>,
+}
+
 async fn accepted_once(
     addr: SocketAddr,
     identity: &Identity,
     options: &Options,
     migration: MigrationId,
     guest: &Guest,
-    verify: bool,
-) -> Result<SourceSession, EngineError> {
+    args: &SendArgs,
+) -> Result<Accepted, EngineError> {
     let offer = Offer::new(ENGINE, migration, Intent::Migrate);
     let session = transport::connect(addr, identity, options, offer).await;
     let mut session = session.map_err(|error| match error {
@@ -148,8 +153,9 @@ async fn accepted_once(
         }
         other => EngineError::from(other),
     })?;
-    match describe(&mut session, guest, verify).await {
-        Ok(_accept) => Ok(session),
+    let described = describe(&mut session, guest, args.verify, args.mode != Mode::PreCopy).await;
+    match described.and_then(|accept| urgent_lane(&mut session, accept, args.mode)) {
+        Ok(urgent) => Ok(Accepted { session, urgent }),
         Err(error) => {
             session.close(transport::close_code::ABORTED, &error.tell()).await;
             Err(error)
@@ -165,6 +171,7 @@ pub async fn describe(
     session: &mut SourceSession,
     guest: &Guest,
     verify: bool,
+    post_copy: bool,
 ) -> Result<Accept, EngineError> {
     let version = &guest.vm.qemu;
     let description = Describe {
@@ -175,6 +182,7 @@ pub async fn describe(
         page_bytes: PAGE_BYTES as u32,
         blocks: guest.ram.layout().blocks().to_vec(),
         verify,
+        post_copy,
     };
     session.control_sender.send(&Message::Describe(description)).await?;
     let wanted = "whether it takes the guest";
@@ -187,6 +195,34 @@ pub async fn describe(
         }
         other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Accept or Refuse" }),
     }
+}
+
+/// Sets a lane aside for pages that the guest waits for, if it may have to wait for any.
+fn urgent_lane(
+    session: &mut SourceSession,
+    accept: Accept,
+    mode: Mode,
+) -> Result<Option<LaneSender>, EngineError> {
+    if mode == Mode::PreCopy {
+        return Ok(None);
+    }
+    let urgent = session.lanes.pop();
+    let why = match accept.no_post_copy {
+        None if !session.lanes.is_empty() => return Ok(urgent),
+        None => "it allows one lane only".to_owned(),
+        Some(why) => why,
+    };
+    if session.lanes.is_empty() {
+        session.lanes.extend(urgent);
+    }
+    if mode == Mode::Auto {
+        tracing::info!(why, "post-copy is not possible");
+        return Ok(None);
+    }
+    Err(EngineError::Misuse {
+        what: format!("The destination cannot run a guest before its pages are there: {why}"),
+        remedy: "Put that right there, or use --mode pre-copy".into(),
+    })
 }
 
 /// Creates the journal. From here on a crash leaves a trace.
@@ -213,6 +249,7 @@ pub fn journal(
         was_running: guest.vm.status.running,
         keep_source: args.keep_source,
         heard: false,
+        paging: None,
     };
     Ok(Journal::create(&dir, entry)?)
 }
@@ -226,12 +263,10 @@ pub async fn check_ram_unchanged(guest: &Guest) -> Result<(), EngineError> {
     if now == guest.ram_blocks { Ok(()) } else { Err(EngineError::RamChanged) }
 }
 
-/// Lanes to use: one a core, at most 4, unless told.
-pub fn lanes(asked: Option<u16>) -> usize {
-    asked.map_or_else(
-        || std::thread::available_parallelism().map_or(2, usize::from).min(4),
-        usize::from,
-    )
+/// Lanes to use: one a core, at most 4, unless told; one more for pages that the guest waits for.
+pub fn lanes(asked: Option<u16>, mode: Mode) -> usize {
+    let lanes = asked.map_or_else(Pump::threads, usize::from);
+    (lanes + usize::from(mode != Mode::PreCopy)).min(LANES_MAX)
 }
 
 /// A migration's identity.

@@ -1,4 +1,4 @@
-//! Encoder threads: from guest memory to the lanes.
+//! Encoder threads: from guest memory to the lanes, in rounds, or in the background of post-copy.
 //!
 //! ```text
 //!   round ──► worker 0 ── reads, judges, packs ────► lanes 0, 2, …  ─┐
@@ -29,10 +29,14 @@ use tokio::sync::mpsc as async_mpsc;
 use transport::Batch;
 
 use super::buffers::Buffers;
+use super::feed::Feed;
 use super::gate::Gate;
 
 /// Batches that may wait for each lane.
 pub const LANE_QUEUE: usize = 2;
+
+/// Most pages that are taken from the feed at a time.
+const REST_PAGES: usize = CHUNK_PAGES as usize;
 
 /// The way to a lane.
 pub type LaneQueue = async_mpsc::Sender<Batch>;
@@ -68,8 +72,17 @@ struct Shared {
     lanes: usize,
 }
 
+/// What a worker is to send its share of.
+#[derive(Clone)]
+enum Job {
+    /// A round of pre-copy.
+    Round(Arc<Round>),
+    /// What a guest that runs at the destination lacks.
+    Rest(Arc<Feed>),
+}
+
 struct Worker {
-    jobs: Option<mpsc::Sender<Arc<Round>>>,
+    jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -125,12 +138,16 @@ impl Pump {
         let workers = shares
             .into_iter()
             .map(|lanes| {
-                let (jobs, inbox) = mpsc::channel::<Arc<Round>>();
+                let (jobs, inbox) = mpsc::channel::<Job>();
                 let (shared, report) = (Arc::clone(&shared), report.clone());
                 let mut share = Share { lanes, choice: CodecChoice::new(wanted, threads) };
                 let thread = thread::spawn(move || {
-                    for round in inbox {
-                        if report.send(share.send(&shared, &round)).is_err() {
+                    for job in inbox {
+                        let sent = match job {
+                            Job::Round(round) => share.send(&shared, &round),
+                            Job::Rest(feed) => share.send_rest(&shared, &feed),
+                        };
+                        if report.send(sent).is_err() {
                             return;
                         }
                     }
@@ -141,18 +158,46 @@ impl Pump {
         Self { shared, workers, done: Mutex::new(done) }
     }
 
+    /// Workers that only send what a guest lacks that runs at the destination already.
+    pub fn serve(
+        ram: Arc<GuestRam>,
+        gate: Arc<Gate>,
+        lanes: Vec<LaneQueue>,
+        wanted: Wanted,
+    ) -> Self {
+        let pages = Arc::new(SourcePages::new(0, false, 0));
+        let threads = Self::threads();
+        Self::start(ram, pages, gate, lanes, threads, wanted)
+    }
+
+    /// Workers that are of use on this machine.
+    pub fn threads() -> usize {
+        thread::available_parallelism().map_or(2, usize::from).min(4)
+    }
+
     /// Sends a round and waits until its last batch is in a lane's queue. Blocks.
     ///
     /// # Errors
     /// The first [`PumpError`] of any worker; the migration cannot go on then.
     pub fn send(&self, round: Round) -> Result<PageCounts, PumpError> {
-        // Held to the end: rounds do not overlap.
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.left_out.write().unwrap_or_else(PoisonError::into_inner).clear();
-        let round = Arc::new(round);
+        self.work(&Job::Round(Arc::new(round)))
+    }
+
+    /// Sends what the feed gives until it gives no more, with the guest stopped for good. Blocks.
+    ///
+    /// # Errors
+    /// As [`Self::send`]; what was taken from the feed may be lost.
+    pub fn send_rest(&self, feed: Arc<Feed>) -> Result<PageCounts, PumpError> {
+        self.work(&Job::Rest(feed))
+    }
+
+    fn work(&self, job: &Job) -> Result<PageCounts, PumpError> {
+        // Held to the end: jobs do not overlap.
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
         for worker in &self.workers {
             let jobs = worker.jobs.as_ref().ok_or(PumpError::WorkerGone)?;
-            jobs.send(Arc::clone(&round)).map_err(|_| PumpError::WorkerGone)?;
+            jobs.send(job.clone()).map_err(|_| PumpError::WorkerGone)?;
         }
         let mut counts = PageCounts::default();
         let mut failure = None;
@@ -208,6 +253,29 @@ impl Share {
         for lane in &mut self.lanes {
             lane.flush(shared, &mut self.choice, round.number, &mut counts)?;
             counts.add(&lane.builder.take_counts());
+        }
+        Ok(counts)
+    }
+
+    /// The worker's lanes take turns, since every page leaves once.
+    fn send_rest(&mut self, shared: &Shared, feed: &Feed) -> Result<PageCounts, PumpError> {
+        let mut counts = PageCounts::default();
+        let mut more = true;
+        while more {
+            for lane in &mut self.lanes {
+                let batch_bytes = feed.batch_bytes();
+                let builder = &mut lane.builder;
+                while builder.content_bytes() < batch_bytes && !builder.is_full(REST_PAGES) {
+                    let Some((first, pages)) = feed.next(REST_PAGES) else {
+                        more = false;
+                        break;
+                    };
+                    builder.push_last(first, pages, |buffer| shared.ram.read(first, buffer))?;
+                }
+                shared.gate.limit_window(feed.window_bytes());
+                lane.flush(shared, &mut self.choice, 0, &mut counts)?;
+                counts.add(&lane.builder.take_counts());
+            }
         }
         Ok(counts)
     }

@@ -4,14 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use migrate_core::codec_choice::Wanted;
 use migrate_core::handover::source::Input;
 use migrate_core::handover::{Outcome, Source, SourceRecord};
-use qemu_glue::procfs;
 use qemu_glue::qmp::Client;
+use qemu_glue::ram::GuestRam;
+use qemu_glue::{procfs, vm};
 use transport::{Identity, Options};
 
 use super::contact::Contact;
+use super::feed::Feed;
 use super::handover::Owner;
+use super::serve::Server;
 use super::{parse_migration, prepare};
 use crate::args::SendArgs;
 use crate::destination::answer::Archive;
@@ -29,9 +33,15 @@ pub fn unfinished(dir: Option<&Path>, qmp: &Path) -> Result<Vec<Journal>, Engine
     let mut found = free_journals(&dir, qmp, is_ours)?;
     found.sort_by_key(|journal| {
         let entry = journal.entry();
-        (is_same_qemu(entry), entry.record == Record::Source(SourceRecord::HandedOver))
+        (is_same_qemu(entry), is_gone(entry))
     });
     Ok(found)
+}
+
+/// Whether the guest may run at the destination, and may still need memory from here.
+pub fn is_gone(entry: &Entry) -> bool {
+    use SourceRecord::{HandedOver, Serving};
+    matches!(entry.record, Record::Source(HandedOver | Serving))
 }
 
 /// The journals in `dir` about the VM at `qmp` whose record `is_ours`.
@@ -83,12 +93,12 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
         let entry = journal.entry().clone();
         if !is_same_qemu(&entry) {
             tracing::warn!(migration = entry.migration, "journal of a QEMU that is gone");
-            if entry.record != Record::Source(SourceRecord::HandedOver) {
+            if !is_gone(&entry) {
                 journal.remove();
             }
             continue;
         }
-        if entry.record == Record::Source(SourceRecord::HandedOver) {
+        if is_gone(&entry) {
             let (migration, qmp) = (entry.migration, entry.qmp);
             return Err(EngineError::Unresolved { migration, qmp });
         }
@@ -96,7 +106,8 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
         let client = Client::connect(qmp).await?;
         let identity = Identity::load(&args.common.identity)?;
         let mut contact = contact(&entry, Arc::new(identity), &args.to).await?;
-        let done = finish(Some(&client), &mut journal, &mut contact, None, Duration::ZERO).await?;
+        let done = finish(Some(&client), &mut journal, &mut contact, None, None, Duration::ZERO);
+        let done = done.await?;
         journal.remove();
         if done == Outcome::Completed {
             return Err(EngineError::Misuse {
@@ -132,6 +143,18 @@ pub async fn contact(
     })
 }
 
+/// What serves the guest's memory if it turns out that the destination still needs it.
+///
+/// # Errors
+/// If QEMU's memory cannot be opened.
+pub async fn server(client: &Client) -> Result<Server, EngineError> {
+    let vm = vm::inventory(client).await?;
+    let ram = Arc::new(GuestRam::open(vm.pid, &vm.regions, false)?);
+    // What the destination has of it, it will not ask for.
+    let feed = Feed::new(ram.layout(), ram.data_ranges()?);
+    Ok(Server::new(ram, Arc::new(feed), Wanted::Auto, None, None))
+}
+
 /// Brings an interrupted hand-over to its end; `operator` is what an operator says of it.
 ///
 /// # Errors
@@ -140,6 +163,7 @@ pub async fn finish(
     client: Option<&Client>,
     journal: &mut Journal,
     contact: &mut Contact,
+    server: Option<&mut Server>,
     operator: Option<Input>,
     ask_for: Duration,
 ) -> Result<Outcome, EngineError> {
@@ -147,8 +171,7 @@ pub async fn finish(
     let state = Source::recovered(record);
     let input = operator.unwrap_or(Input::Lost);
     let keep_source = journal.entry().keep_source;
-    let mut owner =
-        Owner { client, journal, contact, ask_for, keep_source, why: None, stuck: None };
+    let mut owner = Owner { server, ..Owner::new(client, journal, contact, ask_for, keep_source) };
     // A crash between the record and the act: do what the record says once more.
     match state {
         Source::Ended(Outcome::RolledBack) => owner.resume().await,

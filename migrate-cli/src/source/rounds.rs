@@ -4,15 +4,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate_core::encode::PageCounts;
+use migrate_core::mode::{self, choose_mode};
 use migrate_core::page_table::SourcePages;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{LinkState, Precopy, Round, Step};
 use qemu_glue::ram::GuestRam;
 use qemu_glue::track::DirtyTracker;
+use transport::messages::Sync;
 
 use super::gate::Gate;
 use super::link::Link;
 use super::pump::{Pump, PumpError};
+use crate::args::Mode;
 use crate::error::EngineError;
 use crate::progress::{Progress, Snapshot};
 use crate::report::{Report, RoundReport};
@@ -27,6 +30,15 @@ const STUCK_AFTER: Duration = Duration::from_secs(20);
 /// How often progress is shown and looked at, and written pages are looked for meanwhile.
 const TICK: Duration = migrate_core::order::TICK;
 
+/// How pre-copy ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// The guest is to be stopped, the last pages take as long as is allowed.
+    Complete,
+    /// The guest is to be handed over although pages are missing: at least these.
+    Early(PageSet),
+}
+
 /// The attached guest and the way to the destination.
 #[derive(Debug)]
 pub struct Mover {
@@ -34,10 +46,12 @@ pub struct Mover {
     pub ram: Arc<GuestRam>,
     /// What was sent of it.
     pub pages: Arc<SourcePages>,
-    /// Write tracking.
-    pub tracker: Arc<Mutex<DirtyTracker>>,
+    /// Write tracking, unless no page is sent before the guest stops.
+    pub tracker: Option<Mutex<DirtyTracker>>,
     /// Pages that are no holes, where a balloon may make holes of them unreported (rule 14).
     pub populated: Option<Mutex<PageSet>>,
+    /// Whether the session has a lane that only post-copy uses.
+    pub has_urgent_lane: bool,
     /// Encoder threads.
     pub pump: Arc<Pump>,
     /// Back-pressure.
@@ -54,7 +68,8 @@ impl Mover {
     pub fn scan(&self) -> Result<PageSet, EngineError> {
         let pages = self.ram.layout().pages();
         let mut dirty = PageSet::new(pages);
-        let mut tracker = self.tracker.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tracker) = &self.tracker else { return Ok(dirty) };
+        let mut tracker = tracker.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = tracker.scan(&mut dirty)?;
         tracing::debug!(pages = seen.pages, took_us = seen.took.as_micros() as u64, "scan");
         if let Some(populated) = &self.populated {
@@ -66,6 +81,13 @@ impl Mover {
             dirty.union_with(&holes);
         }
         Ok(dirty)
+    }
+
+    /// What the destination must have in place.
+    pub fn sync(&self, sequence: u32) -> Sync {
+        let mut batches = self.pump.batches();
+        batches.extend(self.has_urgent_lane.then_some(0));
+        Sync { sequence, batches }
     }
 
     /// Scans while a round is being sent: what is written again before it was sent waits.
@@ -110,7 +132,7 @@ impl Mover {
         }
     }
 
-    /// Runs rounds until the guest is to be stopped.
+    /// Runs rounds until the guest is to be stopped, with or without pages missing as `mode` allows.
     ///
     /// # Errors
     /// [`EngineError::NotConverging`], or what went wrong.
@@ -119,16 +141,27 @@ impl Mover {
         precopy: &mut Precopy,
         data: PageSet,
         link: &mut Link,
+        mode: Mode,
         progress: &mut Progress,
         report: &mut Report,
-    ) -> Result<(), EngineError> {
+    ) -> Result<Ended, EngineError> {
         let mut step = precopy.armed(data, self.clock.elapsed())?;
         loop {
             let round = match step {
                 Step::Send(round) => round,
-                Step::StopGuest => return Ok(()),
-                Step::GiveUp(stall) => return Err(EngineError::NotConverging(stall)),
+                Step::StopGuest => return Ok(Ended::Complete),
+                Step::GiveUp(stall) if mode == Mode::PreCopy => {
+                    return Err(EngineError::NotConverging(stall));
+                }
+                Step::GiveUp(_) => {
+                    report.mode_reason = Some(why_early(mode, precopy));
+                    return Ok(Ended::Early(precopy.stop_now()?));
+                }
             };
+            if is_early(mode, precopy) {
+                report.mode_reason = Some(why_early(mode, precopy));
+                return Ok(Ended::Early(precopy.stop_now()?));
+            }
             let wait = round.not_before.saturating_sub(self.clock.elapsed());
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
@@ -191,6 +224,22 @@ impl Mover {
         report.add(&counts);
         push_round(&mut report, entry);
         Ok(())
+    }
+}
+
+/// Whether the guest is to be handed over instead of sending another round.
+fn is_early(mode: Mode, precopy: &Precopy) -> bool {
+    precopy.measured().is_some_and(|measured| match mode {
+        Mode::Hybrid => true,
+        Mode::Auto => choose_mode(&measured).mode == mode::Mode::Hybrid,
+        Mode::PreCopy | Mode::PostCopy => false,
+    })
+}
+
+fn why_early(asked: Mode, precopy: &Precopy) -> String {
+    match precopy.measured() {
+        Some(measured) if asked == Mode::Auto => choose_mode(&measured).why,
+        _ => "All memory was sent once, as asked".into(),
     }
 }
 

@@ -8,14 +8,15 @@
 //! The last scans come after `stop` has returned and after QEMU wrote its device state (correctness
 //! rule 13); the destination loads only when every page is in place.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Precopy;
 use qemu_glue::device_state;
 use transport::messages::{
-    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, Ready, Sync,
-    Synced, VerifyRequest,
+    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, Synced,
+    VerifyRequest,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -27,7 +28,7 @@ use crate::report::{Report, VerifyReport};
 use crate::{failpoint, random, verify};
 
 /// Longest wait for the destination to load the device state, or to put the last pages in place.
-const LOAD_WITHIN: Duration = Duration::from_secs(60);
+pub const LOAD_WITHIN: Duration = Duration::from_secs(60);
 
 /// Longest wait for the next digests under `--verify`.
 const DIGESTS_WITHIN: Duration = Duration::from_secs(60);
@@ -71,17 +72,12 @@ pub async fn switch(
     failpoint::hit("source-state-saved").await;
 
     let began = Instant::now();
-    let sync = Sync { sequence: 1, batches: mover.pump.batches() };
-    link.send(Message::Sync(sync)).await?;
+    link.send(Message::Sync(mover.sync(1))).await?;
     if verify {
         synced(link, mover).await?;
-        let found = compare(mover, link).await?;
+        let found = compare(mover, link, random::number()?, None).await?;
         report.verify = Some(found);
         part(report, "verify", began);
-        if found.mismatches > 0 {
-            let VerifyReport { pages, mismatches } = found;
-            return Err(EngineError::Mismatch { mismatches, pages });
-        }
     }
     let began = Instant::now();
     let (sent, unchanged) =
@@ -92,14 +88,8 @@ pub async fn switch(
         synced(link, mover).await?;
     }
     failpoint::hit("source-state-sent").await;
-    let ready = ready(link).await?;
+    ready(link, mover, report).await?;
     part(report, "transfer_and_load", began);
-    report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
-    if ready.version_digest != mover.pages.digest() {
-        return Err(EngineError::Contradiction(
-            "that other pages are in place than were sent".into(),
-        ));
-    }
     Ok(())
 }
 
@@ -117,11 +107,16 @@ async fn last_pages(
     Ok(())
 }
 
-fn part(report: &mut Report, name: &'static str, began: Instant) {
+/// Notes how long a part of the downtime took.
+pub fn part(report: &mut Report, name: &'static str, began: Instant) {
     report.downtime_parts_ms.insert(name, began.elapsed().as_secs_f64() * 1e3);
 }
 
-async fn synced(link: &mut Link, mover: &Mover) -> Result<(), EngineError> {
+/// Waits until all batches are in place.
+///
+/// # Errors
+/// If they are not, or contact is lost.
+pub async fn synced(link: &mut Link, mover: &Mover) -> Result<(), EngineError> {
     match link.recv_within("that the last pages are in place", LOAD_WITHIN).await? {
         Message::Synced(Synced { version_digest, .. }) => {
             if version_digest == mover.pages.digest() {
@@ -133,7 +128,11 @@ async fn synced(link: &mut Link, mover: &Mover) -> Result<(), EngineError> {
     }
 }
 
-async fn send_state(link: &Link, mover: &Mover, state: &[u8]) -> Result<(), EngineError> {
+/// Sends the device state and asks to load it.
+///
+/// # Errors
+/// If contact is lost.
+pub async fn send_state(link: &Link, mover: &Mover, state: &[u8]) -> Result<(), EngineError> {
     for (index, bytes) in state.chunks(DEVICE_CHUNK_BYTES_MAX).enumerate() {
         let offset = (index * DEVICE_CHUNK_BYTES_MAX) as u64;
         link.send(Message::DeviceState(DeviceState { offset, bytes: bytes.to_vec() })).await?;
@@ -146,25 +145,45 @@ async fn send_state(link: &Link, mover: &Mover, state: &[u8]) -> Result<(), Engi
     .await
 }
 
-async fn ready(link: &mut Link) -> Result<Ready, EngineError> {
-    match link.recv_within("that it is ready", LOAD_WITHIN).await? {
-        Message::Ready(ready) => Ok(ready),
-        other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Ready" }),
+/// Waits until the guest is loaded.
+///
+/// # Errors
+/// If it could not be loaded, or the destination has other pages than were sent.
+pub async fn ready(link: &mut Link, mover: &Mover, report: &mut Report) -> Result<(), EngineError> {
+    let ready = match link.recv_within("that it is ready", LOAD_WITHIN).await? {
+        Message::Ready(ready) => ready,
+        other => return Err(EngineError::OutOfPlace { got: other.name(), wanted: "Ready" }),
+    };
+    report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
+    if ready.version_digest != mover.pages.digest() {
+        return Err(EngineError::Contradiction(
+            "that other pages are in place than were sent".into(),
+        ));
     }
+    Ok(())
 }
 
-/// Compares digests of all pages, in the order in which they come.
-async fn compare(mover: &Mover, link: &mut Link) -> Result<VerifyReport, EngineError> {
-    let seed = random::number()?;
+/// Compares digests of all pages but those `missing`, in the order in which they come.
+///
+/// # Errors
+/// [`EngineError::Mismatch`] if pages differ.
+pub async fn compare(
+    mover: &Mover,
+    link: &mut Link,
+    seed: u64,
+    missing: Option<&PageSet>,
+) -> Result<VerifyReport, EngineError> {
     link.send(Message::VerifyRequest(VerifyRequest { seed })).await?;
     let total = mover.ram.layout().pages();
     let mut found = VerifyReport { pages: 0, mismatches: 0 };
+    let mut next = 0;
     loop {
         match link.recv_within("digests of its pages", DIGESTS_WITHIN).await? {
-            Message::VerifyChunk(chunk) if chunk.first_page == found.pages => {
-                let ram = std::sync::Arc::clone(&mover.ram);
-                let first = migrate_core::layout::PageIndex(chunk.first_page);
+            Message::VerifyChunk(chunk) if chunk.first_page == next => {
                 let count = chunk.digests.len() as u64;
+                next += count;
+                let ram = Arc::clone(&mover.ram);
+                let first = migrate_core::layout::PageIndex(chunk.first_page);
                 let ours =
                     tokio::task::spawn_blocking(move || verify::digests(&ram, seed, first, count));
                 let ours =
@@ -174,14 +193,21 @@ async fn compare(mover: &Mover, link: &mut Link) -> Result<VerifyReport, EngineE
                     return Err(EngineError::Contradiction(text));
                 }
                 for (page, (a, b)) in (chunk.first_page..).zip(ours.iter().zip(&chunk.digests)) {
+                    if missing.is_some_and(|missing| missing.contains(page)) {
+                        continue;
+                    }
+                    found.pages += 1;
                     if a != b {
                         tracing::error!(page, "page differs at the destination");
                         found.mismatches += 1;
                     }
                 }
-                found.pages += count;
             }
-            Message::VerifyEnd(end) if end.pages == found.pages && found.pages == total => {
+            Message::VerifyEnd(end) if end.pages == next && next == total => {
+                let VerifyReport { pages, mismatches } = found;
+                if mismatches > 0 {
+                    return Err(EngineError::Mismatch { mismatches, pages });
+                }
                 return Ok(found);
             }
             other => {

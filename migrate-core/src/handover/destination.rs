@@ -13,6 +13,8 @@ pub enum Destination {
     Owning,
     /// The guest belongs here and is being resumed.
     Owned,
+    /// The guest runs here, and pages of it are still at the source (post-copy).
+    Fetching,
     /// The guest runs here.
     Running,
     /// `refused` is being written; nobody was told yet.
@@ -35,7 +37,12 @@ pub enum Input {
     /// The source says: run the guest.
     Commit,
     /// The guest was resumed and its run state read back.
-    Resumed,
+    Resumed {
+        /// Whether all of its pages are here.
+        complete: bool,
+    },
+    /// The last missing page is in place.
+    Fetched,
     /// The guest cannot be resumed: its QEMU is gone or refuses.
     ResumeFailed,
     /// The source asks what was done.
@@ -59,7 +66,8 @@ pub enum Output {
     Record(DestinationRecord),
     /// Tell the source that everything is loaded.
     SayReady,
-    /// Let the guest run, read its state back, then report [`Input::Resumed`].
+    /// Let the guest run, read its state back, then report [`Input::Resumed`]. Where
+    /// pages are missing, faults are served before that.
     ResumeGuest,
     /// Answer the source, if it is listening.
     Say(DestinationState),
@@ -76,6 +84,7 @@ impl Destination {
         match record {
             DestinationRecord::Receiving => Self::refuse(),
             DestinationRecord::Owned => (Self::Owned, vec![Output::ResumeGuest]),
+            DestinationRecord::Fetching => (Self::Fetching, vec![]),
             // Whether it still runs is its user's business, and it may have moved on.
             DestinationRecord::Running => (Self::Running, vec![]),
             DestinationRecord::Refused => (Self::Refused, vec![Output::DiscardGuest]),
@@ -97,9 +106,11 @@ impl Destination {
         match self {
             Self::Receiving => match input {
                 Input::Loaded => (Self::Ready, vec![Output::SayReady]),
-                Input::OperatorRunHere | Input::Recorded | Input::Resumed | Input::Retry => {
-                    (self, vec![])
-                }
+                Input::OperatorRunHere
+                | Input::Recorded
+                | Input::Resumed { .. }
+                | Input::Fetched
+                | Input::Retry => (self, vec![]),
                 _ => Self::refuse(),
             },
             Self::Ready => match input {
@@ -117,12 +128,20 @@ impl Destination {
                 _ => (self, vec![]),
             },
             Self::Owned => match input {
-                Input::Resumed => {
-                    let told = Output::Say(DestinationState::Running);
-                    (Self::Running, vec![told, Output::Record(DestinationRecord::Running)])
+                Input::Resumed { complete: true } => Self::arrived(),
+                Input::Resumed { complete: false } => {
+                    let told = Output::Say(DestinationState::Fetching);
+                    (Self::Fetching, vec![told, Output::Record(DestinationRecord::Fetching)])
                 }
                 Input::Retry => (self, vec![Output::ResumeGuest]),
                 Input::Asked => (self, vec![Output::Say(DestinationState::Owned)]),
+                _ => (self, vec![]),
+            },
+            Self::Fetching => match input {
+                Input::Fetched => Self::arrived(),
+                Input::Asked | Input::Commit => {
+                    (self, vec![Output::Say(DestinationState::Fetching)])
+                }
                 _ => (self, vec![]),
             },
             Self::Running => match input {
@@ -147,6 +166,11 @@ impl Destination {
                 _ => (self, vec![]),
             },
         }
+    }
+
+    fn arrived() -> (Self, Vec<Output>) {
+        let told = Output::Say(DestinationState::Running);
+        (Self::Running, vec![told, Output::Record(DestinationRecord::Running)])
     }
 
     fn refuse() -> (Self, Vec<Output>) {

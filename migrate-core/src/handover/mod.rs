@@ -13,6 +13,19 @@
 //!   Done
 //! ```
 //!
+//! With post-copy the guest is resumed while pages are missing; the source's memory is part of it until
+//! the last of them is over:
+//!
+//! ```text
+//!     │                                         Owned, resumes the guest
+//!     │ ◄──────────────────────────── fetching  Fetching
+//!   Serving                                       │ journal: fetching
+//!     │ ◄──────────────────────────── requests    │ ◄── the guest's page faults
+//!     │ pages ────────────────────────────────►   │ places them
+//!     │ ◄───────────────────────────── running  Running
+//!   Done
+//! ```
+//!
 //! | contact lost in | source | destination |
 //! |---|---|---|
 //! | Moving, Receiving | resumes the guest | refuses for ever, discards |
@@ -20,6 +33,7 @@
 //! | HandedOver, Ready | asks; never resumes by itself | commit or refusal, whichever is asked first |
 //! | HandedOver, Owned | asks | resumes the guest |
 //! | HandedOver, Running | asks | nothing: the guest may be stopped or moved on by then |
+//! | Serving, Fetching | asks, and serves on when it is heard | nothing: threads that need a missing page wait |
 //!
 //! Invariant (correctness rule 8): at most one guest runs. The source runs it only in `Moving`, or
 //! after the destination's durable refusal; the destination only after `owned` is durable, which
@@ -45,6 +59,8 @@ pub enum SourceRecord {
     Moving,
     /// The commit may have been sent: the guest may run at the destination.
     HandedOver,
+    /// The destination runs the guest and fetches its missing pages from here.
+    Serving,
     /// The destination said durably that it will never run the guest.
     RolledBack,
     /// The destination runs the guest.
@@ -59,6 +75,8 @@ pub enum DestinationRecord {
     Receiving,
     /// The guest belongs here and is to be resumed.
     Owned,
+    /// The guest ran here; pages of it are still at the source.
+    Fetching,
     /// The guest ran here: nothing is left to do for it, whatever became of it since.
     Running,
     /// The guest will never run here.
@@ -75,6 +93,8 @@ pub enum DestinationState {
     Ready,
     /// It owns the guest, but the guest does not run (it is being resumed, or its QEMU is gone).
     Owned,
+    /// It owns the guest, which has run here; pages of it are still at the source.
+    Fetching,
     /// It owns the guest, and the guest runs.
     Running,
     /// It will never run the guest; this is durable.

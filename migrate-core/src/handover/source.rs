@@ -13,6 +13,9 @@ pub enum Source {
     HandedOver,
     /// The destination refused; that is being written before the guest resumes.
     TakingBack,
+    /// The destination runs the guest, whose missing pages are here (post-copy): they are served
+    /// until the destination has them all. Only that ends this; nothing resumes the guest here.
+    Serving,
     /// The destination runs the guest; that is being written before the guest here is released.
     Finishing,
     /// It is over.
@@ -70,6 +73,7 @@ impl Source {
         match record {
             SourceRecord::Moving => Self::Moving,
             SourceRecord::HandedOver => Self::HandedOver,
+            SourceRecord::Serving => Self::Serving,
             SourceRecord::RolledBack => Self::Ended(Outcome::RolledBack),
             SourceRecord::Done => Self::Ended(Outcome::Completed),
         }
@@ -82,6 +86,7 @@ impl Source {
             Self::Moving => Self::moving(input),
             Self::Recording => Self::recording(input),
             Self::HandedOver => Self::handed_over(input),
+            Self::Serving => Self::serving(input),
             Self::TakingBack => match input {
                 // A journal that cannot be written does not keep the guest down: the destination
                 // refused durably, and would say so again after a crash.
@@ -136,6 +141,9 @@ impl Source {
             Input::Verdict(DestinationState::Running) | Input::OperatorRunThere => {
                 (Self::Finishing, vec![Output::Record(SourceRecord::Done)])
             }
+            Input::Verdict(DestinationState::Fetching) => {
+                (Self::Serving, vec![Output::Record(SourceRecord::Serving)])
+            }
             Input::Verdict(DestinationState::Refused) | Input::OperatorRunHere => {
                 (Self::TakingBack, vec![Output::Record(SourceRecord::RolledBack)])
             }
@@ -145,6 +153,24 @@ impl Source {
             | Input::PeerAborted => (Self::HandedOver, vec![Output::Ask]),
             Input::GiveUpAsking => (Self::Ended(Outcome::InDoubt), vec![]),
             _ => (Self::HandedOver, vec![]),
+        }
+    }
+
+    /// The guest has run at the destination: its memory here is part of it, but it is not the guest
+    /// any more. An operator cannot decide otherwise.
+    fn serving(input: Input) -> (Self, Vec<Output>) {
+        match input {
+            Input::Verdict(DestinationState::Running) => {
+                (Self::Finishing, vec![Output::Record(SourceRecord::Done)])
+            }
+            Input::Verdict(DestinationState::Fetching) | Input::Recorded | Input::RecordFailed => {
+                (Self::Serving, vec![])
+            }
+            Input::Verdict(_) | Input::Lost | Input::PeerAborted => {
+                (Self::Serving, vec![Output::Ask])
+            }
+            Input::GiveUpAsking => (Self::Ended(Outcome::InDoubt), vec![]),
+            _ => (Self::Serving, vec![]),
         }
     }
 }

@@ -100,6 +100,12 @@ impl Fetch {
         Ok(FaultAction::Ask(PageIndex(host.start)))
     }
 
+    /// Whether the guest waits for `page`.
+    pub fn waits_for(&self, page: PageIndex) -> bool {
+        let host = self.hosts.of(page.0);
+        host.is_some_and(|host| self.waiting.contains_key(&host.pages.start))
+    }
+
     /// The pages `run` arrived at `now`. Parts of a host page are to be kept until
     /// [`Arrival::complete`] names it.
     ///

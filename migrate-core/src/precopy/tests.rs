@@ -176,7 +176,7 @@ fn a_round_that_is_asked_for_can_wait_for_the_stop() {
     let writes = seen.writes.unwrap();
     assert_eq!((writes.scan.pages, writes.round.map(|round| round.pages)), (1.5, Some(2.0)));
     precopy.glimpsed(&set(&[9]), at(300)).unwrap();
-    precopy.stop_now().unwrap();
+    assert_eq!(precopy.stop_now().unwrap(), set(&[2, 4, 9]));
     let last = precopy.stopped(set(&[5])).unwrap();
     assert_eq!((last.number, last.dirty), (2, set(&[2, 4, 5, 9])));
     assert_eq!(precopy.tail(set(&[6])).unwrap().dirty, set(&[6]));
@@ -202,7 +202,7 @@ fn after_giving_up_the_guest_can_still_be_stopped() {
         assert_eq!(matches!(step, Step::GiveUp(_)), ms == 6000);
     }
     assert!(precopy.measured().unwrap().stalled);
-    precopy.stop_now().unwrap();
+    assert_eq!(precopy.stop_now().unwrap(), set(&[1, 2, 40]));
     let last = precopy.stopped(set(&[3])).unwrap();
     assert_eq!((last.dirty, last.look), (set(&[1, 2, 3]), set(&[40])));
 }

@@ -67,6 +67,25 @@ fn twenty_moves_with_buffered_io() -> Result<()> {
     reads_on("writeback", "threads")
 }
 
+/// Reads that are in flight when the guest is handed over, and reads into pages that are still missing.
+#[test]
+fn disks_read_into_memory_that_follows() -> Result<()> {
+    let rig = Rig::new()?;
+    let image = rig.folder.path().join("disk.img");
+    disk::create(&image, DISK_MIB, DISK_SEED)?;
+    let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
+    let kind = QemuKind::V10_0;
+    let mut vm = Vm::boot(&rig.env, reading(&image, kind, "none", "native"))?;
+    slow.add(vm.pid())?;
+    for mode in ["hybrid", "post-copy", "hybrid", "post-copy", "hybrid", "post-copy"] {
+        let moved = rig.migrate(vm, kind, &["--verify", "--mode", mode])?;
+        vm = moved.vm;
+        slow.add(vm.pid())?;
+    }
+    println!("{}", vm.ask("diskread report")?);
+    vm.assert_clean()
+}
+
 /// The hazard is real: with the second look switched off, pages differ. If this fails, the tests
 /// above prove nothing.
 #[test]

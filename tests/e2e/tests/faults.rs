@@ -49,6 +49,7 @@ struct Stage {
     net: NetnsPair,
     guest: Option<Vm>,
     kind: QemuKind,
+    mode: &'static str,
 }
 
 /// What a case works with.
@@ -63,10 +64,10 @@ struct Case {
 }
 
 impl Stage {
-    fn new(kind: QemuKind) -> Result<Self> {
+    fn new(kind: QemuKind, mode: &'static str) -> Result<Self> {
         let rig = Rig::with_failpoints()?;
         std::fs::create_dir_all(rig.failpoints())?;
-        Ok(Self { rig, net: NetnsPair::create(0)?, guest: None, kind })
+        Ok(Self { rig, net: NetnsPair::create(0)?, guest: None, kind, mode })
     }
 
     fn guest(&mut self) -> Result<Vm> {
@@ -90,7 +91,9 @@ impl Stage {
     }
 
     fn send(&self, vm: &Vm) -> Result<Engine> {
+        let mode = ["--mode", self.mode];
         let extra = ["--dead-peer-s", "1", "--ask-s", "3", "--max-downtime-ms", "2000"];
+        let extra = [&mode[..], &extra].concat();
         self.rig.send_in(vm, LISTEN, &extra, Some(self.net.source.name()))
     }
 
@@ -278,8 +281,16 @@ fn runs(vm: &mut Vm) -> Result<bool> {
 }
 
 fn table(kind: QemuKind, cases: &[(&'static str, Victim, End)]) -> Result<()> {
+    table_in("auto", kind, cases)
+}
+
+fn table_in(
+    mode: &'static str,
+    kind: QemuKind,
+    cases: &[(&'static str, Victim, End)],
+) -> Result<()> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut stage = Stage::new(kind)?;
+    let mut stage = Stage::new(kind, mode)?;
     for (step, victim, end) in cases {
         stage.case(step, *victim, *end)?;
     }
@@ -396,6 +407,36 @@ fn ctrl_c_leaves_the_guest_where_it_is() -> Result<()> {
     )
 }
 
+/// The same where the guest goes ahead of its memory: what dies before the commit costs nothing, what
+/// dies after it is taken up again.
+#[test]
+fn whoever_dies_under_post_copy() -> Result<()> {
+    use Victim::{DestinationEngine as There, Interrupt, Link, SourceEngine as Here};
+    table_in(
+        "post-copy",
+        QemuKind::V10_0,
+        &[
+            ("destination-preparing", Here, End::Source),
+            ("destination-preparing", There, End::Source),
+            ("source-stopped", Here, End::Source),
+            ("source-stopped", There, End::Source),
+            ("source-state-sent", Here, End::Source),
+            ("destination-paging", There, End::Source),
+            ("destination-paging", Link, End::Source),
+            ("destination-paging", Interrupt, End::Source),
+            ("destination-loaded", There, End::Source),
+            ("source-ready", Here, End::Source),
+            ("source-recorded", Here, End::Destination),
+            ("source-committed", Here, End::Destination),
+            ("destination-recorded", Here, End::Destination),
+            ("destination-recorded", There, End::Destination),
+            ("destination-resumed", There, End::Destination),
+            ("source-serving", Here, End::Destination),
+            ("source-serving", Interrupt, End::Destination),
+        ],
+    )
+}
+
 /// Moves a guest, leaving its source paused, with one directory of journals for both ends, as on a
 /// host that first receives and then sends.
 fn sent_on(stage: &mut Stage, journal: &str) -> Result<(Vm, Vm)> {
@@ -425,7 +466,7 @@ fn sent_on(stage: &mut Stage, journal: &str) -> Result<(Vm, Vm)> {
 #[test]
 fn a_guest_that_moved_on_is_not_resumed_by_the_journal_of_its_arrival() -> Result<()> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut stage = Stage::new(QemuKind::V7_2)?;
+    let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
     let journal = stage.rig.journal("both");
     let (mut middle, mut last) = sent_on(&mut stage, &journal)?;
     let qmp = middle.qmp_engine().display().to_string();
@@ -448,7 +489,7 @@ fn a_guest_that_moved_on_is_not_resumed_by_the_journal_of_its_arrival() -> Resul
 #[test]
 fn resolve_keeps_its_hands_off_a_migration_under_way() -> Result<()> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut stage = Stage::new(QemuKind::V7_2)?;
+    let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
     let source = stage.guest()?;
     let destination = Vm::start(&stage.rig.env, source.spec().successor("there", stage.kind))?;
     let step = stage.file("source-recorded");

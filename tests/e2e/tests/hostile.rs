@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use e2e::untouched::{Before, assert_detached};
 use e2e::{PATIENCE, Rig, free_address};
 use framework::{Engine, Pki, QemuKind, Vm, VmSpec};
-use migrate_core::batch::{PageRun, RunKind};
+use migrate_core::batch::{LAST_VERSION, PageRun, RunKind};
 use migrate_core::codec::Codec;
 use migrate_core::layout::{BlockSpec, PAGE_BYTES, PageIndex};
 use nix::sys::signal::Signal;
@@ -21,8 +21,8 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::runtime::Runtime;
 use transport::messages::{
-    Accept, Ask, Commit, Describe, DeviceState, Intent, Load, MigrationId, Progress, Ready,
-    RefuseCode, Running, Sync, Synced, Verdict,
+    Accept, Ask, Commit, Describe, DeviceState, Intent, Load, MigrationId, Missing, MissingEnd,
+    Prepare, Progress, Ready, RefuseCode, Running, Sync, Synced, Verdict,
 };
 use transport::pki::{IssueOptions, issue};
 use transport::{
@@ -194,6 +194,7 @@ fn description() -> Describe {
             page_bytes: PAGE_BYTES as u64,
         }],
         verify: false,
+        post_copy: false,
     }
 }
 
@@ -280,6 +281,7 @@ fn a_rogue_source_is_refused_and_the_next_honest_one_is_not() -> Result<()> {
         runtime.block_on(async {
             wrong_descriptions(&mut target).await?;
             wrong_pages(&mut target).await?;
+            wrong_gaps(&mut target).await?;
             wrong_words(&mut target).await
         })?;
         target.takes_an_honest_guest()
@@ -375,6 +377,38 @@ async fn wrong_contents(target: &mut Target) -> Result<()> {
     Ok(())
 }
 
+/// What is said of missing pages and does not fit.
+async fn wrong_gaps(target: &mut Target) -> Result<()> {
+    let part = |first_page| Message::Missing(Missing { first_page, words: vec![5] });
+    let end = |pages| Message::MissingEnd(MissingEnd { pages });
+    let prepare = || Message::Prepare(Prepare {});
+    let cases: [(&str, Vec<Message>, &str); 4] = [
+        ("unprepared", vec![part(0), end(2)], "MissingEnd while"),
+        ("out of order", vec![part(64), part(0)], "out of order"),
+        ("outside RAM", vec![prepare(), part(PAGES & !63), end(2)], "0 of which exist"),
+        ("another number", vec![prepare(), part(0), end(3)], "2 of which exist"),
+    ];
+    for (number, (what, words, word)) in (70..).zip(cases) {
+        let rogue = Rogue::accepted(target, number).await.context(what)?;
+        for message in words {
+            rogue.say(message).await.context(what)?;
+        }
+        let mut rogue = rogue;
+        let mut said = format!("{:?}", rogue.next().await);
+        if said.contains("Prepared") {
+            said = rogue.given_up().await;
+        }
+        ensure!(said.contains("Protocol") && said.contains(word), "{what}: {said}");
+        target.still_waits(what)?;
+    }
+    // Missing pages before anything is missing.
+    let mut rogue = Rogue::accepted(target, 75).await?;
+    rogue.batch(5, 1, LAST_VERSION, RunKind::Raw).await?;
+    let said = rogue.given_up().await;
+    ensure!(said.contains("version 1 was due"), "A missing page: {said}");
+    assert_detached(target.vm.pid())
+}
+
 async fn wrong_words(target: &mut Target) -> Result<()> {
     let commit =
         |rogue: &Rogue| Message::Commit(Commit { migration: rogue.migration, resume: true });
@@ -407,7 +441,7 @@ async fn wrong_words(target: &mut Target) -> Result<()> {
     ensure!(said.contains("Describe while"), "Described twice: {said}");
 
     let rogue = Rogue::accepted(target, 55).await?;
-    rogue.say(Message::Running(Running { resume_us: 1 })).await?;
+    rogue.say(Message::Running(Running { resume_us: 1, faults: None })).await?;
     let said = rogue.given_up().await;
     ensure!(said.contains("Running while"), "The destination's own word: {said}");
 
@@ -448,7 +482,8 @@ async fn play(mut session: DestinationSession, trick: Trick) -> Result<()> {
         };
         match message {
             Message::Describe(_) => {
-                let accept = Accept { qemu_version: (7, 2, 0), resident_bytes: 0 };
+                let accept =
+                    Accept { qemu_version: (7, 2, 0), resident_bytes: 0, no_post_copy: None };
                 say(Message::Accept(accept)).await?;
                 let ready = Ready { load_us: 1, version_digest: 0, run_state: "paused".into() };
                 let progress = |applied_bytes| {
@@ -458,7 +493,7 @@ async fn play(mut session: DestinationSession, trick: Trick) -> Result<()> {
                     Trick::ClaimsTooMuch => say(progress(u64::MAX / 4)).await?,
                     Trick::ReadyAtOnce => say(Message::Ready(ready)).await?,
                     Trick::RunningAtOnce => {
-                        say(Message::Running(Running { resume_us: 1 })).await?;
+                        say(Message::Running(Running { resume_us: 1, faults: None })).await?;
                     }
                     Trick::VerdictAtOnce => {
                         let state = migrate_core::handover::DestinationState::Running;

@@ -185,7 +185,8 @@ fn a_balloon_may_inflate_meanwhile() -> Result<()> {
     let listen = free_address()?;
     let receive = rig.receive(&destination, &listen, &[])?;
     // A downtime that cannot be had keeps the rounds going, so that pages vanish after they were sent.
-    let send = rig.send(&source, &listen, &["--max-downtime-ms", "10", "--patience-s", "6"])?;
+    let words = ["--max-downtime-ms", "10", "--patience-s", "6", "--mode", "pre-copy"];
+    let send = rig.send(&source, &listen, &words)?;
     std::thread::sleep(Duration::from_millis(2500));
     let full = populated_bytes(&source)?;
     source.qmp().execute("balloon", serde_json::json!({ "value": 270u64 << 20 }))?;
@@ -232,7 +233,8 @@ fn a_guest_that_does_not_converge_stays() -> Result<()> {
     let destination = Vm::start(&rig.env, source.spec().successor("next", QemuKind::V7_2))?;
     let listen = free_address()?;
     let receive = rig.receive(&destination, &listen, &[])?;
-    let words = ["--max-bandwidth", "100M", "--patience-s", "4", "--max-downtime-ms", "100"];
+    let limits = ["--max-bandwidth", "100M", "--patience-s", "4", "--max-downtime-ms", "100"];
+    let words = [&limits[..], &["--mode", "pre-copy"]].concat();
     let sent = rig.send(&source, &listen, &words)?.wait(PATIENCE)?;
     drop(receive);
     ensure!(sent.code == Some(1), "{}", sent.stderr);

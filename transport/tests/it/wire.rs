@@ -1,6 +1,6 @@
 //! The wire format: golden bytes, round trips, limits, and damage.
 //!
-//! The golden files are what version 1 sends. They change only with a new version. To write them
+//! The golden files are what version 3 sends. They change only with a new version. To write them
 //! and the fuzzers' first corpus: `GODWIT_WRITE_GOLDEN=1 cargo test -p transport --test it golden`.
 
 use std::fs;
@@ -14,8 +14,9 @@ use proptest::prelude::*;
 use transport::lane_wire::{self, Greeting, LANE_HEADER_BYTES, RUN_BYTES};
 use transport::messages::{
     Abort, AbortCode, Accept, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, DIGESTS_MAX, Describe,
-    DestinationState, DeviceState, Intent, Joined, Load, MigrationId, Offer, Progress, Ready,
-    Refuse, RefuseCode, Reject, RejectCode, Running, Select, Sync, Synced, TEXT_BYTES_MAX,
+    DestinationState, DeviceState, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
+    MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
+    RefuseCode, Reject, RejectCode, Request, Running, Select, Sync, Synced, TEXT_BYTES_MAX,
     TYPE_NUMBERS, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type, text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
@@ -53,8 +54,13 @@ fn samples() -> Vec<Message> {
             page_bytes: 4096,
             blocks: vec![block("pc.ram", 1 << 30, 4096), block("huge", 4 << 30, 2 << 20)],
             verify: true,
+            post_copy: true,
         }),
-        Message::Accept(Accept { qemu_version: (10, 0, 2), resident_bytes: 262_144 }),
+        Message::Accept(Accept {
+            qemu_version: (10, 0, 2),
+            resident_bytes: 262_144,
+            no_post_copy: None,
+        }),
         Message::Refuse(Refuse { code: RefuseCode::Layout, text: text.clone() }),
         Message::Progress(Progress { applied_bytes: 1 << 33, applied_batches: vec![17, 18] }),
         Message::Sync(Sync { sequence: 3, batches: vec![19, 20] }),
@@ -62,11 +68,19 @@ fn samples() -> Vec<Message> {
         Message::VerifyRequest(VerifyRequest { seed: 0x0123_4567_89ab_cdef }),
         Message::VerifyChunk(VerifyChunk { first_page: 8192, digests: vec![0, 1, u64::MAX] }),
         Message::VerifyEnd(VerifyEnd { pages: 262_144 }),
+        Message::Prepare(Prepare {}),
+        Message::Prepared(Prepared {}),
+        Message::Missing(Missing { first_page: 640, words: vec![1, 0, u64::MAX] }),
+        Message::MissingEnd(MissingEnd { pages: 65 }),
+        Message::Request(Request { page: 703 }),
         Message::DeviceState(DeviceState { offset: 524_288, bytes: b"QEVM\0\0\0\x03".to_vec() }),
         Message::Load(Load { total_bytes: 524_296, digest: 7, version_digest: 8 }),
         Message::Ready(Ready { load_us: 1234, version_digest: 8, run_state: "paused".into() }),
         Message::Commit(Commit { migration, resume: true }),
-        Message::Running(Running { resume_us: 456 }),
+        Message::Running(Running {
+            resume_us: 456,
+            faults: Some(FaultStats { count: 9, waited: 1, p50_us: 70, p99_us: 300, max_us: 400 }),
+        }),
         Message::Abort(Abort { code: AbortCode::Mismatch, text: text.clone() }),
         Message::Ask(Ask { migration }),
         Message::Verdict(Verdict { state: DestinationState::Owned, text }),
@@ -104,7 +118,7 @@ fn check_golden(path: &Path, bytes: &[u8]) {
         fs::write(path, bytes).unwrap();
     }
     let golden = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    assert_eq!(golden, bytes, "{} differs: version 2 must not change", path.display());
+    assert_eq!(golden, bytes, "{} differs: version 3 must not change", path.display());
 }
 
 #[test]
@@ -116,7 +130,7 @@ fn golden_control_frames_do_not_change() {
     for (index, message) in samples.iter().enumerate() {
         let name = message.name().to_lowercase();
         let frame = wire::encode(message, 1).unwrap();
-        check_golden(&folder("tests/golden").join(format!("v2-{name}.bin")), &frame);
+        check_golden(&folder("tests/golden").join(format!("v3-{name}.bin")), &frame);
         check_golden(&folder("fuzz/corpus/control_frame").join(format!("good-{name}")), &frame);
         assert_eq!(wire::decode(&frame, 1).unwrap(), (message.clone(), frame.len()));
         all.extend(wire::encode(message, index as u32 + 1).unwrap());
@@ -129,12 +143,12 @@ fn golden_control_frames_do_not_change() {
 fn golden_lane_frames_do_not_change() {
     let greeting = Greeting { version: 2, lane: 3, token: *b"tokentokentokent" };
     let bytes = greeting.encode();
-    check_golden(&folder("tests/golden").join("v2-lane-greeting.bin"), &bytes);
+    check_golden(&folder("tests/golden").join("v3-lane-greeting.bin"), &bytes);
     assert_eq!(Greeting::parse(&bytes).unwrap(), greeting);
 
     let batch = sample_batch();
     let frame = lane_frame(&batch, 1);
-    check_golden(&folder("tests/golden").join("v2-lane-batch.bin"), &frame);
+    check_golden(&folder("tests/golden").join("v3-lane-batch.bin"), &frame);
     assert_eq!(lane_wire::decode(&frame, 1).unwrap(), (batch.clone(), frame.len()));
     let corpus = folder("fuzz/corpus/lane_frame");
     check_golden(&corpus.join("good-batch"), &frame);
@@ -142,7 +156,7 @@ fn golden_lane_frames_do_not_change() {
     check_golden(&corpus.join("good-greeting-and-two"), &two);
     assert_eq!(fuzz::lane_frame(&two), 2);
     check_golden(
-        &folder("tests/golden").join("v2-lane-deltas.bin"),
+        &folder("tests/golden").join("v3-lane-deltas.bin"),
         &lane_frame(&sample_deltas(), 1),
     );
     check_golden(&corpus.join("good-deltas"), &lane_frame(&sample_deltas(), 1));
@@ -228,8 +242,18 @@ fn largest() -> Vec<Message> {
             page_bytes: 1 << 31,
             blocks,
             verify: true,
+            post_copy: true,
+        }),
+        Message::Accept(Accept {
+            qemu_version: (u32::MAX, u32::MAX, u32::MAX),
+            resident_bytes: 64 << 40,
+            no_post_copy: Some(long.clone()),
         }),
         Message::Refuse(Refuse { code: RefuseCode::Internal, text: long.clone() }),
+        Message::Missing(Missing {
+            first_page: (1 << 34) - 64 * MISSING_WORDS_MAX as u64,
+            words: vec![u64::MAX; MISSING_WORDS_MAX],
+        }),
         Message::Progress(Progress { applied_bytes: u64::MAX, applied_batches: batches.clone() }),
         Message::Sync(Sync { sequence: u32::MAX, batches }),
         Message::VerifyChunk(VerifyChunk {
@@ -300,6 +324,12 @@ fn one_more_than_allowed_is_refused_by_both_ends() {
     ] {
         refused(Message::Offer(bad));
     }
+    refused(Message::Missing(Missing { first_page: 0, words: vec![] }));
+    refused(Message::Missing(Missing { first_page: 0, words: vec![0; MISSING_WORDS_MAX + 1] }));
+    refused(Message::Missing(Missing { first_page: 63, words: vec![0] }));
+    refused(Message::Missing(Missing { first_page: 1 << 34, words: vec![0] }));
+    refused(Message::MissingEnd(MissingEnd { pages: (1 << 34) + 1 }));
+    refused(Message::Request(Request { page: 1 << 34 }));
     refused(Message::Load(Load { total_bytes: u64::MAX, digest: 0, version_digest: 0 }));
 }
 
@@ -368,8 +398,11 @@ fn messages() -> impl Strategy<Value = Message> {
         }),
         (any::<u32>(), list.clone())
             .prop_map(|(sequence, batches)| Message::Sync(Sync { sequence, batches })),
-        (any::<u64>(), list).prop_map(|(first_page, digests)| {
+        (any::<u64>(), list.clone()).prop_map(|(first_page, digests)| {
             Message::VerifyChunk(VerifyChunk { first_page: first_page >> 30, digests })
+        }),
+        (any::<u64>(), list).prop_map(|(first_page, words)| {
+            Message::Missing(Missing { first_page: first_page >> 30 & !63, words })
         }),
         (any::<u64>(), prop::collection::vec(any::<u8>(), 0..200)).prop_map(|(offset, bytes)| {
             Message::DeviceState(DeviceState { offset: offset >> 36, bytes })
@@ -381,7 +414,11 @@ fn messages() -> impl Strategy<Value = Message> {
                     features,
                     engine,
                     migration: MigrationId([9; 16]),
-                    intent: if lanes == 0 { Intent::Ask } else { Intent::Migrate },
+                    intent: match lanes {
+                        0 => Intent::Ask,
+                        1 => Intent::Resume,
+                        _ => Intent::Migrate,
+                    },
                     lanes,
                 })
             }),
@@ -398,6 +435,7 @@ fn messages() -> impl Strategy<Value = Message> {
                         .map(|name| BlockSpec { name, length_bytes: 8192, page_bytes: 4096 })
                         .collect(),
                     verify: false,
+                    post_copy: false,
                 })
             }
         ),

@@ -1,0 +1,329 @@
+//! Post-copy at the destination: serves the page faults of a guest that runs while pages of it are
+//! still at the source.
+//!
+//! ```text
+//!   userfaultfd ──► serve ── missing ──► Request to the source
+//!                     └───── zeros ────► placed here
+//!   lanes ──► decoder threads ─────────► placed, who waits is woken
+//! ```
+//!
+//! What to do is decided by [`migrate_core::postcopy::Fetch`]. Invariant: a page counts as arrived and is
+//! placed under one lock, so that a fault on it is never answered with zeros before its content is there.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use migrate_core::layout::{PAGE_BYTES, PageIndex, RamLayout};
+use migrate_core::pageset::PageSet;
+use migrate_core::postcopy::{FaultAction, Fetch, FetchStats, PostcopyError};
+use qemu_glue::attach;
+use qemu_glue::pager::{Fault, FaultStream, Pager};
+use tokio::sync::Notify;
+use transport::ControlSender;
+use transport::messages::{FaultStats, Message, Request};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::error::EngineError;
+
+/// Pages that are placed before a fault may be looked at again.
+const PLACE_PAGES: u64 = 16;
+
+#[derive(Debug)]
+struct State {
+    /// Nothing as long as it is not known what is missing.
+    fetch: Option<Fetch>,
+    /// Faults from before that.
+    early: Vec<PageIndex>,
+    /// Parts of host pages that are not complete, by their first page.
+    parts: HashMap<u64, Vec<u8>>,
+    /// Seed and digests of what arrived, if the source wants them.
+    digests: Option<(u64, BTreeMap<u64, u64>)>,
+    /// Where to ask.
+    control: Option<ControlSender>,
+}
+
+/// Serves faults, whatever session the pages come over.
+#[derive(Debug)]
+pub struct Fetcher {
+    layout: RamLayout,
+    pager: Pager,
+    /// QEMU's own copy of the descriptor.
+    remote_fd: i32,
+    began: Instant,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+impl Fetcher {
+    /// A fetcher of pages that `pager` finds missing; `missing` may become known later.
+    ///
+    /// # Errors
+    /// [`EngineError::Postcopy`] if the set does not fit the guest.
+    pub fn new(
+        pager: Pager,
+        remote_fd: i32,
+        missing: Option<PageSet>,
+        verify_seed: Option<u64>,
+    ) -> Result<Self, EngineError> {
+        let layout = pager.layout().clone();
+        let fetch = missing.map(|missing| Fetch::new(&layout, missing)).transpose()?;
+        let state = State {
+            fetch,
+            early: vec![],
+            parts: HashMap::new(),
+            digests: verify_seed.map(|seed| (seed, BTreeMap::new())),
+            control: None,
+        };
+        let (began, changed) = (Instant::now(), Notify::new());
+        Ok(Self { layout, pager, remote_fd, began, state: Mutex::new(state), changed })
+    }
+
+    /// Serves faults for ever.
+    ///
+    /// # Errors
+    /// What ended it: then threads of the guest wait for pages that nobody asks for.
+    pub async fn serve(self: Arc<Self>) -> Result<(), EngineError> {
+        let failed = |error: io::Error| EngineError::Internal(format!("page faults: {error}"));
+        let stream = FaultStream::of(&self.pager).map_err(failed)?;
+        let mut faults = vec![];
+        loop {
+            stream.next(&self.pager, &mut faults).await?;
+            for fault in faults.drain(..) {
+                if let Some(page) = self.fault(fault)? {
+                    self.ask(page).await;
+                }
+            }
+        }
+    }
+
+    /// Decides about a fault; returns the page to ask for.
+    fn fault(&self, fault: Fault) -> Result<Option<PageIndex>, EngineError> {
+        let now = self.began.elapsed();
+        let mut state = self.lock();
+        let Some(fetch) = &mut state.fetch else {
+            state.early.push(fault.page);
+            return Ok(None);
+        };
+        match fetch.fault(fault.page, now)? {
+            FaultAction::Ask(page) => return Ok(Some(page)),
+            FaultAction::Wait => {}
+            FaultAction::Zeros(host) | FaultAction::Present(host) => {
+                self.pager.place_zeros(PageIndex(host.start), host.end - host.start)?;
+            }
+        }
+        Ok(None)
+    }
+
+    /// What cannot be asked now is asked when the source is back.
+    async fn ask(&self, page: PageIndex) {
+        let control = self.lock().control.clone();
+        if let Some(control) = control
+            && let Err(error) = control.send(&Message::Request(Request { page: page.0 })).await
+        {
+            tracing::debug!(%page, %error, "not asked for");
+        }
+    }
+
+    /// The pages in place, of a guest whose pager was taken over.
+    ///
+    /// # Errors
+    /// If the memory cannot be looked at.
+    pub fn present(&self) -> Result<PageSet, EngineError> {
+        Ok(self.pager.present()?)
+    }
+
+    /// Whether it is known what is missing.
+    pub fn knows_missing(&self) -> bool {
+        self.lock().fetch.is_some()
+    }
+
+    /// From now on it is known that these pages are `missing`.
+    ///
+    /// # Errors
+    /// [`EngineError::Postcopy`] if the set does not fit the guest.
+    pub async fn set_missing(&self, missing: PageSet) -> Result<(), EngineError> {
+        let fetch = Fetch::new(&self.layout, missing)?;
+        let early = {
+            let mut state = self.lock();
+            state.fetch = Some(fetch);
+            std::mem::take(&mut state.early)
+        };
+        for page in early {
+            if let Some(page) = self.fault(Fault { page, pages: 1, is_write: false })? {
+                self.ask(page).await;
+            }
+        }
+        self.changed.notify_waiters();
+        Ok(())
+    }
+
+    /// What is still missing.
+    pub fn still_missing(&self) -> Option<PageSet> {
+        self.lock().fetch.as_ref().map(|fetch| fetch.still_missing().clone())
+    }
+
+    /// Asks over this session from now on, also for what was asked for before.
+    pub async fn connect(&self, control: ControlSender) {
+        let again = {
+            let mut state = self.lock();
+            state.parts.clear();
+            state.control = Some(control);
+            state.fetch.as_mut().map(Fetch::reconnected).unwrap_or_default()
+        };
+        for page in again {
+            self.ask(page).await;
+        }
+    }
+
+    /// Puts pages in place that came from the source: their contents, or zeros.
+    ///
+    /// # Errors
+    /// [`EngineError::Postcopy`] for pages that are not missing, or what the pager says.
+    pub fn place(&self, run: &Range<u64>, content: Option<&[u8]>) -> Result<(), EngineError> {
+        let outside = PostcopyError::UnexpectedPage(PageIndex(run.start));
+        if run.end > self.layout.pages() {
+            return Err(outside.into());
+        }
+        for (part, pages) in self.layout.split(PageIndex(run.start), run.end - run.start) {
+            let mut first = part.0;
+            while first < part.0 + pages {
+                let host = self.host_page(first);
+                let step = if host.end - host.start == 1 { first + PLACE_PAGES } else { host.end };
+                let end = step.min(part.0 + pages);
+                let at = (first - run.start) as usize * PAGE_BYTES;
+                let bytes = (end - first) as usize * PAGE_BYTES;
+                let content = content.map(|all| all.get(at..at + bytes).unwrap_or_default());
+                self.place_step(first..end, &host, content)?;
+                first = end;
+            }
+        }
+        if self.is_complete() {
+            self.changed.notify_waiters();
+        }
+        Ok(())
+    }
+
+    fn place_step(
+        &self,
+        run: Range<u64>,
+        host: &Range<u64>,
+        content: Option<&[u8]>,
+    ) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        let State { fetch, parts, digests, .. } = &mut *state;
+        let fetch = fetch
+            .as_mut()
+            .ok_or(EngineError::OutOfPlace { got: "a missing page", wanted: "what is missing" })?;
+        if let Some((seed, digests)) = digests {
+            note_digests(*seed, digests, &run, content);
+        }
+        if host.end - host.start > 1 {
+            let lacks = fetch.still_missing().contains(host.start);
+            let arrival = fetch.arrived(run.clone(), self.began.elapsed())?;
+            if !lacks {
+                return Ok(());
+            }
+            let bytes = (host.end - host.start) as usize * PAGE_BYTES;
+            let part = parts.entry(host.start).or_insert_with(|| vec![0; bytes]);
+            let at = (run.start - host.start) as usize * PAGE_BYTES;
+            let place = part.get_mut(at..).unwrap_or_default();
+            for (place, byte) in place.iter_mut().zip(content.unwrap_or_default()) {
+                *place = *byte;
+            }
+            for host in arrival.complete {
+                let content = parts.remove(&host.start).unwrap_or_default();
+                self.pager.place(PageIndex(host.start), &content)?;
+            }
+            return Ok(());
+        }
+        let waits = run.clone().any(|page| fetch.waits_for(PageIndex(page)));
+        let arrival = fetch.arrived(run.clone(), self.began.elapsed())?;
+        for done in arrival.complete {
+            match content {
+                Some(content) => {
+                    let at = |page: u64| (page - run.start) as usize * PAGE_BYTES;
+                    let content = content.get(at(done.start)..at(done.end)).unwrap_or_default();
+                    self.pager.place(PageIndex(done.start), content)?;
+                }
+                // Nobody waits: it reads as zeros once it is touched.
+                None if !waits => {}
+                None => {
+                    self.pager.place_zeros(PageIndex(done.start), done.end - done.start)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages of the host page that holds `page`.
+    fn host_page(&self, page: u64) -> Range<u64> {
+        let located = self.layout.locate(PageIndex(page));
+        let block = located.and_then(|location| self.layout.blocks().get(location.block));
+        let bytes = block.map_or(PAGE_BYTES as u64, |block| block.page_bytes);
+        let offset = located.map_or(0, |location| location.offset_bytes % bytes);
+        let first = page - offset / PAGE_BYTES as u64;
+        first..first + bytes / PAGE_BYTES as u64
+    }
+
+    /// Whether every page is here.
+    pub fn is_complete(&self) -> bool {
+        self.lock().fetch.as_ref().is_some_and(Fetch::is_complete)
+    }
+
+    /// Returns when every page is here.
+    pub async fn completed(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.is_complete() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Digests of what arrived, in order, if the source wants them.
+    pub fn digests(&self) -> Option<Vec<(u64, u64)>> {
+        let state = self.lock();
+        let (_, digests) = state.digests.as_ref()?;
+        Some(digests.iter().map(|(page, digest)| (*page, *digest)).collect())
+    }
+
+    /// What the guest's faults cost.
+    pub fn stats(&self) -> Option<FaultStats> {
+        let stats = self.lock().fetch.as_ref().map(Fetch::stats)?;
+        tracing::info!(?stats, "faults");
+        let FetchStats { faults, faults_under_way, p50_us, p99_us, max_us, .. } = stats;
+        Some(FaultStats { count: faults, waited: faults_under_way, p50_us, p99_us, max_us })
+    }
+
+    /// Ends paging: what is missing reads as zeros, and QEMU's copy of the descriptor is closed. Blocks.
+    pub fn end(&self) {
+        if let Err(error) = self.pager.end() {
+            tracing::warn!(%error, "paging was not ended in good order");
+        }
+        if let Err(error) = attach::close_descriptor(self.pager.pid(), self.remote_fd) {
+            tracing::warn!(%error, "QEMU keeps a descriptor that is of no use any more");
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn note_digests(
+    seed: u64,
+    digests: &mut BTreeMap<u64, u64>,
+    run: &Range<u64>,
+    content: Option<&[u8]>,
+) {
+    let zeros = [0; PAGE_BYTES];
+    let mut pages = content.unwrap_or_default().chunks(PAGE_BYTES);
+    for page in run.clone() {
+        let content = pages.next().unwrap_or(&zeros);
+        digests.insert(page, xxh3_64_with_seed(content, seed));
+    }
+}
