@@ -45,7 +45,7 @@ use crate::args::{PageOrder, SendArgs};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
-use crate::report::{ErrorReport, Report, ReportOutcome};
+use crate::report::{ErrorReport, LaneReport, Report, ReportOutcome};
 use crate::{attaching, cancel, failpoint, random};
 
 /// How long the control stream may take to tell why a lane has ended.
@@ -92,10 +92,12 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
     let guest = prepare::guest(args).await?;
     report.vm = guest.vm.label();
     let migration = prepare::new_migration()?;
-    let options = prepare::options(&args.common, prepare::lanes(args.lanes));
+    let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count));
+    options.lane_kind = args.lanes.kind();
     let session =
         prepare::accepted(addr, &identity, &options, migration, &guest, args.verify).await?;
     let closer = session.closer.clone();
+    report.lanes = Some(LaneReport::of(&closer, session.lanes.len()));
     let journal = match prepare::journal(args, &guest, migration, &session.peer.name) {
         Ok(journal) => journal,
         Err(error) => {
@@ -200,6 +202,7 @@ impl Migration<'_> {
     ) {
         let wire = self.closer.stats().wire;
         report.bytes.wire = wire.sent + wire.received;
+        report.end_of_lanes(&self.closer);
         let client = Some(&self.guest.client);
         match outcome {
             Outcome::Completed => {
@@ -347,7 +350,7 @@ async fn on_thread<T: Send + 'static>(
     done.map_err(|error| EngineError::Internal(error.to_string()))
 }
 
-/// One task a lane: from the encoder threads' queue to QUIC.
+/// One task a lane: from the encoder threads' queue to the network.
 #[derive(Debug)]
 struct LaneTasks {
     queues: Vec<LaneQueue>,
