@@ -157,7 +157,7 @@ pub enum PageOrder {
 /// What carries pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Lanes {
-    /// QUIC, and TCP from the moment on at which QUIC has sent 2 Gbit/s for a tenth of a second.
+    /// QUIC, and TCP from the moment on at which QUIC has sent 1.2 Gbit/s for a tenth of a second.
     /// QUIC alone where the destination's TCP port cannot be reached.
     Auto,
     /// QUIC.

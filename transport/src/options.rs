@@ -41,8 +41,7 @@ pub enum LaneKind {
     /// QUIC connections.
     #[default]
     Quic,
-    /// TCP connections with TLS 1.3: several times fewer processor cycles a byte, and no
-    /// protection against one lost packet holding up all behind it.
+    /// TCP connections with TLS 1.3: fewer processor cycles a byte (docs/BENCHMARKS.md).
     Tcp,
     /// Both, where the server's TCP port can be reached: lanes begin on QUIC and go on over TCP
     /// once they are fast (see [`crate::auto`]). Else QUIC.
