@@ -80,7 +80,13 @@ impl Dialler {
         let control = dial(self.addr, &self.quic, &self.options).await?;
         let wait = (2 * began.elapsed()).clamp(TCP_WAIT_MIN, TCP_WAIT_MAX);
         let tcp = match tokio::time::timeout(wait, early.join_next()).await {
-            Ok(Some(Ok(Ok(tcp)))) => Some(tcp),
+            Ok(Some(Ok(Ok(tcp)))) if tcp.certificate() == certificate(&control.connection) => {
+                Some(tcp)
+            }
+            Ok(Some(Ok(Ok(_)))) => {
+                tracing::warn!(peer = %self.addr, "Another host answers TCP: lanes stay on QUIC");
+                None
+            }
             Ok(Some(Ok(Err(error)))) => {
                 tracing::info!(%error, "Lanes stay on QUIC");
                 None

@@ -42,13 +42,14 @@ const BACKLOG: i32 = 128;
 
 /// Shortest time after which the kernel gives a connection up whose data are not acknowledged. It
 /// counts a peer that does not read as silent, too, and that may be merely slow.
-const STALLED_MAX: Duration = Duration::from_secs(20);
+const STALLED_MIN: Duration = Duration::from_secs(20);
 
 /// Keep-alives that are sent to a silent peer before it counts as dead.
 const KEEPALIVES: u32 = 4;
 
-/// Bytes read ahead of TLS, which by itself reads 4 KiB at a time.
-const READ_AHEAD_BYTES: usize = 256 << 10;
+/// Bytes read ahead of TLS, which by itself reads 4 KiB at a time. It is taken before the client has
+/// shown who it is.
+const READ_AHEAD_BYTES: usize = 64 << 10;
 
 /// Bytes that TLS takes before it must have written some.
 const TLS_BUFFER_BYTES: usize = 256 << 10;
@@ -192,7 +193,7 @@ impl TcpOut {
         let stream = socket.connect(addr).await.map_err(failed)?;
         tune(&stream, options).map_err(failed)?;
         let socket = SockRef::from(&stream);
-        let stalled = options.dead_peer.max(STALLED_MAX);
+        let stalled = options.dead_peer.max(STALLED_MIN);
         socket.set_tcp_user_timeout(Some(stalled)).map_err(failed)?;
         // Bytes that wait here beyond what is on its way.
         socket.set_tcp_notsent_lowat(options.lane_window_bytes / 8).map_err(failed)?;

@@ -6,6 +6,7 @@ use crate::common::{
     KINDS, Pki, any_port, batch, listen, offer, options, options_of, pair, pair_of,
 };
 use crate::relay::Relay;
+use crate::rogue::{LANE_ALPN, tcp_server};
 use migrate_core::error::{Classify, ErrorBin};
 use transport::messages::{
     Ask, DestinationState, Intent, Progress, Sync, Synced, VERSIONS, Verdict,
@@ -67,7 +68,9 @@ async fn all_arrives(pki: &Pki, kind: LaneKind) {
     assert!(there.received > payload && there.received <= wire.sent, "{there:?} for {wire:?}");
     assert_eq!(destination.closer.lane_kind(), kind);
     let stats = source.closer.stats();
-    assert!(stats.udp_payload_bytes_min > 1200 && stats.rtt < Duration::from_millis(100));
+    // Connections that carry little do not find out how large their packets may be.
+    assert!(kind != LaneKind::Quic || stats.udp_payload_bytes_min > 1200, "{stats:?}");
+    assert!(stats.rtt < Duration::from_millis(100), "{stats:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -311,15 +314,27 @@ async fn where_tcp_does_not_get_through_lanes_are_quic_or_it_is_said() {
     let pki = Pki::new();
     let mut listener = listen(&pki);
     let relay = Relay::of_udp(listener.local_addr()).await;
-    let (identity, options) = (pki.identity("a"), options_of(LaneKind::Auto));
-    let (source, destination) = tokio::join!(
-        connect(relay.addr, &identity, &options, offer(Intent::Migrate)),
-        listener.accept()
-    );
-    let (mut source, mut destination) = (source.unwrap(), destination.unwrap());
-    assert_eq!(destination.closer.lane_kind(), LaneKind::Quic);
-    source.lanes[2].send(batch(0, 9, 1)).await.unwrap();
-    assert_eq!(destination.lanes[2].recv().await.unwrap().unwrap(), batch(0, 9, 1));
+    let identity = pki.identity("a");
+    for other in [None, Some("a"), Some("stranger")] {
+        // Another host than the one that answers over UDP.
+        let other = match other {
+            Some(name) => Some(tcp_server(&pki.path(name), LANE_ALPN, relay.addr).await),
+            None => None,
+        };
+        let options = options_of(LaneKind::Auto);
+        let (source, destination) = tokio::join!(
+            connect(relay.addr, &identity, &options, offer(Intent::Migrate)),
+            listener.accept()
+        );
+        let (mut source, mut destination) = (source.unwrap(), destination.unwrap());
+        assert_eq!(destination.closer.lane_kind(), LaneKind::Quic);
+        source.lanes[2].send(batch(0, 9, 1)).await.unwrap();
+        assert_eq!(destination.lanes[2].recv().await.unwrap().unwrap(), batch(0, 9, 1));
+        if let Some(other) = other {
+            other.abort();
+            let _aborted = other.await;
+        }
+    }
 
     let options = options_of(LaneKind::Tcp);
     let error = connect(relay.addr, &identity, &options, offer(Intent::Migrate)).await.unwrap_err();
