@@ -65,7 +65,7 @@ fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result
         resident_mib: args.resident,
     };
     let lanes = args.lanes.to_string();
-    let mut send_args = vec!["--lanes".to_owned(), lanes];
+    let mut send_args = vec!["--lane-count".to_owned(), lanes];
     send_args.extend(args.common.send_args.iter().cloned());
     let limit = Duration::from_secs(args.common.limit_s);
     let touch_mib = args.touch;
@@ -106,7 +106,7 @@ fn plain(
     host::touch_memory(args.touch);
     let load1 = host::load1();
     let (mib, lanes) = (args.resident.to_string(), args.lanes.to_string());
-    let words = [mib.as_str(), lanes.as_str(), "1"];
+    let words = [mib.as_str(), lanes.as_str(), "1", "plain", "memory"];
     let output = Engine::run(bulk, &words, Some(link.source()), BULK_TIMEOUT)?;
     drop(neighbours);
     let output = output.success().context("The plain transfer failed")?;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migrate_core::codec::Codec;
 use migrate_core::codec_choice::Wanted;
+use transport::LaneKind;
 
 /// Moves running QEMU virtual machines between hosts.
 #[derive(Debug, Parser)]
@@ -106,7 +107,7 @@ pub struct CommonArgs {
 /// `migrate receive`.
 #[derive(Debug, Clone, Args)]
 pub struct ReceiveArgs {
-    /// Address and UDP port to listen on.
+    /// Address and port to listen on: UDP, and TCP for lanes that a source wants over it.
     #[arg(long, value_name = "ADDR")]
     pub listen: SocketAddr,
     /// Common options.
@@ -152,6 +153,30 @@ pub enum PageOrder {
     Heat,
     /// By their number.
     Number,
+}
+
+/// What carries pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Lanes {
+    /// QUIC, and TCP from the moment on at which QUIC has sent 1.2 Gbit/s for a tenth of a second.
+    /// QUIC alone where the destination's TCP port cannot be reached.
+    Auto,
+    /// QUIC.
+    Quic,
+    /// TCP with TLS 1.3, the same port number and the same identities: fewer processor cycles, for
+    /// links faster than QUIC can drive.
+    Tcp,
+}
+
+impl Lanes {
+    /// What the transport is asked for.
+    pub fn kind(self) -> LaneKind {
+        match self {
+            Self::Auto => LaneKind::Auto,
+            Self::Quic => LaneKind::Quic,
+            Self::Tcp => LaneKind::Tcp,
+        }
+    }
 }
 
 /// How batches of pages are packed.
@@ -223,9 +248,12 @@ pub struct SendArgs {
     /// Leave the source's QEMU paused after success instead of quitting it.
     #[arg(long)]
     pub keep_source: bool,
-    /// Lanes: QUIC connections that carry pages side by side [default: one a core, at most 4].
+    /// What carries pages; everything else goes over QUIC.
+    #[arg(long, value_enum, default_value_t = Lanes::Auto)]
+    pub lanes: Lanes,
+    /// Lanes: connections that carry pages side by side [default: one a core, at most 4].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub lanes: Option<u16>,
+    pub lane_count: Option<u16>,
     /// Longest plausible direct I/O of the guest's disks, in milliseconds: pages that one may have
     /// filled unseen are compared again after this time. Only with disks that use O_DIRECT.
     #[arg(long, value_name = "N", default_value_t = 3000, value_parser = clap::value_parser!(u64).range(100..=120_000))]

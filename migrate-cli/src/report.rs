@@ -7,8 +7,10 @@ use migrate_core::codec::Codec;
 use migrate_core::convergence::Prediction;
 use migrate_core::encode::{Packed, PageCounts};
 use migrate_core::error::{ErrorBin, GuestPlace};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use transport::messages::FaultStats;
+use transport::{Closer, LaneKind};
 
 /// Version of the report's shape.
 pub const REPORT_VERSION: u32 = 1;
@@ -119,6 +121,26 @@ pub struct CodecReport {
     pub bytes: Packed,
 }
 
+/// What carried pages.
+#[derive(Debug, Clone, Serialize)]
+pub struct LaneReport {
+    /// `quic` or `tcp`, at the end: lanes may begin on the one and go on over the other.
+    pub kind: &'static str,
+    /// How many side by side.
+    pub count: usize,
+}
+
+impl LaneReport {
+    /// As it is now.
+    pub fn of(session: &Closer, count: usize) -> Self {
+        let kind = match session.lane_kind() {
+            LaneKind::Tcp => "tcp",
+            LaneKind::Quic | LaneKind::Auto => "quic",
+        };
+        Self { kind, count }
+    }
+}
+
 /// Faults served after the hand-over; only with post-copy.
 #[derive(Debug, Clone, Serialize)]
 pub struct FaultReport {
@@ -202,6 +224,10 @@ pub struct Report {
     pub attach_stopped_us: Option<u64>,
     /// Contents that each codec packed, and what it packed them to, in bytes.
     pub codecs: [CodecReport; 3],
+    /// What carried pages; nothing if there was no session.
+    pub lanes: Option<LaneReport>,
+    /// Processor time of this engine, user and system, for 10^9 bytes of `bytes.wire`, in seconds.
+    pub cpu_s_per_gb: Option<f64>,
     /// Memory that `--delta-cache` took, in bytes.
     pub delta_cache_bytes: u64,
     /// Memory of the engine for its tables, in bytes a guest page.
@@ -231,10 +257,20 @@ impl Report {
             verify: None,
             attach_stopped_us: None,
             codecs: Codec::ALL.map(|codec| CodecReport { codec, ..Default::default() }),
+            lanes: None,
+            cpu_s_per_gb: None,
             delta_cache_bytes: 0,
             table_bytes_per_page: 0.0,
             error: None,
         }
+    }
+
+    /// Notes what carried pages in the end and what that cost, once `bytes.wire` is known.
+    pub fn end_of_lanes(&mut self, session: &Closer) {
+        self.lanes = self.lanes.take().map(|lanes| LaneReport::of(session, lanes.count));
+        let cpu = clock_gettime(ClockId::ProcessCPUTime);
+        let cpu_s = cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9;
+        self.cpu_s_per_gb = (self.bytes.wire > 0).then(|| cpu_s * 1e9 / self.bytes.wire as f64);
     }
 
     /// Adds what a round did.

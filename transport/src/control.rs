@@ -4,6 +4,7 @@
 //! queues whole messages. A [`ControlSender::send`] that is cancelled half-way leaves half a frame
 //! on the stream, so every later one fails with [`TransportError::Interrupted`].
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub(crate) enum StreamError {
     Cut(u64),
     /// The connection is gone.
     Lost(quinn::ConnectionError),
+    /// A TCP connection ended without the end that TLS gives it.
+    Broken(io::Error),
     /// An earlier operation was cancelled.
     Interrupted,
 }
@@ -72,6 +75,7 @@ impl StreamError {
             Self::Refused(source) => TransportError::Refused(source),
             Self::Cut(code) => TransportError::Cut { peer, place, code },
             Self::Lost(error) => closer.lost(error),
+            Self::Broken(source) => TransportError::LaneBroken { peer, place, source },
             Self::Interrupted => {
                 closer.close_reason().unwrap_or(TransportError::Interrupted { place })
             }

@@ -159,6 +159,38 @@ pub enum TransportError {
         /// The lane.
         lane: u16,
     },
+    /// The peer takes no lanes over TCP.
+    #[error(
+        "Peer {peer} takes no lanes over TCP; install the same release on both hosts, or use \
+         `--lanes quic`"
+    )]
+    LaneKind {
+        /// The peer's address.
+        peer: SocketAddr,
+    },
+    /// A lane over TCP could not be opened.
+    #[error(
+        "Cannot open a TCP connection to {peer} for a lane; let TCP through to this port as well as \
+         UDP, or use `--lanes quic`"
+    )]
+    LaneConnect {
+        /// The peer's address.
+        peer: SocketAddr,
+        /// What the kernel or TLS says.
+        #[source]
+        source: io::Error,
+    },
+    /// The TCP connection of a lane ended without the end that TLS gives it.
+    #[error("The TCP connection of {place} with {peer} broke off")]
+    LaneBroken {
+        /// The peer's address.
+        peer: SocketAddr,
+        /// Which lane.
+        place: String,
+        /// What the kernel or TLS says.
+        #[source]
+        source: io::Error,
+    },
     /// The peer reset or stopped a stream.
     #[error("Peer {peer} cut {place} off with code {code}")]
     Cut {
@@ -253,8 +285,13 @@ pub enum TransportError {
         waiting_for: &'static str,
     },
     /// Another process holds the port.
-    #[error("Address {addr} is in use by another process; choose another port or end that process")]
+    #[error(
+        "Address {addr} is in use by another process over {protocol}; choose another port or end \
+         that process"
+    )]
     AddressInUse {
+        /// UDP or TCP; a listener needs both.
+        protocol: &'static str,
         /// The address.
         addr: SocketAddr,
     },
@@ -312,9 +349,10 @@ impl Classify for TransportError {
             | Self::Unexpected { .. }
             | Self::LaneCertificate { .. }
             | Self::Cut { .. } => ErrorBin::PeerMisbehaved,
-            Self::Rejected { .. } | Self::Tls { .. } | Self::Quic { .. } => {
-                ErrorBin::PeerIncompatible
-            }
+            Self::Rejected { .. }
+            | Self::Tls { .. }
+            | Self::Quic { .. }
+            | Self::LaneKind { .. } => ErrorBin::PeerIncompatible,
             Self::Identity(source) => source.bin(),
             Self::Option { .. }
             | Self::Refused(_)
@@ -324,6 +362,8 @@ impl Classify for TransportError {
             | Self::ClosedHere { .. }
             | Self::Ended { .. }
             | Self::Lost { .. }
+            | Self::LaneConnect { .. }
+            | Self::LaneBroken { .. }
             | Self::NotAcknowledged { .. }
             | Self::HandshakeTimeout { .. }
             | Self::Socket { .. }
@@ -376,6 +416,11 @@ pub(crate) fn connection_error(
 /// QUIC carries a TLS alert as 0x100 plus its number (RFC 9001, section 4.8).
 fn tls_error(peer: SocketAddr, code: u64, reported: &'static str) -> Option<TransportError> {
     let alert = u8::try_from(code.checked_sub(0x100)?).ok()?;
+    Some(tls_alert(peer, alert, reported))
+}
+
+/// What a TLS alert means to users.
+pub(crate) fn tls_alert(peer: SocketAddr, alert: u8, reported: &'static str) -> TransportError {
     let (what, remedy) = match alert {
         42 | 43 => (
             "a certificate is not acceptable",
@@ -400,5 +445,5 @@ fn tls_error(peer: SocketAddr, code: u64, reported: &'static str) -> Option<Tran
             "See both ends' logs; the alert number is in RFC 8446, section 6",
         ),
     };
-    Some(TransportError::Tls { peer, reported, alert, what, remedy })
+    TransportError::Tls { peer, reported, alert, what, remedy }
 }

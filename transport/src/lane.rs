@@ -1,20 +1,30 @@
 //! Lanes: batches of pages, from the client to the server.
 //!
+//! ```text
+//! QUIC only   ── batches ──► end
+//! TCP only    ── batches ──► end
+//! both        ── batches on QUIC ──► end of its stream ── batches on TCP ──► end
+//! ```
+//!
+//! A lane that has both goes over at a batch's end, once, when its sender decides so; the
+//! sequence of its batches goes on, and so does its Zstandard stream.
+//!
 //! Neither [`LaneSender::send`] nor [`LaneReceiver::recv`] may be cancelled and continued: half a
 //! batch would be under way. Each lane belongs into a task of its own.
 
-use quinn::{RecvStream, SendStream};
-
 use crate::closer::Closer;
-use crate::control::{StreamError, read_exact};
-use crate::error::{TransportError, WireError};
+use crate::control::StreamError;
+use crate::error::TransportError;
+use crate::lane_stream::{Inlet, Outlet};
 use crate::lane_wire::{Batch, LANE_HEADER_BYTES, LaneHeader, encode_head};
-use crate::payload::{Collector, Payload};
+use crate::tcp::{TcpIn, TcpOut};
 
 /// Sends batches on a lane.
 #[derive(Debug)]
 pub struct LaneSender {
-    stream: SendStream,
+    stream: Outlet,
+    /// What the lane may go on over.
+    next: Option<Box<TcpOut>>,
     index: usize,
     sequence: u64,
     sending: bool,
@@ -22,8 +32,13 @@ pub struct LaneSender {
 }
 
 impl LaneSender {
-    pub(crate) fn new(stream: SendStream, index: usize, closer: Closer) -> Self {
-        Self { stream, index, sequence: 0, sending: false, closer }
+    pub(crate) fn new(
+        stream: Outlet,
+        next: Option<Box<TcpOut>>,
+        index: usize,
+        closer: Closer,
+    ) -> Self {
+        Self { stream, next, index, sequence: 0, sending: false, closer }
     }
 
     /// Which of the session's lanes this is, from 0 on.
@@ -43,8 +58,10 @@ impl LaneSender {
     /// [`TransportError::Refused`] for a batch that breaks a rule, which is not sent and does no
     /// harm; else the session is lost.
     pub async fn send(&mut self, batch: Batch) -> Result<(), TransportError> {
-        let sent = self.write(batch).await;
-        sent.map_err(|error| error.of_session(&self.closer, &place(self.index)))
+        match self.write(batch).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.closer.lane_error(error, self.index).await),
+        }
     }
 
     async fn write(&mut self, batch: Batch) -> Result<(), StreamError> {
@@ -53,41 +70,61 @@ impl LaneSender {
         }
         let sequence = self.sequence.wrapping_add(1);
         let head = encode_head(&batch, sequence).map_err(StreamError::Refused)?;
+        if self.next.is_some() && self.closer.is_fast() {
+            self.go_over();
+        }
         self.sending = true;
         let mut pieces = batch.payload.into_pieces();
         pieces.insert(0, head);
-        self.stream.write_all_chunks(&mut pieces).await?;
+        self.stream.write_all(pieces, &self.closer).await?;
         self.sending = false;
         self.sequence = sequence;
         Ok(())
     }
 
-    /// Ends the lane and waits until the peer's transport has everything that was sent.
+    /// Leaves QUIC for TCP, if that still works.
+    fn go_over(&mut self) {
+        let Some(next) = self.next.take_if(|next| next.is_open()) else {
+            return;
+        };
+        // Its end tells the peer to read on over TCP; dropping it does not take that back.
+        if let Outlet::Quic(stream) = &mut self.stream {
+            let _finished = stream.finish();
+        }
+        self.stream = Outlet::Tcp(next);
+        self.closer.went_over();
+    }
+
+    /// Ends the lane and waits until the peer has everything that was sent: its transport, or, over
+    /// TCP, the reader of the lane.
     ///
     /// # Errors
     /// The session was lost before.
     pub async fn finish(mut self) -> Result<(), TransportError> {
-        let finished = async {
-            if self.sending {
-                return Err(StreamError::Interrupted);
-            }
-            // An error says that the stream is finished already.
-            let _finished = self.stream.finish();
-            match self.stream.stopped().await {
-                Ok(None) => Ok(()),
-                Ok(Some(code)) => Err(StreamError::Cut(code.into_inner())),
-                Err(quinn::StoppedError::ConnectionLost(error)) => Err(StreamError::Lost(error)),
-                Err(quinn::StoppedError::ZeroRttRejected) => Err(StreamError::Interrupted),
-            }
-        };
-        finished.await.map_err(|error| error.of_session(&self.closer, &place(self.index)))
+        match self.end().await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.closer.lane_error(error, self.index).await),
+        }
+    }
+
+    async fn end(&mut self) -> Result<(), StreamError> {
+        if self.sending {
+            return Err(StreamError::Interrupted);
+        }
+        self.stream.finish(&self.closer).await?;
+        match self.next.take() {
+            Some(next) => Outlet::Tcp(next).finish(&self.closer).await,
+            None => Ok(()),
+        }
     }
 }
 
 /// Receives batches from a lane.
 #[derive(Debug)]
 pub struct LaneReceiver {
-    stream: RecvStream,
+    stream: Inlet,
+    /// What the lane goes on over.
+    next: Option<Box<TcpIn>>,
     index: usize,
     sequence: u64,
     receiving: bool,
@@ -95,8 +132,13 @@ pub struct LaneReceiver {
 }
 
 impl LaneReceiver {
-    pub(crate) fn new(stream: RecvStream, index: usize, closer: Closer) -> Self {
-        Self { stream, index, sequence: 0, receiving: false, closer }
+    pub(crate) fn new(
+        stream: Inlet,
+        next: Option<Box<TcpIn>>,
+        index: usize,
+        closer: Closer,
+    ) -> Self {
+        Self { stream, next, index, sequence: 0, receiving: false, closer }
     }
 
     /// Which of the session's lanes this is, from 0 on.
@@ -117,8 +159,14 @@ impl LaneReceiver {
     pub async fn recv(&mut self) -> Result<Option<Batch>, TransportError> {
         match self.read().await {
             Ok(batch) => Ok(Some(batch)),
-            Err(StreamError::Ended) => Ok(None),
-            Err(error) => Err(error.of_session(&self.closer, &place(self.index))),
+            Err(StreamError::Ended) => {
+                self.stream.answer_end().await;
+                Ok(None)
+            }
+            Err(error) => {
+                self.stream.abandon();
+                Err(self.closer.lane_error(error, self.index).await)
+            }
         }
     }
 
@@ -129,40 +177,37 @@ impl LaneReceiver {
         self.receiving = true;
         let sequence = self.sequence.wrapping_add(1);
         let mut header = [0; LANE_HEADER_BYTES];
-        let greeted = read_exact(&mut self.stream, &mut header, "Batch").await;
-        if matches!(greeted, Err(StreamError::Ended)) {
-            self.receiving = false;
-        }
-        greeted?;
+        self.read_header(&mut header).await?;
         let header = LaneHeader::parse(&header, sequence).map_err(StreamError::Wire)?;
-        let runs = read_bytes(&mut self.stream, header.run_bytes(), "Runs of a batch").await?;
+        let (stream, closer) = (&mut self.stream, &self.closer);
+        let runs = stream.read_bytes(header.run_bytes(), "Runs of a batch", closer).await?;
         let runs = header.parse_runs(&runs.to_vec()).map_err(StreamError::Wire)?;
         let bytes = header.payload_bytes();
-        let payload = read_bytes(&mut self.stream, bytes, "Payload of a batch").await?;
+        let payload = stream.read_bytes(bytes, "Payload of a batch", closer).await?;
         self.sequence = sequence;
         self.receiving = false;
         Ok(header.batch(runs, payload))
+    }
+
+    async fn read_header(
+        &mut self,
+        header: &mut [u8; LANE_HEADER_BYTES],
+    ) -> Result<(), StreamError> {
+        loop {
+            let read = self.stream.read_exact(header, "Batch", &self.closer).await;
+            if !matches!(read, Err(StreamError::Ended)) {
+                return read;
+            }
+            let Some(next) = self.next.take() else {
+                self.receiving = false;
+                return read;
+            };
+            self.stream = Inlet::Tcp(next);
+        }
     }
 }
 
 /// What errors call a lane.
 pub(crate) fn place(index: usize) -> String {
     format!("lane {index}")
-}
-
-/// Reads `needed` bytes, which were checked against a limit, without copying them.
-async fn read_bytes(
-    stream: &mut RecvStream,
-    needed: usize,
-    what: &'static str,
-) -> Result<Payload, StreamError> {
-    let mut bytes = Collector::default();
-    while bytes.len() < needed {
-        let available = bytes.len();
-        let Some(chunk) = stream.read_chunk(needed - available, true).await? else {
-            return Err(StreamError::Wire(WireError::Truncated { what, needed, available }));
-        };
-        bytes.push(chunk.bytes);
-    }
-    Ok(bytes.finish())
 }

@@ -1,9 +1,10 @@
-//! Identity, sessions and lanes over QUIC, and the wire format.
+//! Identity, sessions and lanes over QUIC and TCP, and the wire format.
 //!
 //! A **session** joins two hosts that hold certificates of the same authority. It consists of one
-//! control connection, which carries typed [`Message`]s both ways, and of up to
-//! [`LANES_MAX`](migrate_core::batch::LANES_MAX) lane connections, each of which carries
-//! [`Batch`]es of pages from the client (the source) to the server (the destination).
+//! control connection over QUIC, which carries typed [`Message`]s both ways, and of up to
+//! [`LANES_MAX`](migrate_core::batch::LANES_MAX) lanes, each of which carries [`Batch`]es of pages
+//! from the client (the source) to the server (the destination) on a connection of its own: QUIC,
+//! TCP with TLS 1.3, or first the one and then the other ([`LaneKind`]).
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -12,6 +13,7 @@
 //! | [`messages`] | the control messages, their limits and their validation |
 //! | [`wire`] | control frames: header, sequence, encoding |
 //! | [`lane_wire`] | lane frames: the greeting and batches of pages |
+//! | [`auto`] | when lanes leave QUIC for TCP |
 //! | [`options`] | what can be tuned, with the reasons |
 //! | [`control`], [`lane`] | the two kinds of streams of a session |
 //! | [`session`] | the session, and connecting as a client |
@@ -26,6 +28,7 @@
 //! what a decoder would refuse, the encoder refuses too; a peer that breaks the protocol loses its
 //! own session and disturbs no other.
 
+pub mod auto;
 pub mod control;
 pub mod error;
 pub mod fuzz;
@@ -41,7 +44,11 @@ pub mod session;
 pub mod wire;
 
 mod closer;
+mod dial;
+mod joining;
+mod lane_stream;
 mod socket;
+mod tcp;
 mod tls;
 
 pub use closer::{Closer, SessionStats, WireBytes};
@@ -52,6 +59,6 @@ pub use lane::{LaneReceiver, LaneSender};
 pub use lane_wire::Batch;
 pub use listener::Listener;
 pub use messages::{Message, MigrationId, Offer};
-pub use options::Options;
+pub use options::{LaneKind, Options};
 pub use payload::Payload;
 pub use session::{DestinationSession, PeerInfo, Selection, Session, SourceSession, connect};

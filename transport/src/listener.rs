@@ -1,40 +1,43 @@
 //! Accepting sessions.
 //!
 //! ```text
-//! connection -> TLS -> first stream --bidirectional--> Offer -> Select, wait for lanes -> session
-//!                          |
-//!                          +------- unidirectional --> greeting -> handed to the session that waits
+//! QUIC -> TLS -> first stream --bidirectional--> Offer -> Select, wait for lanes -> session
+//!                    |
+//!                    +------- unidirectional --> greeting -> handed to the session that waits
+//! TCP  -> TLS ---------------------------------> greeting -> handed to the session that waits
 //! ```
 //!
-//! Every connection has a task of its own with a time limit, and their number is bounded; nothing
-//! that a client does or leaves undone delays another. Lanes find their session by its token, and
-//! must present the same certificate as its control connection.
+//! Every connection has a task of its own with a time limit, and their number is bounded, that of
+//! TCP connections by itself; nothing that a client does or leaves undone delays another. Lanes find
+//! their session by its token, and must present the same certificate as its control connection.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{Connection, Endpoint, Incoming, RecvStream, ServerConfig, TokioRuntime, VarInt};
-use rustls::pki_types::CertificateDer;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsAcceptor;
 
-use crate::closer::Closer;
+use crate::closer::{Closer, Connections};
 use crate::control::{Reader, StreamError, Writer, read_exact};
 use crate::error::{TransportError, close_code, connection_error};
 use crate::identity::Identity;
+use crate::joining::{Carrier, Table, Waiting};
 use crate::lane_wire::{GREETING_BYTES, Greeting};
 use crate::messages::{Intent, Joined, Message, Reject, RejectCode, Select, VERSIONS, text};
-use crate::options::Options;
+use crate::options::{LaneKind, Options};
 use crate::session::{
     DestinationSession, Selection, certificate, destination, handshake_error, peer_info, unexpected,
 };
 use crate::socket::{self, UdpBuffers};
+use crate::tcp::{self, TcpIn};
 use crate::tls;
 
-/// Most connections that are not yet part of a complete session.
+/// Most QUIC connections that are not yet part of a complete session, and as many of TCP.
 pub const HANDSHAKES_MAX: usize = 256;
 
 /// From this many on, a client must prove that it receives at its address (QUIC's Retry) before
@@ -46,6 +49,12 @@ pub const SESSIONS_WAITING_MAX: usize = 16;
 
 /// Bytes that quinn may keep for connections that are not accepted yet.
 const INCOMING_BYTES_MAX: u64 = 4 << 20;
+
+/// Ports that are tried where any will do.
+const PORTS_TRIED: u32 = 32;
+
+/// Pause after a connection could not be accepted, for want of descriptors or memory.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 /// How long a rejected client is given to fetch the reason.
 const REJECT_WAIT: Duration = Duration::from_secs(1);
@@ -61,43 +70,31 @@ pub struct Listener {
     _tasks: JoinSet<()>,
 }
 
-/// A lane that has shown the right token.
-struct Arrival {
-    lane: u16,
-    connection: Connection,
-    stream: RecvStream,
-}
-
-/// A session whose lanes are still coming.
-struct Waiting {
-    certificate: Option<CertificateDer<'static>>,
-    version: u16,
-    lanes: u16,
-    arrivals: mpsc::Sender<Arrival>,
-}
-
 /// What all tasks of a listener share.
 struct Shared {
     options: Options,
     endpoints: Vec<Endpoint>,
     udp_buffers: UdpBuffers,
     handshakes: Arc<Semaphore>,
-    waiting: Mutex<HashMap<[u8; 16], Waiting>>,
+    lane_handshakes: Arc<Semaphore>,
+    lane_tls: TlsAcceptor,
+    waiting: Table,
     sessions: mpsc::Sender<DestinationSession>,
 }
 
 impl Listener {
-    /// Opens the port; `addr` with port 0 chooses one. Must be called within a tokio runtime.
+    /// Opens the port, both UDP and TCP; `addr` with port 0 chooses one. Must be called within a
+    /// tokio runtime.
     ///
     /// # Errors
-    /// [`TransportError::AddressInUse`] if another process is there, or what else is wrong.
+    /// [`TransportError::AddressInUse`] if another process has either, or what else is wrong.
     pub fn bind(
         addr: SocketAddr,
         identity: &Identity,
         options: &Options,
     ) -> Result<Self, TransportError> {
         options.check()?;
-        let crypto = tls::server_config(identity).map_err(TransportError::Identity)?;
+        let crypto = tls::quic_server(identity).map_err(TransportError::Identity)?;
         let mut config = ServerConfig::with_crypto(Arc::new(crypto));
         config
             .transport_config(options.transport(1)?)
@@ -106,7 +103,7 @@ impl Listener {
             .incoming_buffer_size(64 << 10)
             .incoming_buffer_size_total(INCOMING_BYTES_MAX);
         let count = options.server_sockets;
-        let (sockets, udp_buffers) = socket::server(addr, count, options.udp_buffer_bytes)?;
+        let (sockets, udp_buffers, lanes) = open_ports(addr, count, options)?;
         udp_buffers.warn_if_small(options.udp_buffer_bytes);
         let failed = |source| TransportError::Socket { what: "use a socket", addr, source };
         let mut endpoints = Vec::with_capacity(sockets.len());
@@ -126,13 +123,16 @@ impl Listener {
             endpoints: endpoints.clone(),
             udp_buffers,
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
-            waiting: Mutex::new(HashMap::new()),
+            lane_handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            lane_tls: tls::lane_server(identity).map_err(TransportError::Identity)?,
+            waiting: Table::default(),
             sessions: sender,
         });
         let mut tasks = JoinSet::new();
         for endpoint in &endpoints {
             tasks.spawn(accept_loop(Arc::clone(&shared), endpoint.clone()));
         }
+        tasks.spawn(accept_lanes(shared, lanes));
         Ok(Self { addr, udp_buffers, endpoints, sessions, _tasks: tasks })
     }
 
@@ -168,6 +168,33 @@ impl Drop for Listener {
     fn drop(&mut self) {
         for endpoint in &self.endpoints {
             endpoint.set_server_config(None);
+        }
+    }
+}
+
+/// Opens UDP sockets and a TCP socket with the same port number.
+fn open_ports(
+    addr: SocketAddr,
+    count: usize,
+    options: &Options,
+) -> Result<(Vec<UdpSocket>, UdpBuffers, TcpListener), TransportError> {
+    let mut tries = 1;
+    loop {
+        let (sockets, udp_buffers) = socket::server(addr, count, options.udp_buffer_bytes)?;
+        let chosen =
+            sockets.first().map(UdpSocket::local_addr).ok_or(TransportError::ListenerEnded)?;
+        let chosen = chosen.map_err(|source| TransportError::Socket {
+            what: "read the port",
+            addr,
+            source,
+        })?;
+        match tcp::listen(chosen, options) {
+            Ok(lanes) => return Ok((sockets, udp_buffers, lanes)),
+            // A port that is free for UDP may be in use for TCP; where any will do, another does.
+            Err(TransportError::AddressInUse { .. }) if addr.port() == 0 && tries < PORTS_TRIED => {
+                tries += 1;
+            }
+            Err(error) => return Err(error),
         }
     }
 }
@@ -295,20 +322,31 @@ async fn serve_control(
     };
     let mut token = [0; 16];
     tls::random(&mut token).map_err(TransportError::Identity)?;
-    let mut waiting = Registered::new(shared, token, connection, version, lanes);
-    let features = selected.features;
+    let kind = match offer.intent {
+        Intent::Migrate | Intent::Resume => LaneKind::selected(offer.features),
+        Intent::Ask => LaneKind::Quic,
+    };
+    let session = Waiting { certificate: certificate(connection), version, lanes, kind };
+    let mut waiting = shared.waiting.enter(token, session);
+    let features = selected.features | kind.feature();
     let select = Select { version, features, lanes, token };
     writer.write(&Message::Select(select)).await.map_err(failed)?;
 
     *waiting_for = "a lane";
-    let arrived = waiting.collect(connection, usize::from(lanes)).await?;
+    let arrived = waiting.collect(connection).await?;
     drop(waiting);
     writer.write(&Message::Joined(Joined { lanes })).await.map_err(failed)?;
-    let (connections, streams) =
-        arrived.into_iter().map(|arrival| (arrival.connection, arrival.stream)).unzip();
-    let (endpoints, udp_buffers) = (shared.endpoints.clone(), shared.udp_buffers);
-    let closer = Closer::new(connection.clone(), connections, endpoints, udp_buffers);
-    tracing::info!(peer = %addr, name = peer.name, ?offer, lanes, version, "Session complete");
+    let closer = Closer::new(Connections {
+        control: connection.clone(),
+        kind,
+        quic: arrived.quic,
+        tcp: arrived.tcp,
+        endpoints: shared.endpoints.clone(),
+        udp_buffers: shared.udp_buffers,
+        fast_bits_per_s: shared.options.fast_bits_per_s,
+    });
+    let streams = arrived.streams;
+    tracing::info!(peer = %addr, name = peer.name, ?offer, ?kind, lanes, version, "Session complete");
     place.send(destination(writer, reader, streams, offer, selected, peer, closer));
     Ok(())
 }
@@ -341,90 +379,73 @@ async fn serve_lane(
     let mut bytes = [0; GREETING_BYTES];
     read_exact(&mut stream, &mut bytes, "Lane greeting").await.map_err(failed)?;
     let greeting = Greeting::parse(&bytes).map_err(|error| failed(StreamError::Wire(error)))?;
-    let session = {
-        let waiting = shared.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting
-            .get(&greeting.token)
-            .filter(|waiting| waiting.certificate == certificate(&connection))
-            .filter(|waiting| waiting.version == greeting.version)
-            .filter(|waiting| greeting.lane < waiting.lanes)
-            .map(|waiting| waiting.arrivals.clone())
-    };
-    // One answer for a wrong token, certificate, version and number: it tells a guesser nothing.
-    let Some(session) = session else {
-        refuse_lane(&connection, "No session waits for this lane");
-        return Err(TransportError::Unexpected {
-            peer,
-            expected: "a lane that a session waits for",
-            found: format!("lane {} with another token or certificate", greeting.lane),
-        });
-    };
-    let lane = greeting.lane;
-    if session.send(Arrival { lane, connection: connection.clone(), stream }).await.is_err() {
-        refuse_lane(&connection, "The session is gone");
-    }
-    Ok(())
+    let certificate = certificate(&connection);
+    let carrier = Carrier::Quic { connection, stream };
+    shared.waiting.hand_over(peer, &greeting, certificate, carrier).await
 }
 
-fn refuse_lane(connection: &Connection, why: &str) {
-    connection.close(VarInt::from_u32(close_code::LANE_REFUSED), why.as_bytes());
-}
-
-/// A session's place in the table of those that wait for lanes, given up when dropped.
-struct Registered<'a> {
-    shared: &'a Shared,
-    token: [u8; 16],
-    arrivals: mpsc::Receiver<Arrival>,
-}
-
-impl<'a> Registered<'a> {
-    fn new(
-        shared: &'a Shared,
-        token: [u8; 16],
-        connection: &Connection,
-        version: u16,
-        lanes: u16,
-    ) -> Self {
-        let (sender, arrivals) = mpsc::channel(1);
-        let certificate = certificate(connection);
-        let waiting = Waiting { certificate, version, lanes, arrivals: sender };
-        shared.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(token, waiting);
-        Self { shared, token, arrivals }
-    }
-
-    /// Waits until every lane has arrived once; they come out in order.
-    async fn collect(
-        &mut self,
-        control: &Connection,
-        lanes: usize,
-    ) -> Result<Vec<Arrival>, TransportError> {
-        let mut arrived: Vec<Option<Arrival>> = (0..lanes).map(|_| None).collect();
-        let mut missing = lanes;
-        while missing > 0 {
-            let arrival = tokio::select! {
-                arrival = self.arrivals.recv() => arrival,
-                error = control.closed() => {
-                    return Err(connection_error(control.remote_address(), error, None));
+/// Accepts lanes over TCP.
+async fn accept_lanes(shared: Arc<Shared>, listener: TcpListener) {
+    let mut tasks = JoinSet::new();
+    loop {
+        let (stream, peer) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "A TCP connection was not accepted");
+                    tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
+                    continue;
                 }
-            };
-            let Some(arrival) = arrival else { return Err(TransportError::ListenerEnded) };
-            match arrived.get_mut(usize::from(arrival.lane)) {
-                Some(place @ None) => {
-                    *place = Some(arrival);
-                    missing = missing.saturating_sub(1);
-                }
-                _ => refuse_lane(&arrival.connection, "This lane has arrived already"),
+            },
+            Some(_ended) = tasks.join_next() => continue,
+        };
+        let Ok(permit) = Arc::clone(&shared.lane_handshakes).try_acquire_owned() else {
+            tracing::warn!(%peer, "Refused: {HANDSHAKES_MAX} TCP connections are being made already");
+            continue;
+        };
+        let shared = Arc::clone(&shared);
+        tasks.spawn(async move {
+            let _permit = permit;
+            let after = shared.options.handshake_timeout;
+            let mut waiting_for = "the end of the TLS handshake";
+            let served = serve_tcp_lane(&shared, stream, peer, &mut waiting_for);
+            let served = tokio::time::timeout(after, served).await.unwrap_or_else(|_elapsed| {
+                Err(TransportError::HandshakeTimeout { peer, after, waiting_for })
+            });
+            if let Err(error) = served {
+                tracing::warn!(%peer, error = chain(&error), "A TCP connection came to nothing");
             }
-        }
-        Ok(arrived.into_iter().flatten().collect())
+        });
     }
 }
 
-impl Drop for Registered<'_> {
-    fn drop(&mut self) {
-        let mut waiting = self.shared.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.remove(&self.token);
-    }
+async fn serve_tcp_lane(
+    shared: &Shared,
+    stream: TcpStream,
+    peer: SocketAddr,
+    waiting_for: &mut &'static str,
+) -> Result<(), TransportError> {
+    let mut lane = TcpIn::accept(stream, peer, &shared.lane_tls, &shared.options).await?;
+    *waiting_for = "a lane's greeting";
+    let mut bytes = [0; GREETING_BYTES];
+    let place = || "a new lane".to_owned();
+    let greeting = match lane.read_exact(&mut bytes, "Lane greeting").await {
+        Ok(()) => Greeting::parse(&bytes).map_err(|source| TransportError::Wire {
+            peer,
+            place: place(),
+            source,
+        })?,
+        Err(StreamError::Wire(source)) => {
+            return Err(TransportError::Wire { peer, place: place(), source });
+        }
+        Err(StreamError::Broken(source)) => {
+            return Err(TransportError::LaneBroken { peer, place: place(), source });
+        }
+        Err(_ended) => return Err(TransportError::Ended { peer }),
+    };
+    let certificate = lane.certificate();
+    let carrier = Carrier::Tcp(Box::new(lane));
+    shared.waiting.hand_over(peer, &greeting, certificate, carrier).await
 }
 
 /// An error with all its causes on one line.

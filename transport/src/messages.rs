@@ -54,6 +54,16 @@ const TEXT_BODY_BYTES: usize = TEXT_BYTES_MAX + SMALL_BYTES;
 /// Room in bytes for a list with an entry a lane.
 const LANES_BODY_BYTES: usize = LANES_MAX * 10 + SMALL_BYTES;
 
+/// Feature bit: lanes are TCP connections. At most one of the two bits of lanes is offered.
+pub const FEATURE_LANES_TCP: u64 = 1 << 8;
+
+/// Feature bit: every lane has a QUIC connection and a TCP connection. It begins on the first and
+/// may go on over the second.
+pub const FEATURE_LANES_BOTH: u64 = 1 << 9;
+
+/// Feature bits whose meaning is the transport's own; the others are the engine's.
+pub const FEATURES_OF_TRANSPORT: u64 = 0xff00;
+
 /// Names a migration for all time: chosen at random by the source, kept in both journals.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MigrationId(pub [u8; 16]);

@@ -8,7 +8,9 @@ use migrate_core::batch::LANES_MAX;
 use quinn::congestion::CubicConfig;
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
+use crate::auto::FAST_BITS_PER_S;
 use crate::error::TransportError;
+use crate::messages::{FEATURE_LANES_BOTH, FEATURE_LANES_TCP, FEATURES_OF_TRANSPORT};
 use crate::pki::check_name;
 
 /// Largest UDP payload in bytes that may be asked for. quinn hands the kernel up to ten datagrams
@@ -33,12 +35,61 @@ pub const LANE_WINDOW_BYTES_MIN: u32 = 64 << 10;
 /// cost 20 ms on a link of 1 Gb/s.
 const INITIAL_WINDOW_BYTES: u64 = 512 << 10;
 
+/// What carries a session's lanes. The control connection is QUIC always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LaneKind {
+    /// QUIC connections.
+    #[default]
+    Quic,
+    /// TCP connections with TLS 1.3: fewer processor cycles a byte (docs/BENCHMARKS.md).
+    Tcp,
+    /// Both, where the server's TCP port can be reached: lanes begin on QUIC and go on over TCP
+    /// once they are fast (see [`crate::auto`]). Else QUIC.
+    Auto,
+}
+
+impl LaneKind {
+    /// The feature bit that stands for it, or 0.
+    pub(crate) fn feature(self) -> u64 {
+        match self {
+            Self::Quic => 0,
+            Self::Tcp => FEATURE_LANES_TCP,
+            Self::Auto => FEATURE_LANES_BOTH,
+        }
+    }
+
+    /// What both ends have selected.
+    pub(crate) fn selected(features: u64) -> Self {
+        if features & FEATURE_LANES_TCP != 0 {
+            Self::Tcp
+        } else if features & FEATURE_LANES_BOTH != 0 {
+            Self::Auto
+        } else {
+            Self::Quic
+        }
+    }
+
+    /// Whether each lane has a QUIC connection.
+    pub(crate) fn has_quic(self) -> bool {
+        self != Self::Tcp
+    }
+
+    /// Whether each lane has a TCP connection.
+    pub(crate) fn has_tcp(self) -> bool {
+        self != Self::Quic
+    }
+}
+
 /// Tuning of a session, for both ends.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Lanes that a client asks for, and the most that a listener grants; 1 to `LANES_MAX`. A lane
     /// is one task on each end, so more lanes than cores bring nothing.
     pub lanes: usize,
+    /// What carries the lanes that a client asks for. A listener takes every kind.
+    pub lane_kind: LaneKind,
+    /// Rate in bits a second from which on lanes of [`LaneKind::Auto`] go over to TCP.
+    pub fast_bits_per_s: u64,
     /// How long a silent peer counts as alive. Keep-alives are sent five times as often. The
     /// smaller value of both ends holds.
     pub dead_peer: Duration,
@@ -49,7 +100,9 @@ pub struct Options {
     /// 4 Gb/s and above; it grants at most `net.core.rmem_max` and `wmem_max`.
     pub udp_buffer_bytes: usize,
     /// Bytes that may be written to a lane before the receiver must have read some: quinn takes no
-    /// more from the sender than the receiver has room for. What is under way when the guest is
+    /// more from the sender than the receiver has room for. Over TCP this is what socket buffers are
+    /// made of, unless the kernel allows only smaller ones (`net.core.rmem_max`); then it chooses
+    /// them by itself (`net.ipv4.tcp_rmem`). What is under way when the guest is
     /// stopped adds to its pause: 4 MiB are 3 ms at 10 Gb/s and 34 ms at 1 Gb/s.
     pub lane_window_bytes: u32,
     /// Largest UDP payload to probe for, 1200 to [`UDP_PAYLOAD_BYTES_MAX`]. Larger packets cost
@@ -65,7 +118,7 @@ pub struct Options {
     /// Name that the server's certificate must carry; any host of the authority if not given.
     pub expected_peer: Option<String>,
     /// Optional features that this end can use, as bits of [`Offer`](crate::Offer)'s field; a
-    /// session uses what both ends can.
+    /// session uses what both ends can. Those of the transport (bits 8 to 15) are not given here.
     pub features: u64,
 }
 
@@ -74,6 +127,8 @@ impl Default for Options {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             lanes: cores.clamp(2, 8),
+            lane_kind: LaneKind::default(),
+            fast_bits_per_s: FAST_BITS_PER_S,
             dead_peer: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
             udp_buffer_bytes: 8 << 20,
@@ -118,6 +173,13 @@ impl Options {
         ranged("initial_rtt (ms)", ms(self.initial_rtt), 1, 10_000, "1 to 10000 are allowed")?;
         let sockets = self.server_sockets;
         ranged("server_sockets", sockets, 1, SERVER_SOCKETS_MAX, "1 to 16 are allowed")?;
+        if self.features & FEATURES_OF_TRANSPORT != 0 {
+            return Err(TransportError::Option {
+                option: "features",
+                value: format!("{:#x}", self.features),
+                rule: "bits 8 to 15 are the transport's own",
+            });
+        }
         match &self.expected_peer {
             Some(name) if check_name(name).is_err() => Err(TransportError::Option {
                 option: "expected_peer",
@@ -195,9 +257,18 @@ mod tests {
             Options { udp_payload_bytes_max: 9000, ..Options::default() },
             Options { lane_window_bytes: 1, ..Options::default() },
             Options { expected_peer: Some("a/b".into()), ..Options::default() },
+            Options { features: FEATURE_LANES_TCP, ..Options::default() },
         ];
         for options in bad {
             assert!(matches!(options.check(), Err(TransportError::Option { .. })), "{options:?}");
+        }
+    }
+
+    #[test]
+    fn kinds_of_lanes_are_what_was_selected() {
+        for kind in [LaneKind::Quic, LaneKind::Tcp, LaneKind::Auto] {
+            assert_eq!(LaneKind::selected(kind.feature() | 0b101), kind);
+            assert_eq!(kind.feature() & !FEATURES_OF_TRANSPORT, 0);
         }
     }
 

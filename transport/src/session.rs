@@ -5,29 +5,30 @@
 //!   control connection, bidirectional stream
 //!   Offer ------------------------------------->
 //!         <------------------------------------- Select (or Reject)
-//!   lane connections, a unidirectional stream each
-//!   greeting with Select's token -------------->
+//!   lane connections: QUIC with a unidirectional stream, or TCP with TLS, or both
+//!   greeting with Select's token on each ------>
 //!         <------------------------------------- Joined, when all lanes are there
 //! ```
 //!
-//! Every connection has its own socket at the client. The server holds several sockets on one
+//! Every connection has its own socket at the client. At the server, lanes over TCP have the port
+//! number of the others. Where both kinds are wanted, the client finds out before its offer whether
+//! TCP gets through, and offers QUIC alone if it does not. The server holds several sockets on one
 //! port; which of them a connection reaches does not matter.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
-use quinn::{ClientConfig, Connection, Endpoint, TokioRuntime};
+use quinn::Connection;
 
 use crate::closer::Closer;
 use crate::control::{ControlReceiver, ControlSender, PLACE, Reader, StreamError, Writer};
+use crate::dial::{Dialler, assemble};
 use crate::error::{TransportError, close_code, connection_error};
 use crate::identity::{Identity, certified_name};
 use crate::lane::{LaneReceiver, LaneSender};
-use crate::lane_wire::Greeting;
-use crate::messages::{Intent, Message, MigrationId, Offer, Select};
-use crate::options::Options;
-use crate::socket::{self, UdpBuffers};
-use crate::tls::{self, ANY_NAME};
+use crate::lane_stream::Inlet;
+use crate::messages::{FEATURES_OF_TRANSPORT, Intent, Message, MigrationId, Offer, Select};
+use crate::options::{LaneKind, Options};
+use crate::tcp::TcpIn;
 
 /// Who is at the other end.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,8 +44,15 @@ pub struct PeerInfo {
 pub struct Selection {
     /// The protocol's version.
     pub version: u16,
-    /// Optional features that both ends can use, as bits.
+    /// Optional features that both ends can use, as bits; without the transport's own.
     pub features: u64,
+}
+
+impl Selection {
+    pub(crate) fn of(select: &Select) -> Self {
+        let features = select.features & !FEATURES_OF_TRANSPORT;
+        Self { version: select.version, features }
+    }
 }
 
 /// A complete session. Its parts may be taken out and moved into tasks; the connections close when
@@ -91,7 +99,11 @@ pub async fn connect(
 ) -> Result<SourceSession, TransportError> {
     options.check()?;
     let mut offer = offer;
-    offer.features = options.features;
+    let kind = match offer.intent {
+        Intent::Migrate | Intent::Resume => options.lane_kind,
+        Intent::Ask => LaneKind::Quic,
+    };
+    offer.features = options.features | kind.feature();
     offer.lanes = match offer.intent {
         Intent::Migrate | Intent::Resume => u16::try_from(options.lanes).unwrap_or(u16::MAX),
         Intent::Ask => 0,
@@ -109,22 +121,19 @@ pub async fn connect(
     }
 }
 
-/// A connection with its own endpoint.
-struct Dialled {
-    endpoint: Endpoint,
-    connection: Connection,
-    udp_buffers: UdpBuffers,
-}
-
 async fn join(
     addr: SocketAddr,
     identity: &Identity,
     options: &Options,
-    offer: Offer,
+    mut offer: Offer,
     waiting_for: &mut &'static str,
 ) -> Result<SourceSession, TransportError> {
-    let config = client_config(identity, options)?;
-    let control = dial(addr, &config, options).await?;
+    let dialler = Dialler::new(addr, identity, options)?;
+    let wanted = LaneKind::selected(offer.features);
+    let (control, early) = dialler.control(wanted).await?;
+    if wanted == LaneKind::Auto && early.is_none() {
+        offer.features &= !wanted.feature();
+    }
     *waiting_for = "the answer to the offer";
     let failed = |error: StreamError| handshake_error(&control.connection, error);
     let lost = |error| connection_error(addr, error, None);
@@ -139,97 +148,31 @@ async fn join(
         }
         other => return Err(unexpected(addr, "Select or Reject", &other)),
     };
+    let kind = LaneKind::selected(select.features);
+    if wanted == LaneKind::Tcp && kind != wanted {
+        return Err(TransportError::LaneKind { peer: addr });
+    }
 
     *waiting_for = "a lane";
-    let mut streams = Vec::new();
-    let mut lanes = Vec::new();
-    let mut dialling = tokio::task::JoinSet::new();
-    for lane in 0..select.lanes {
-        let (config, options) = (config.clone(), options.clone());
-        let greeting = Greeting { version: select.version, lane, token: select.token };
-        dialling.spawn(async move {
-            let dialled = dial(addr, &config, &options).await?;
-            let lost = |error| connection_error(addr, error, None);
-            let mut stream = dialled.connection.open_uni().await.map_err(lost)?;
-            let greeted = stream.write_all(&greeting.encode()).await;
-            greeted.map_err(|error| handshake_error(&dialled.connection, error.into()))?;
-            Ok((lane, dialled, stream))
-        });
-    }
-    while let Some(dialled) = dialling.join_next().await {
-        let (lane, dialled, stream) = dialled.unwrap_or_else(|_| {
-            // The task panicked or was cancelled, which only the end of the runtime does.
-            Err(TransportError::HandshakeTimeout {
-                peer: addr,
-                after: options.handshake_timeout,
-                waiting_for: "a lane's task",
-            })
-        })?;
-        if certificate(&dialled.connection) != certificate(&control.connection) {
-            return Err(TransportError::LaneCertificate { peer: addr, lane });
-        }
-        streams.push((usize::from(lane), stream));
-        lanes.push(dialled);
-    }
-
+    let lanes = dialler.lanes(&select, kind, early, &control.connection).await?;
     *waiting_for = "word that all lanes have arrived";
     match reader.read().await.map_err(failed)? {
         Message::Joined(joined) if joined.lanes == select.lanes => {}
         other => return Err(unexpected(addr, "Joined with all lanes", &other)),
     }
     let peer = peer_info(&control.connection)?;
-    let all = std::iter::once(&control).chain(&lanes);
-    let udp_buffers = all
-        .clone()
-        .map(|dialled| dialled.udp_buffers)
-        .reduce(UdpBuffers::least)
-        .unwrap_or(control.udp_buffers);
-    udp_buffers.warn_if_small(options.udp_buffer_bytes);
-    let endpoints = all.map(|dialled| dialled.endpoint.clone()).collect();
-    let lanes = lanes.into_iter().map(|dialled| dialled.connection).collect();
-    let closer = Closer::new(control.connection.clone(), lanes, endpoints, udp_buffers);
-    streams.sort_by_key(|(lane, _)| *lane);
+    let (lanes, closer) = assemble(control, kind, lanes, options);
     Ok(Session {
         control_sender: ControlSender::new(writer, closer.clone()),
         control_receiver: ControlReceiver::new(reader, closer.clone()),
-        lanes: streams
-            .into_iter()
-            .map(|(lane, stream)| LaneSender::new(stream, lane, closer.clone()))
-            .collect(),
+        lanes,
         peer,
-        selected: Selection { version: select.version, features: select.features },
+        selected: Selection::of(&select),
         intent: offer.intent,
         migration: offer.migration,
         engine: offer.engine,
         closer,
     })
-}
-
-fn client_config(identity: &Identity, options: &Options) -> Result<ClientConfig, TransportError> {
-    let crypto = tls::client_config(identity, options.expected_peer.as_deref())
-        .map_err(TransportError::Identity)?;
-    let mut config = ClientConfig::new(Arc::new(crypto));
-    // A server opens no streams.
-    config.transport_config(options.transport(0)?);
-    Ok(config)
-}
-
-async fn dial(
-    addr: SocketAddr,
-    config: &ClientConfig,
-    options: &Options,
-) -> Result<Dialled, TransportError> {
-    let (socket, udp_buffers) = socket::client(addr, options.bind, options.udp_buffer_bytes)?;
-    let runtime = Arc::new(TokioRuntime);
-    let endpoint = Endpoint::new(options.endpoint()?, None, socket, runtime)
-        .map_err(|source| TransportError::Socket { what: "use a socket", addr, source })?;
-    let name = options.expected_peer.as_deref().unwrap_or(ANY_NAME);
-    let connection = endpoint
-        .connect_with(config.clone(), addr, name)
-        .map_err(|source| TransportError::Connect { addr, source })?
-        .await
-        .map_err(|error| connection_error(addr, error, None))?;
-    Ok(Dialled { endpoint, connection, udp_buffers })
 }
 
 fn check_select(peer: SocketAddr, offer: &Offer, select: Select) -> Result<Select, TransportError> {
@@ -263,6 +206,7 @@ pub(crate) fn handshake_error(connection: &Connection, error: StreamError) -> Tr
             TransportError::Wire { peer, place: PLACE.into(), source }
         }
         StreamError::Lost(error) => connection_error(peer, error, None),
+        StreamError::Broken(source) => TransportError::LaneConnect { peer, source },
         // The reason of the connection's end says more than a stream's.
         StreamError::Ended | StreamError::Cut(_) | StreamError::Interrupted => {
             match connection.close_reason() {
@@ -309,7 +253,7 @@ pub(crate) fn peer_info(connection: &Connection) -> Result<PeerInfo, TransportEr
 pub(crate) fn destination(
     writer: Writer,
     reader: Reader,
-    streams: Vec<quinn::RecvStream>,
+    streams: Vec<(Inlet, Option<Box<TcpIn>>)>,
     offer: Offer,
     selected: Selection,
     peer: PeerInfo,
@@ -321,7 +265,7 @@ pub(crate) fn destination(
         lanes: streams
             .into_iter()
             .enumerate()
-            .map(|(lane, stream)| LaneReceiver::new(stream, lane, closer.clone()))
+            .map(|(lane, (stream, next))| LaneReceiver::new(stream, next, lane, closer.clone()))
             .collect(),
         peer,
         selected,
@@ -338,7 +282,7 @@ impl<L> Session<L> {
         self.closer.close(code, text).await;
     }
 
-    /// UDP payload bytes over all connections so far.
+    /// UDP and TCP payload bytes over all connections so far.
     pub fn wire_bytes(&self) -> crate::WireBytes {
         self.closer.wire_bytes()
     }

@@ -99,7 +99,7 @@ fn open(
     socket.set_recv_buffer_size(buffer_bytes).map_err(failed("set the receive buffer"))?;
     socket.set_send_buffer_size(buffer_bytes).map_err(failed("set the send buffer"))?;
     socket.bind(&addr.into()).map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse => TransportError::AddressInUse { addr },
+        io::ErrorKind::AddrInUse => TransportError::AddressInUse { protocol: "UDP", addr },
         _ => TransportError::Socket { what: "bind a socket", addr, source },
     })?;
     // Linux reports twice what may be used; the other half is for its own bookkeeping.
@@ -122,6 +122,6 @@ mod tests {
 
         let taken = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let error = server(taken, 3, 1 << 20).unwrap_err();
-        assert!(matches!(error, TransportError::AddressInUse { addr } if addr == taken));
+        assert!(matches!(error, TransportError::AddressInUse { addr, .. } if addr == taken));
     }
 }

@@ -12,12 +12,16 @@ use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor, veri
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
-use rustls::{DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::identity::{Identity, IdentityError};
 
-/// The protocol's name in the TLS handshake.
+/// The protocol's name in the TLS handshake of QUIC connections.
 pub(crate) const ALPN: &[u8] = b"godwit/1";
+
+/// The name of lanes over TCP, so that neither kind of connection can be taken for the other.
+pub(crate) const LANE_ALPN: &[u8] = b"godwit-lane/1";
 
 /// What is put in the place of the server's name where none was asked for; never sent.
 pub(crate) const ANY_NAME: &str = "any.invalid";
@@ -43,45 +47,73 @@ pub(crate) fn random(bytes: &mut [u8]) -> Result<(), IdentityError> {
         .map_err(|_| IdentityError::Tls(rustls::Error::FailedToGetRandomBytes))
 }
 
-pub(crate) fn server_config(identity: &Identity) -> Result<QuicServerConfig, IdentityError> {
+/// For QUIC connections of a server.
+pub(crate) fn quic_server(identity: &Identity) -> Result<QuicServerConfig, IdentityError> {
+    QuicServerConfig::try_from(server(identity, ALPN)?).map_err(|_| no_initial_suite())
+}
+
+/// For QUIC connections of a client.
+pub(crate) fn quic_client(
+    identity: &Identity,
+    expected_peer: Option<&str>,
+) -> Result<QuicClientConfig, IdentityError> {
+    let config = client(identity, expected_peer, ALPN)?;
+    QuicClientConfig::try_from(config).map_err(|_| no_initial_suite())
+}
+
+/// For lanes over TCP at a server.
+pub(crate) fn lane_server(identity: &Identity) -> Result<TlsAcceptor, IdentityError> {
+    Ok(TlsAcceptor::from(Arc::new(server(identity, LANE_ALPN)?)))
+}
+
+/// For lanes over TCP at a client.
+pub(crate) fn lane_client(
+    identity: &Identity,
+    expected_peer: Option<&str>,
+) -> Result<TlsConnector, IdentityError> {
+    Ok(TlsConnector::from(Arc::new(client(identity, expected_peer, LANE_ALPN)?)))
+}
+
+fn server(identity: &Identity, alpn: &[u8]) -> Result<ServerConfig, IdentityError> {
     let provider = provider();
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::clone(&identity.roots), provider.clone())
             .build()
             .map_err(|error| IdentityError::Tls(rustls::Error::General(error.to_string())))?;
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+    let mut config = ServerConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(IdentityError::Tls)?
         .with_client_cert_verifier(verifier)
         .with_single_cert(identity.chain.clone(), identity.key.clone_key())
         .map_err(IdentityError::Tls)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    QuicServerConfig::try_from(config).map_err(|_| no_initial_suite())
+    Ok(config)
 }
 
-pub(crate) fn client_config(
+fn client(
     identity: &Identity,
     expected_peer: Option<&str>,
-) -> Result<QuicClientConfig, IdentityError> {
+    alpn: &[u8],
+) -> Result<ClientConfig, IdentityError> {
     let provider = provider();
     let verifier = Arc::new(HostVerifier {
         roots: Arc::clone(&identity.roots),
         provider: Arc::clone(&provider),
         check_name: expected_peer.is_some(),
     });
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+    let mut config = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(IdentityError::Tls)?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
         .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
         .map_err(IdentityError::Tls)?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     config.enable_sni = false;
     config.resumption = Resumption::disabled();
-    QuicClientConfig::try_from(config).map_err(|_| no_initial_suite())
+    Ok(config)
 }
 
 fn no_initial_suite() -> IdentityError {

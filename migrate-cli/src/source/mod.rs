@@ -54,7 +54,7 @@ use crate::args::{Mode, PageOrder, SendArgs};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
-use crate::report::{ErrorReport, Report, ReportOutcome, VerifyReport};
+use crate::report::{ErrorReport, LaneReport, Report, ReportOutcome, VerifyReport};
 use crate::{attaching, cancel, failpoint, random};
 
 /// How long the control stream may take to tell why a lane has ended.
@@ -103,10 +103,12 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
     let guest = prepare::guest(args).await?;
     report.vm = guest.vm.label();
     let migration = prepare::new_migration()?;
-    let options = prepare::options(&args.common, prepare::lanes(args.lanes, args.mode));
+    let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count, args.mode));
+    options.lane_kind = args.lanes.kind();
     let accepted = prepare::accepted(addr, &identity, &options, migration, &guest, args).await?;
     let Accepted { session, urgent } = accepted;
     let closer = session.closer.clone();
+    report.lanes = Some(LaneReport::of(&closer, session.lanes.len()));
     let journal = match prepare::journal(args, &guest, migration, &session.peer.name) {
         Ok(journal) => journal,
         Err(error) => {
@@ -230,6 +232,7 @@ impl Migration<'_> {
     ) {
         let wire = self.closer.stats().wire;
         report.bytes.wire = wire.sent + wire.received;
+        report.end_of_lanes(&self.closer);
         let client = Some(&self.guest.client);
         match outcome {
             Outcome::Completed => {
@@ -492,7 +495,7 @@ async fn on_thread<T: Send + 'static>(
     done.map_err(|error| EngineError::Internal(error.to_string()))
 }
 
-/// One task a lane: from the encoder threads' queue to QUIC.
+/// One task a lane: from the encoder threads' queue to the network.
 #[derive(Debug)]
 struct LaneTasks {
     queues: Vec<LaneQueue>,

@@ -2,11 +2,11 @@
 
 pub mod untouched;
 
-use std::net::UdpSocket;
+use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use framework::{Engine, EngineOutput, Env, Pki, Pulse, QemuKind, Vm};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -249,8 +249,15 @@ pub fn preload_library() -> Result<PathBuf> {
 /// # Errors
 /// No port is free.
 pub fn free_address() -> Result<String> {
-    let socket = UdpSocket::bind("127.0.0.1:0").context("No free port on loopback")?;
-    Ok(socket.local_addr().context("No address")?.to_string())
+    // A receiver needs its port over TCP, too.
+    for _ in 0..32 {
+        let socket = UdpSocket::bind("127.0.0.1:0").context("No free port on loopback")?;
+        let address = socket.local_addr().context("No address")?;
+        if TcpListener::bind(address).is_ok() {
+            return Ok(address.to_string());
+        }
+    }
+    bail!("No port on loopback is free over both UDP and TCP")
 }
 
 fn text(path: &Path) -> String {

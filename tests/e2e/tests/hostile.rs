@@ -573,7 +573,7 @@ fn a_rogue_destination_costs_the_guest_nothing() -> Result<()> {
                 });
                 Ok::<_, anyhow::Error>((task, addr))
             })?;
-            let extra = ["--dead-peer-s", "2", "--max-downtime-ms", "2000", "--lanes", "1"];
+            let extra = ["--dead-peer-s", "2", "--max-downtime-ms", "2000", "--lane-count", "1"];
             let mut send = rig.send(&vm, &addr, &extra)?;
             let peak_kib = watch_memory(&mut send)?;
             let sent = send.wait(PATIENCE)?;

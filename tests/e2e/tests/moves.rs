@@ -55,8 +55,11 @@ fn a_guest_moves_from_7_2_to_10_0() -> Result<()> {
 fn every_setting_moves_the_same_memory() -> Result<()> {
     let rig = Rig::new()?;
     let mut vm = Vm::boot(&rig.env, busy(QemuKind::V7_2))?;
-    let settings: [&[&str]; 7] = [
+    let settings: [&[&str]; 10] = [
         &[],
+        &["--lanes", "quic"],
+        &["--lanes", "tcp"],
+        &["--lanes", "tcp", "--lane-count", "3", "--compression", "zstd"],
         &["--compression", "none"],
         &["--compression", "lz4"],
         &["--compression", "zstd"],
@@ -74,6 +77,10 @@ fn every_setting_moves_the_same_memory() -> Result<()> {
         println!("{words:?}: {packed:?} bytes packed, {deltas} deltas");
         // A cache too small for what is written may have nothing when it is asked.
         ensure!(words.contains(&"1M") || (deltas > 0) != words.contains(&"0"), "{report}");
+        if let Some(at) = words.iter().position(|word| *word == "--lanes") {
+            ensure!(report["lanes"]["kind"] == words[at + 1], "{report}");
+        }
+        ensure!(report["cpu_s_per_gb"].as_f64() > Some(0.0), "{report}");
         if let Some(at) = words.iter().position(|word| *word == "--compression") {
             let own = ["none", "lz4", "zstd"].iter().position(|codec| *codec == words[at + 1]);
             let own = own.context("no such codec")?;

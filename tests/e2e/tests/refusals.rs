@@ -150,11 +150,12 @@ fn what_is_asked_for_in_vain_is_refused() -> Result<()> {
 }
 
 fn usage_errors(rig: &Rig, vm: &Vm) -> Result<()> {
-    let bad: [&[&str]; 5] = [
+    let bad: [&[&str]; 6] = [
         &["--mode", "teleport"],
         &["--max-bandwidth", "5"],
         &["--max-downtime-ms", "0"],
-        &["--lanes", "65"],
+        &["--lanes", "sctp"],
+        &["--lane-count", "65"],
         &["--dead-peer-s", "never"],
     ];
     for extra in bad {

@@ -9,7 +9,12 @@ use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use tempfile::TempDir;
 use transport::messages::{Intent, MigrationId, Offer};
 use transport::pki::{InitOptions, IssueOptions, init, issue};
-use transport::{Batch, DestinationSession, Identity, Listener, Options, SourceSession, connect};
+use transport::{
+    Batch, DestinationSession, Identity, LaneKind, Listener, Options, SourceSession, connect,
+};
+
+/// What a lane can be carried by: everything holds for each.
+pub(crate) const KINDS: [LaneKind; 3] = [LaneKind::Quic, LaneKind::Tcp, LaneKind::Auto];
 
 /// Two authorities and the identities `a`, `b` (of the first) and `stranger` (of the second).
 pub(crate) struct Pki {
@@ -64,6 +69,12 @@ pub(crate) fn options() -> Options {
     }
 }
 
+/// The same with lanes of a kind. Where they have both kinds of connections they go over to TCP at
+/// the first batch after a tenth of a second.
+pub(crate) fn options_of(lane_kind: LaneKind) -> Options {
+    Options { lane_kind, fast_bits_per_s: 1, ..options() }
+}
+
 pub(crate) fn any_port() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
 }
@@ -78,10 +89,18 @@ pub(crate) fn listen(pki: &Pki) -> Listener {
 
 /// A session between `a` and a listener of `b`.
 pub(crate) async fn pair(pki: &Pki) -> (SourceSession, DestinationSession, Listener) {
+    pair_of(pki, LaneKind::Quic).await
+}
+
+/// The same with lanes of a kind.
+pub(crate) async fn pair_of(
+    pki: &Pki,
+    kind: LaneKind,
+) -> (SourceSession, DestinationSession, Listener) {
     let mut listener = listen(pki);
     let addr = listener.local_addr();
     let identity = pki.identity("a");
-    let options = options();
+    let options = options_of(kind);
     let (source, destination) =
         tokio::join!(connect(addr, &identity, &options, offer(Intent::Migrate)), listener.accept());
     (source.unwrap(), destination.unwrap(), listener)

@@ -3,30 +3,88 @@
 use std::time::{Duration, Instant};
 
 use migrate_core::error::{Classify, ErrorBin};
+use tokio::io::AsyncWriteExt;
 use transport::lane_wire::{Greeting, encode_head};
 use transport::messages::{Commit, Intent, MigrationId, Progress, VERSIONS};
-use transport::{DestinationSession, Listener, Message, TransportError, close_code, connect, wire};
+use transport::{
+    DestinationSession, LaneKind, Listener, Message, TransportError, close_code, connect, wire,
+};
 
-use crate::common::{Pki, batch, listen, offer, options, pair};
+use crate::common::{KINDS, Pki, batch, listen, offer, options, options_of, pair_of};
 use crate::relay::Relay;
-use crate::rogue::{self, ALPN, Control, lane, offer_lanes, read_message, said};
+use crate::rogue::{
+    self, ALPN, Control, TlsStream, lane, offer_lanes, offer_tcp_lanes, read_message, said,
+    tcp_end, tcp_lane,
+};
 
 /// A session of one lane whose client is a test's own.
 struct Rogue {
     control: Control,
-    lane: (quinn::Connection, quinn::SendStream),
+    lane: RogueLane,
     destination: DestinationSession,
     _endpoint: quinn::Endpoint,
     _listener: Listener,
 }
 
-async fn rogue_session(pki: &Pki) -> Rogue {
+enum RogueLane {
+    Quic(quinn::Connection, quinn::SendStream),
+    Tcp(Option<Box<TlsStream>>),
+}
+
+impl RogueLane {
+    async fn write(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Quic(_, stream) => stream.write_all(bytes).await.unwrap(),
+            Self::Tcp(stream) => {
+                let stream = stream.as_mut().unwrap();
+                stream.write_all(bytes).await.unwrap();
+                stream.flush().await.unwrap();
+            }
+        }
+    }
+
+    /// Ends it as it should be ended.
+    async fn finish(&mut self) {
+        match self {
+            Self::Quic(_, stream) => stream.finish().unwrap(),
+            Self::Tcp(stream) => stream.as_mut().unwrap().shutdown().await.unwrap(),
+        }
+    }
+
+    /// Ends it without a word: a reset over QUIC, and over TCP an end or a reset beneath TLS.
+    fn cut(&mut self, reset: bool) {
+        match self {
+            Self::Quic(_, stream) => stream.reset(quinn::VarInt::from_u32(9)).unwrap(),
+            Self::Tcp(stream) => {
+                let socket = stream.take().unwrap().into_inner().0;
+                if reset {
+                    let abort = Some(Duration::ZERO);
+                    socket2::SockRef::from(&socket).set_linger(abort).unwrap();
+                }
+            }
+        }
+    }
+}
+
+async fn rogue_session(pki: &Pki, kind: LaneKind) -> Rogue {
     let mut listener = listen(pki);
     let addr = listener.local_addr();
     let endpoint = rogue::client(&pki.ca(), Some(&pki.path("a")), ALPN);
-    let mut control = offer_lanes(&endpoint, addr, 1).await;
+    let mut control = match kind {
+        LaneKind::Tcp => offer_tcp_lanes(&endpoint, addr, 1).await,
+        _ => offer_lanes(&endpoint, addr, 1).await,
+    };
     let greeting = Greeting { version: VERSIONS[0], lane: 0, token: control.select.token };
-    let lane = lane(&endpoint, addr, &greeting).await;
+    let lane = match kind {
+        LaneKind::Tcp => {
+            let stream = tcp_lane(&pki.ca(), &pki.path("a"), addr, &greeting).await;
+            RogueLane::Tcp(Some(Box::new(stream)))
+        }
+        _ => {
+            let (connection, stream) = lane(&endpoint, addr, &greeting).await;
+            RogueLane::Quic(connection, stream)
+        }
+    };
     read_message(&mut control.receive, 2).await;
     let destination = listener.accept().await.unwrap();
     Rogue { control, lane, destination, _endpoint: endpoint, _listener: listener }
@@ -35,7 +93,13 @@ async fn rogue_session(pki: &Pki) -> Rogue {
 /// Sends `bytes` on the control stream after the offer and expects the session's end, with `word`
 /// in the error and in what the peer is told.
 async fn breaks_control(pki: &Pki, bytes: &[u8], finish: bool, word: &str) {
-    let mut rogue = rogue_session(pki).await;
+    for kind in [LaneKind::Quic, LaneKind::Tcp] {
+        breaks_control_of(pki, kind, bytes, finish, word).await;
+    }
+}
+
+async fn breaks_control_of(pki: &Pki, kind: LaneKind, bytes: &[u8], finish: bool, word: &str) {
+    let mut rogue = rogue_session(pki, kind).await;
     rogue.control.send.write_all(bytes).await.unwrap();
     if finish {
         rogue.control.send.finish().unwrap();
@@ -47,18 +111,30 @@ async fn breaks_control(pki: &Pki, bytes: &[u8], finish: bool, word: &str) {
         }
     };
     assert!(is_wire(&error, "control", word), "{word}: {error:?}");
-    for connection in [&rogue.control.connection, &rogue.lane.0] {
-        let (code, text) = said(connection.closed().await);
+    let mut closed = vec![rogue.control.connection.closed().await];
+    match &mut rogue.lane {
+        RogueLane::Quic(connection, _) => closed.push(connection.closed().await),
+        // Nothing can be said there, and nothing is.
+        RogueLane::Tcp(stream) => assert!(tcp_end(stream.as_mut().unwrap()).await.is_err()),
+    }
+    for error in closed {
+        let (code, text) = said(error);
         assert_eq!(code, u64::from(close_code::PROTOCOL));
         assert!(text.contains("control") && text.contains(word), "{text}");
     }
 }
 
 async fn breaks_lane(pki: &Pki, bytes: &[u8], finish: bool, word: &str) {
-    let mut rogue = rogue_session(pki).await;
-    rogue.lane.1.write_all(bytes).await.unwrap();
+    for kind in [LaneKind::Quic, LaneKind::Tcp] {
+        breaks_lane_of(pki, kind, bytes, finish, word).await;
+    }
+}
+
+async fn breaks_lane_of(pki: &Pki, kind: LaneKind, bytes: &[u8], finish: bool, word: &str) {
+    let mut rogue = rogue_session(pki, kind).await;
+    rogue.lane.write(bytes).await;
     if finish {
-        rogue.lane.1.finish().unwrap();
+        rogue.lane.finish().await;
     }
     let mut receiver = rogue.destination.lanes.remove(0);
     let error = loop {
@@ -157,10 +233,80 @@ async fn batches_that_break_the_protocol_end_the_session() {
     breaks_lane(&pki, &good[..good.len() - 1], true, "Payload of a batch").await;
 }
 
+/// However much of a batch has come, an end that is none is never taken for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lane_that_is_cut_is_an_error_and_no_end() {
+    let pki = Pki::new();
+    let sent = batch(0, 2, 7);
+    let frame = [&encode_head(&sent, 1).unwrap()[..], &sent.payload.to_vec()[..]].concat();
+    for (kind, reset) in [(LaneKind::Quic, true), (LaneKind::Tcp, false), (LaneKind::Tcp, true)] {
+        for bytes in [0, 1, 31, 32, 40, 64, 5000, frame.len() - 1, frame.len()] {
+            let mut rogue = rogue_session(&pki, kind).await;
+            rogue.lane.write(&frame[..bytes]).await;
+            // What was sent before a reset may be lost, or not.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let mut receiver = rogue.destination.lanes.remove(0);
+            if bytes == frame.len() {
+                assert_eq!(receiver.recv().await.unwrap().unwrap(), sent);
+            }
+            rogue.lane.cut(reset);
+            let error = receiver.recv().await.unwrap_err();
+            match kind {
+                LaneKind::Tcp => {
+                    assert!(matches!(error, TransportError::LaneBroken { .. }), "{bytes}: {error}");
+                    assert_eq!(error.bin(), ErrorBin::System);
+                    assert!(error.to_string().contains("lane 0"), "{error}");
+                }
+                _ => assert!(matches!(error, TransportError::Cut { code: 9, .. }), "{error}"),
+            }
+            assert!(rogue.destination.closer.close_reason().is_none(), "{bytes}");
+        }
+    }
+}
+
+/// TCP alone stops getting through: both ends of a lane say so, and the session lives on to tell.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_tcp_connection_is_noticed_by_both_ends() {
+    let pki = Pki::new();
+    let mut listener = listen(&pki);
+    let mut relay = Relay::to(listener.local_addr()).await;
+    let (identity, options) = (pki.identity("a"), options_of(LaneKind::Tcp));
+    let (source, destination) = tokio::join!(
+        connect(relay.addr, &identity, &options, offer(Intent::Migrate)),
+        listener.accept()
+    );
+    let (mut source, mut destination) = (source.unwrap(), destination.unwrap());
+    source.lanes[0].send(batch(0, 2, 1)).await.unwrap();
+    assert!(destination.lanes[0].recv().await.unwrap().is_some());
+    relay.cut_tcp();
+    let begin = Instant::now();
+    let there = destination.lanes[0].recv().await.unwrap_err();
+    assert!(matches!(there, TransportError::LaneBroken { .. }), "{there}");
+    let here = loop {
+        if let Err(error) = source.lanes[0].send(batch(0, 200, 1)).await {
+            break error;
+        }
+    };
+    assert!(matches!(here, TransportError::LaneBroken { .. }), "{here}");
+    // Nothing that was not acknowledged counts as delivered.
+    let unfinished = source.lanes.remove(1).finish().await.unwrap_err();
+    assert!(matches!(unfinished, TransportError::LaneBroken { .. }), "{unfinished}");
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    let commit = Message::Commit(Commit { migration: MigrationId([1; 16]), resume: true });
+    source.control_sender.send(&commit).await.unwrap();
+    assert_eq!(destination.control_receiver.recv().await.unwrap(), commit);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_peer_would_refuse_is_not_sent_and_does_no_harm() {
     let pki = Pki::new();
-    let (mut source, mut destination, _listener) = pair(&pki).await;
+    for kind in KINDS {
+        refuses_to_send(&pki, kind).await;
+    }
+}
+
+async fn refuses_to_send(pki: &Pki, kind: LaneKind) {
+    let (mut source, mut destination, _listener) = pair_of(pki, kind).await;
     let lane = &mut source.lanes[0];
     let good = batch(0, 2, 1);
     let mut short = good.clone();
@@ -190,7 +336,13 @@ async fn what_the_peer_would_refuse_is_not_sent_and_does_no_harm() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_stops_reading_blocks_the_sender_within_bounds() {
     let pki = Pki::new();
-    let (mut source, mut destination, _listener) = pair(&pki).await;
+    for kind in KINDS {
+        blocks_within_bounds(&pki, kind).await;
+    }
+}
+
+async fn blocks_within_bounds(pki: &Pki, kind: LaneKind) {
+    let (mut source, mut destination, _listener) = pair_of(pki, kind).await;
     let lane = &mut source.lanes[0];
     let one = batch(0, 256, 3);
     let mut taken = 0u64;
@@ -217,9 +369,15 @@ async fn a_peer_that_stops_reading_blocks_the_sender_within_bounds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_vanishes_is_noticed_in_time_by_both_ends() {
     let pki = Pki::new();
-    let mut listener = listen(&pki);
+    for kind in KINDS {
+        notices_that_it_vanished(&pki, kind).await;
+    }
+}
+
+async fn notices_that_it_vanished(pki: &Pki, kind: LaneKind) {
+    let mut listener = listen(pki);
     let relay = Relay::to(listener.local_addr()).await;
-    let (identity, options) = (pki.identity("a"), options());
+    let (identity, options) = (pki.identity("a"), options_of(kind));
     let (source, destination) = tokio::join!(
         connect(relay.addr, &identity, &options, offer(Intent::Migrate)),
         listener.accept()
@@ -261,9 +419,23 @@ async fn a_peer_that_vanishes_is_noticed_in_time_by_both_ends() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_drops_its_session_is_noticed_at_once() {
     let pki = Pki::new();
-    let (mut source, destination, _listener) = pair(&pki).await;
+    for kind in KINDS {
+        notices_that_it_left(&pki, kind).await;
+    }
+}
+
+async fn notices_that_it_left(pki: &Pki, kind: LaneKind) {
+    let (mut source, destination, _listener) = pair_of(pki, kind).await;
     let begin = Instant::now();
     drop(destination);
     let error = source.control_receiver.recv().await.unwrap_err();
     assert!(begin.elapsed() < Duration::from_millis(300), "{:?}: {error}", begin.elapsed());
+    // So do its lanes, and say the same.
+    let error = loop {
+        match source.lanes[0].send(batch(0, 200, 1)).await {
+            Ok(()) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, TransportError::Closed { code: 0, .. }), "{error}");
 }

@@ -1,4 +1,4 @@
-//! A UDP relay that can fall silent, as a cable that is pulled: neither end is told.
+//! A relay that can fall silent, as a cable that is pulled: neither end is told.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -6,24 +6,41 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::net::UdpSocket;
-use tokio::task::JoinHandle;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::task::JoinSet;
 
 use crate::common::any_port;
 
 pub(crate) struct Relay {
     pub(crate) addr: SocketAddr,
     silent: Arc<AtomicBool>,
-    task: JoinHandle<()>,
+    _udp: JoinSet<()>,
+    tcp: JoinSet<()>,
 }
 
 impl Relay {
+    /// Carries UDP and TCP.
     pub(crate) async fn to(target: SocketAddr) -> Self {
+        let mut relay = Self::of_udp(target).await;
+        let listener = TcpListener::bind(relay.addr).await.unwrap();
+        relay.tcp.spawn(forward_tcp(listener, target, Arc::clone(&relay.silent)));
+        relay
+    }
+
+    /// Carries UDP alone: TCP is refused.
+    pub(crate) async fn of_udp(target: SocketAddr) -> Self {
         let front = Arc::new(UdpSocket::bind(any_port()).await.unwrap());
         let addr = front.local_addr().unwrap();
         let silent = Arc::new(AtomicBool::new(false));
-        let task = tokio::spawn(forward(front, target, Arc::clone(&silent)));
-        Self { addr, silent, task }
+        let mut udp = JoinSet::new();
+        udp.spawn(forward(front, target, Arc::clone(&silent)));
+        Self { addr, silent, _udp: udp, tcp: JoinSet::new() }
+    }
+
+    /// Closes all TCP connections, without the end that TLS gives them.
+    pub(crate) fn cut_tcp(&mut self) {
+        self.tcp.abort_all();
     }
 
     /// Drops every packet from now on.
@@ -32,15 +49,9 @@ impl Relay {
     }
 }
 
-impl Drop for Relay {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 async fn forward(front: Arc<UdpSocket>, target: SocketAddr, silent: Arc<AtomicBool>) {
     let mut backs: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
-    let mut tasks = tokio::task::JoinSet::new();
+    let mut tasks = JoinSet::new();
     let mut packet = vec![0; 65_536];
     loop {
         let (bytes, from) = front.recv_from(&mut packet).await.unwrap();
@@ -62,5 +73,28 @@ async fn forward(front: Arc<UdpSocket>, target: SocketAddr, silent: Arc<AtomicBo
             });
         }
         let _lost = backs[&from].send(&packet[..bytes]).await;
+    }
+}
+
+async fn forward_tcp(listener: TcpListener, target: SocketAddr, silent: Arc<AtomicBool>) {
+    let mut tasks = JoinSet::new();
+    loop {
+        let (front, _) = listener.accept().await.unwrap();
+        let (near, far) = front.into_split();
+        let (back_near, back_far) = TcpStream::connect(target).await.unwrap().into_split();
+        for (mut from, mut to) in [(near, back_far), (back_near, far)] {
+            let silent = Arc::clone(&silent);
+            tasks.spawn(async move {
+                let mut bytes = vec![0; 65_536];
+                while let Ok(read @ 1..) = from.read(&mut bytes).await {
+                    if silent.load(Ordering::Relaxed) || to.write_all(&bytes[..read]).await.is_err()
+                    {
+                        // Nothing more is read, and nobody is told.
+                        std::future::pending::<()>().await;
+                    }
+                }
+                let _ended = to.shutdown().await;
+            });
+        }
     }
 }

@@ -1,8 +1,9 @@
-//! Peers that speak QUIC and TLS but not necessarily the protocol: every step is a test's own.
+//! Peers that speak QUIC, TCP and TLS but not necessarily the protocol: every step is a test's own.
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, RecvStream, SendStream};
@@ -10,13 +11,23 @@ use rustls::RootCertStore;
 use rustls::crypto::ring::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 use transport::lane_wire::Greeting;
-use transport::messages::{Intent, Select};
+use transport::messages::{FEATURE_LANES_TCP, Intent, Select};
 use transport::{Message, wire};
 
 use crate::common::{any_port, offer};
 
 pub(crate) const ALPN: &[u8] = b"godwit/1";
+
+/// The name of lanes over TCP.
+pub(crate) const LANE_ALPN: &[u8] = b"godwit-lane/1";
+
+/// A client's TLS over TCP.
+pub(crate) type TlsStream = tokio_rustls::client::TlsStream<TcpStream>;
 
 fn roots(ca: &Path) -> RootCertStore {
     let mut roots = RootCertStore::empty();
@@ -32,6 +43,14 @@ fn chain(host: &Path) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) 
 /// A client that trusts the authority in `ca`, takes the server for `b`, and presents the identity
 /// in `host` or none. The endpoint must be kept.
 pub(crate) fn client(ca: &Path, host: Option<&Path>, alpn: &[u8]) -> Endpoint {
+    let config = client_tls(ca, host, alpn);
+    let config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
+    let mut endpoint = Endpoint::client(any_port()).unwrap();
+    endpoint.set_default_client_config(config);
+    endpoint
+}
+
+fn client_tls(ca: &Path, host: Option<&Path>, alpn: &[u8]) -> rustls::ClientConfig {
     let builder = rustls::ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
@@ -43,15 +62,49 @@ pub(crate) fn client(ca: &Path, host: Option<&Path>, alpn: &[u8]) -> Endpoint {
         }
         None => builder.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![alpn.to_vec()];
-    let config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
-    let mut endpoint = Endpoint::client(any_port()).unwrap();
-    endpoint.set_default_client_config(config);
-    endpoint
+    config.alpn_protocols = if alpn.is_empty() { vec![] } else { vec![alpn.to_vec()] };
+    config
+}
+
+/// Connects over TCP as [`client`] does over QUIC; an empty name of a protocol is not sent.
+pub(crate) async fn dial_tcp(
+    ca: &Path,
+    host: Option<&Path>,
+    alpn: &[u8],
+    addr: SocketAddr,
+) -> std::io::Result<TlsStream> {
+    let tls = TlsConnector::from(Arc::new(client_tls(ca, host, alpn)));
+    let stream = TcpStream::connect(addr).await?;
+    tls.connect("b".try_into().unwrap(), stream).await
+}
+
+/// What a connection ends with: nothing is ever sent on it to a client.
+pub(crate) async fn tcp_end(stream: &mut TlsStream) -> std::io::Result<usize> {
+    let read = tokio::time::timeout(Duration::from_secs(4), stream.read(&mut [0; 64])).await;
+    read.expect("the server keeps the connection")
 }
 
 /// A server that presents the identity in `host` and asks for no certificate.
 pub(crate) fn server(host: &Path, alpn: &[u8]) -> Endpoint {
+    let crypto = QuicServerConfig::try_from(server_tls(host, alpn)).unwrap();
+    Endpoint::server(quinn::ServerConfig::with_crypto(Arc::new(crypto)), any_port()).unwrap()
+}
+
+/// The same over TCP: shakes hands and then reads on.
+pub(crate) async fn tcp_server(host: &Path, alpn: &[u8], addr: SocketAddr) -> JoinHandle<()> {
+    let tls = TlsAcceptor::from(Arc::new(server_tls(host, alpn)));
+    let listener = TcpListener::bind(addr).await.unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            if let Ok(mut stream) = tls.accept(stream).await {
+                let _ended = stream.read_to_end(&mut Vec::new()).await;
+            }
+        }
+    })
+}
+
+fn server_tls(host: &Path, alpn: &[u8]) -> rustls::ServerConfig {
     let (chain, key) = chain(host);
     let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -59,9 +112,8 @@ pub(crate) fn server(host: &Path, alpn: &[u8]) -> Endpoint {
         .with_no_client_auth()
         .with_single_cert(chain, key)
         .unwrap();
-    config.alpn_protocols = vec![alpn.to_vec()];
-    let crypto = QuicServerConfig::try_from(config).unwrap();
-    Endpoint::server(quinn::ServerConfig::with_crypto(Arc::new(crypto)), any_port()).unwrap()
+    config.alpn_protocols = if alpn.is_empty() { vec![] } else { vec![alpn.to_vec()] };
+    config
 }
 
 pub(crate) async fn dial(endpoint: &Endpoint, addr: SocketAddr) -> Connection {
@@ -99,10 +151,27 @@ pub(crate) struct Control {
 
 /// Offers `lanes` lanes as a good client would.
 pub(crate) async fn offer_lanes(endpoint: &Endpoint, addr: SocketAddr, lanes: u16) -> Control {
+    offer_features(endpoint, addr, lanes, 0).await
+}
+
+/// Offers `lanes` lanes over TCP.
+pub(crate) async fn offer_tcp_lanes(endpoint: &Endpoint, addr: SocketAddr, lanes: u16) -> Control {
+    let control = offer_features(endpoint, addr, lanes, FEATURE_LANES_TCP).await;
+    assert_eq!(control.select.features, FEATURE_LANES_TCP);
+    control
+}
+
+async fn offer_features(
+    endpoint: &Endpoint,
+    addr: SocketAddr,
+    lanes: u16,
+    features: u64,
+) -> Control {
     let connection = dial(endpoint, addr).await;
     let (mut send, mut receive) = connection.open_bi().await.unwrap();
     let mut offer = offer(Intent::Migrate);
     offer.lanes = lanes;
+    offer.features = features;
     send.write_all(&wire::encode(&Message::Offer(offer), 1).unwrap()).await.unwrap();
     let Message::Select(select) = read_message(&mut receive, 1).await else {
         panic!("no selection");
@@ -120,4 +189,17 @@ pub(crate) async fn lane(
     let mut stream = connection.open_uni().await.unwrap();
     stream.write_all(&greeting.encode()).await.unwrap();
     (connection, stream)
+}
+
+/// The same over TCP, as `host` of the authority in `ca`.
+pub(crate) async fn tcp_lane(
+    ca: &Path,
+    host: &Path,
+    addr: SocketAddr,
+    greeting: &Greeting,
+) -> TlsStream {
+    let mut stream = dial_tcp(ca, Some(host), LANE_ALPN, addr).await.unwrap();
+    stream.write_all(&greeting.encode()).await.unwrap();
+    stream.flush().await.unwrap();
+    stream
 }
