@@ -8,8 +8,8 @@
 //! has been counted. Whether the guest uses a page only a look into its kernel could tell, and there
 //! is none: all pages count, so that the figure is an *upper bound* of what is compulsory (a migration that knew
 //! the guest could do with less). What is counted is compressed as a single
-//! Zstandard stream of level [`LEVEL`] with a window of 8 MiB, as Godwit's own streams have, in the
-//! order of addresses. Device state, headers and encryption come on top of it for everybody.
+//! Zstandard stream of level [`LEVEL`] with long-distance matching over a window of 8 MiB, which
+//! Godwit's own streams have, too, in the order of addresses. Device state, headers and encryption come on top of it for everybody.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -76,6 +76,7 @@ impl Tally {
     fn new() -> Result<Self> {
         let mut stream = Encoder::new(Count::default(), LEVEL).context("No Zstandard stream")?;
         stream.window_log(WINDOW_LOG).context("No window of 8 MiB")?;
+        stream.long_distance_matching(true).context("No long-distance matching")?;
         Ok(Self { seen: HashSet::new(), stream, pages: 0, nonzero_pages: 0 })
     }
 
@@ -193,6 +194,17 @@ mod tests {
         let found = count(&text);
         assert_eq!(found.unique_pages, 8);
         assert!(found.bytes < 8 * PAGE_BYTES as u64 / 3, "{found:?}");
+    }
+
+    #[test]
+    fn what_repeats_within_the_window_counts_once() {
+        let part: Vec<[u8; PAGE_BYTES]> = (0..1024).map(noise).collect();
+        // Every page is another one, as each has a byte of its own.
+        let mut again = part.clone();
+        again.iter_mut().for_each(|page| page[0] ^= 0x55);
+        let (once, twice) = (count(&part), count(&[part, again].concat()));
+        assert_eq!(twice.unique_pages, 2 * once.unique_pages);
+        assert!(twice.bytes < once.bytes * 11 / 10, "{once:?} {twice:?}");
     }
 
     #[test]

@@ -178,7 +178,8 @@ fn check(guests: &mut Guests, plan: &GuestPlan, driven: &Driven) -> Result<Seen>
     let (source, destination) = (&mut guests.source, &mut guests.destination);
     ensure!(
         destination.heartbeat().beats_within(ARRIVAL),
-        "no heartbeat at the destination; its console ends with:\n{}",
+        "no heartbeat at the destination; its QEMU said {:?}, its console ends with:\n{}",
+        destination.stderr().trim(),
         destination.console().tail(10)
     );
     std::thread::sleep(WATCH);

@@ -26,7 +26,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Chunk = (Instant, Vec<u8>);
 
-/// Passes on connections for ever.
+/// Passes on connections for ever. The target sees them in the order in which they were made: QEMU
+/// 7.2 takes the first for the main one of multifd.
 pub(crate) fn accept(
     listener: &TcpListener,
     to: SocketAddr,
@@ -40,35 +41,43 @@ pub(crate) fn accept(
             std::thread::sleep(Duration::from_millis(10));
             continue;
         };
-        if open.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
-            open.fetch_sub(1, Ordering::Relaxed);
+        if open.load(Ordering::Relaxed) >= CONNECTIONS_MAX {
             continue;
         }
+        let target = match connect(to) {
+            Ok(target) => target,
+            Err(error) => {
+                eprintln!("relay: {error:#}");
+                continue;
+            }
+        };
+        open.fetch_add(1, Ordering::Relaxed);
         let (open, counters) = (Arc::clone(&open), Arc::clone(counters));
         std::thread::spawn(move || {
-            if let Err(error) = serve(&client, to, delay, &counters) {
-                eprintln!("relay: {error:#}");
-            }
+            serve(&client, &target, delay, &counters);
             open.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
 
+fn connect(to: SocketAddr) -> Result<TcpStream> {
+    TcpStream::connect_timeout(&to, CONNECT_TIMEOUT)
+        .with_context(|| format!("The target {to} does not answer"))
+}
+
 /// Passes on one connection until both directions have ended.
-fn serve(client: &TcpStream, to: SocketAddr, delay: Duration, counters: &Counters) -> Result<()> {
-    let target = TcpStream::connect_timeout(&to, CONNECT_TIMEOUT)
-        .with_context(|| format!("The target {to} does not answer"))?;
-    for stream in [client, &target] {
-        stream.set_nodelay(true).context("A connection cannot be set up")?;
+fn serve(client: &TcpStream, target: &TcpStream, delay: Duration, counters: &Counters) {
+    for stream in [client, target] {
+        // Without it small messages wait for others: slower, but not wrong.
+        drop(stream.set_nodelay(true));
     }
     std::thread::scope(|scope| {
-        for (from, to) in [(client, &target), (&target, client)] {
+        for (from, to) in [(client, target), (target, client)] {
             let (sender, receiver) = sync_channel(CHUNKS);
             scope.spawn(move || take(from, delay, &sender));
             scope.spawn(move || give(to, &receiver, counters));
         }
     });
-    Ok(())
 }
 
 /// Reads until the end, or until nobody takes what is read.

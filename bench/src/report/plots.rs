@@ -69,7 +69,11 @@ pub(super) fn compare(name: &str, moved: &[&Migration]) -> Vec<Block> {
         one.dirty.iter().map(|at| (at.ms / 1e3, at.bytes as f64 / MIB)).collect()
     });
     if !dirty.is_empty() {
-        let text = lines(&title("Left to send, middle runs"), ("seconds", "MiB"), &dirty);
+        let text = lines(
+            &title("Left to send when a round or pass began, middle runs"),
+            ("seconds", "MiB"),
+            &dirty,
+        );
         blocks.push(plot("dirty", text));
         blocks.push(Block::Text(
             "Left to send: at the beginning of each round by Godwit's report, and of each pass by \

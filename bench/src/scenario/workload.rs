@@ -26,6 +26,17 @@ pub(crate) enum Content {
     Mixed,
 }
 
+impl Content {
+    /// As the writer takes it.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Random => "random",
+            Self::Mixed => "mixed",
+        }
+    }
+}
+
 /// A workload.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
@@ -121,11 +132,10 @@ impl Workload {
                     rate => format!("{rate} pages a second"),
                 };
                 format!(
-                    "{bytes} bytes in each of random pages of {hot_mib} of {fill_mib} MiB, \
-                     {content:?}, {rate}"
+                    "{bytes} bytes in each of random pages of {hot_mib} of {fill_mib} MiB, {}, \
+                     {rate}",
+                    content.label()
                 )
-                .to_lowercase()
-                .replace(" mib", " MiB")
             }
             Self::Resident { mib } => format!("{mib} MiB of noise, left alone"),
             Self::Redis { memory_mib, value_bytes, clients } => format!(
@@ -193,7 +203,7 @@ impl Workload {
         let program = match self {
             Self::Idle {} => return spec,
             Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, content } => {
-                let content = format!("{content:?}").to_lowercase();
+                let content = content.label();
                 format!(
                     "godwit.writer=fill={fill_mib},hot={hot_mib},rate={pages_per_s},bytes={bytes},\
                      content={content},seed=7"
