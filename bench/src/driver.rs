@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::mode::Mode;
 use crate::record::{Cpu, Dirty, Migration, Outcome, unix_s};
+use crate::relay::Relay;
 use crate::sample::Sampler;
 use crate::scenario::ModePlan;
 use crate::testbed::{
@@ -46,8 +47,8 @@ pub(crate) struct Driven {
     pub(crate) reported_ms: (Option<f64>, Option<f64>),
     /// The dirty set over time, as the mode tells.
     pub(crate) dirty: Vec<Dirty>,
-    /// What the relay counted, if there was one.
-    pub(crate) relay: Option<Value>,
+    /// The relay, if there is one. It may still hold bytes that are to arrive.
+    pub(crate) relay: Option<Relay>,
     /// The mode's own report.
     pub(crate) report: Value,
 }
@@ -98,7 +99,7 @@ pub(crate) fn measure(
     let machine_before = host::busy_seconds();
     let cpu_before = (guests.source.cpu_seconds()?, guests.destination.cpu_seconds()?);
     let sampler = Sampler::begin(guests.source.pid(), link.device());
-    let driven = match mode.by {
+    let mut driven = match mode.by {
         Mode::Godwit => godwit::migrate(bed, link, &mut guests, mode, turn, options)?,
         by => qemu::migrate(link, &mut guests, by, turn, options)?,
     };
@@ -113,12 +114,13 @@ pub(crate) fn measure(
         machine_s,
     };
     let samples = sampler.end(driven.from_us, driven.to_us);
-    let checked = match driven.outcome {
+    let checked = match driven.outcome.clone() {
         Ok(()) => check(&mut guests, plan, &driven).map_err(|error| {
             (Outcome::Failed, format!("The guest is not well after it: {error:#}"))
         }),
         Err(why) => Err(why),
     };
+    let relay = driven.relay.take().map(Relay::end).transpose()?;
     let wire = link.bytes()?;
     let (outcome, error, seen) = match checked {
         Ok(seen) => (Outcome::Completed, None, seen),
@@ -155,7 +157,7 @@ pub(crate) fn measure(
         samples,
         dirty: driven.dirty,
         compulsory,
-        relay: driven.relay,
+        relay,
         cpu,
         writer_pages_per_s,
         application_per_s,

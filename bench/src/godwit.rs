@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 use crate::driver::{DriveOptions, Driven};
 use crate::record::{Dirty, Outcome};
-use crate::relay::Relay;
 use crate::scenario::ModePlan;
 use crate::testbed::{Bed, Guests, Link};
 
@@ -75,7 +74,7 @@ pub(crate) fn migrate(
         outcome: Ok(()),
         reported_ms: (None, None),
         dirty: vec![],
-        relay: None,
+        relay,
         report: Value::Null,
     };
     let sent = match sent {
@@ -91,7 +90,6 @@ pub(crate) fn migrate(
     } else {
         receive.kill()?
     };
-    driven.relay = relay.map(Relay::end).transpose()?;
     driven.engine_s =
         (sent.cpu_seconds.unwrap_or_default(), received.cpu_seconds.unwrap_or_default());
     driven.report = sent.json.clone().unwrap_or(json!(null));

@@ -15,7 +15,6 @@ use crate::driver::{DriveOptions, Driven};
 use crate::interrupt;
 use crate::mode::Mode;
 use crate::record::{Dirty, Outcome};
-use crate::relay::Relay;
 use crate::testbed::{Guests, Link};
 
 /// Where the destination's QEMU listens; the namespace is ours.
@@ -100,7 +99,6 @@ pub(crate) fn migrate(
     if outcome.is_ok() {
         dirty.push(Dirty { ms: to_us.saturating_sub(from_us) as f64 / 1e3, bytes: 0 });
     }
-    let relay = relay.map(Relay::end).transpose()?;
     let engine_s = (0.0, 0.0);
     Ok(Driven { from_us, to_us, engine_s, outcome, reported_ms, dirty, relay, report })
 }
