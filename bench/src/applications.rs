@@ -19,8 +19,10 @@ pub(crate) fn initrd() -> Result<PathBuf> {
         return Ok(path.clone());
     }
     let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-    let status = Command::new("cargo").args(TASK).current_dir(root).status();
-    let status = status.context("Cannot run cargo to provide the applications")?;
+    // Its progress is no part of what the bench prints.
+    let mut command = Command::new("cargo");
+    command.args(TASK).current_dir(root).stdout(std::io::stderr());
+    let status = command.status().context("Cannot run cargo to provide the applications")?;
     ensure!(status.success(), "The applications are not there; see `cargo xtask applications`");
     let path = root.join("target/godwit/initrd-applications.gz");
     let path = path.canonicalize().with_context(|| format!("No {}", path.display()))?;

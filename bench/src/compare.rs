@@ -1,5 +1,6 @@
 //! `bench compare`: scenarios one after the other, the modes of each in turns.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -57,7 +58,12 @@ fn runs(args: &CompareArgs) -> Result<Vec<(String, Scenario)>> {
         };
         Ok((args.common.name.clone().unwrap_or(usual), scenario))
     };
-    wanted.iter().map(load).collect()
+    let runs: Vec<(String, Scenario)> = wanted.iter().map(load).collect::<Result<_>>()?;
+    let mut names = BTreeSet::new();
+    for (name, _) in &runs {
+        ensure!(names.insert(name), "Two scenarios would write their results to {name}.jsonl");
+    }
+    Ok(runs)
 }
 
 fn one(args: &CompareArgs, name: &str, scenario: &Scenario) -> Result<()> {
@@ -166,6 +172,7 @@ mod tests {
         assert_eq!(names(&["--workload", "text"]).unwrap(), ["compare-text"]);
         assert_eq!(names(&["--scenario", "idle", "--name", "x"]).unwrap(), ["x"]);
         assert!(names(&[&two[..], &["--name", "x"]].concat()).is_err());
+        assert!(names(&[&two[..], &two[..]].concat()).is_err());
         assert!(names(&[]).unwrap_err().to_string().contains("writer-text"));
     }
 }

@@ -87,7 +87,8 @@ pub(super) fn modes(moved: &[&Migration]) -> Vec<Block> {
         Block::Text(format!(
             "compulsory: the guest's memory as it was at the hand-over, pages that are not zero, each \
              content once, as one stream of Zstandard (level {}, long-distance matching over a window \
-             of 8 MiB) in the order of addresses. Whether the guest uses a page is not looked at: an upper bound.",
+             of 8 MiB) in the order of addresses. Whether the guest uses a page is not looked at: an \
+             upper bound.",
             compulsory::LEVEL
         )),
         Block::Heading("CPU time of a migration".into()),
