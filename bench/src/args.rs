@@ -1,64 +1,92 @@
 //! What can be typed.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use framework::QemuKind;
 
-use crate::mode::Mode;
-use crate::workload::Workload;
+use crate::scenario::{Overrides, parse_qemu, parse_rate};
 
 /// Measures Godwit, and QEMU's own migration beside it, with real guests.
 #[derive(Debug, Parser)]
 #[command(
     name = "bench",
     about = "Measures Godwit, and QEMU's own migration beside it, with real guests",
-    after_help = "The targets and the commands that print them:\n  \
-        cargo xtask bench compare --workload idle --repeats 10\n  \
-        cargo xtask bench compare --workload writer --repeats 5\n  \
+    args_conflicts_with_subcommands = true,
+    after_help = "`bench --scenario NAME` is short for `bench compare --scenario NAME`.\n\n\
+        The targets and the commands that print them:\n  \
+        cargo xtask bench --scenario idle\n  \
+        cargo xtask bench --scenario writer --scenario writer-text\n  \
         cargo xtask bench throughput --repeats 5\n  \
         cargo xtask bench attach --count 40"
 )]
 pub(crate) struct Cli {
     /// What to measure.
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub(crate) command: Option<Command>,
+    /// `compare` without its name.
+    #[command(flatten)]
+    pub(crate) compare: CompareArgs,
 }
 
 /// The measurements.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Migrates the same guest over a shaped link by Godwit and by QEMU's own modes, in turns.
+    /// Migrates the guest of a scenario by Godwit and by QEMU's own modes, in turns.
     Compare(CompareArgs),
+    /// Lists the scenarios of the repository.
+    Scenarios,
     /// Compares Godwit's goodput on an unshaped link with a plain quinn transfer, in turns.
     Throughput(ThroughputArgs),
     /// Measures attaching to QEMU, scanning clean memory, and the engine's tables.
     Attach(AttachArgs),
     /// Writes tables and plots again from what earlier runs recorded.
     Report(ReportArgs),
+    /// Passes UDP and TCP on with a delay and, for UDP, losses. `compare` starts it by itself.
+    Relay(RelayArgs),
 }
 
 /// What all measurements have in common.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct CommonArgs {
-    /// QEMU of both ends: 7.2 or 10.0.
-    #[arg(long, value_name = "VERSION", default_value = "7.2", value_parser = parse_qemu)]
-    pub(crate) qemu: QemuKind,
+    /// QEMU of both ends: 7.2 or 10.0 [default: 7.2, or the scenario's].
+    #[arg(long, value_name = "VERSION", value_parser = parse_qemu)]
+    pub(crate) qemu: Option<QemuKind>,
     /// Folder for the results.
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     pub(crate) out: PathBuf,
     /// Name of the results' files [default: what was measured].
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// Virtual CPUs of the guest.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
-    pub(crate) smp: u32,
+    /// Virtual CPUs of the guest [default: 1, or the scenario's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub(crate) smp: Option<u32>,
     /// Further argument for `migrate send`; may be repeated.
     #[arg(long = "send-arg", value_name = "ARG", allow_hyphen_values = true)]
     pub(crate) send_args: Vec<String>,
-    /// Seconds after which a migration is given up and counted as not converged.
-    #[arg(long, value_name = "S", default_value_t = 120, value_parser = clap::value_parser!(u64).range(5..=3600))]
-    pub(crate) limit_s: u64,
+    /// Seconds after which a migration is given up and counted as not converged [default: 120, or
+    /// the scenario's].
+    #[arg(long, value_name = "S", value_parser = clap::value_parser!(u64).range(5..=3600))]
+    pub(crate) limit_s: Option<u64>,
+}
+
+impl CommonArgs {
+    /// QEMU where no scenario names one.
+    pub(crate) fn qemu(&self) -> QemuKind {
+        self.qemu.unwrap_or(QemuKind::V7_2)
+    }
+
+    /// CPUs where no scenario names them.
+    pub(crate) fn smp(&self) -> u32 {
+        self.smp.unwrap_or(1)
+    }
+
+    /// The limit where no scenario names one.
+    pub(crate) fn limit(&self) -> Duration {
+        Duration::from_secs(self.limit_s.unwrap_or(120))
+    }
 }
 
 /// `bench compare`.
@@ -67,24 +95,44 @@ pub(crate) struct CompareArgs {
     /// Common options.
     #[command(flatten)]
     pub(crate) common: CommonArgs,
-    /// Rate of the link in bits a second, with an optional suffix k, M or G; 0 is unshaped.
-    #[arg(long, value_name = "BITS", default_value = "1G", value_parser = parse_rate)]
-    pub(crate) link: u64,
-    /// The guest's memory in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 2048, value_parser = clap::value_parser!(u64).range(256..=65_536))]
-    pub(crate) memory: u64,
-    /// What the guest does.
-    #[arg(long, value_enum, default_value_t = Workload::Idle)]
-    pub(crate) workload: Workload,
-    /// Times that every mode is measured.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=200))]
-    pub(crate) repeats: u32,
-    /// Modes in the order of their turns.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Mode::ALL)]
-    pub(crate) modes: Vec<Mode>,
-    /// Channels of multifd.
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=16))]
-    pub(crate) channels: u32,
+    /// A scenario of bench/scenarios by its name, or a file; may be repeated.
+    #[arg(long = "scenario", value_name = "NAME|FILE")]
+    pub(crate) scenarios: Vec<String>,
+    /// The same as --scenario, with results called compare-NAME.
+    #[arg(long, value_name = "NAME", conflicts_with = "scenarios")]
+    pub(crate) workload: Option<String>,
+    /// Instead of the scenario's: rate of the link in bits a second, with an optional suffix k, M
+    /// or G; 0 is unshaped.
+    #[arg(long, value_name = "BITS", value_parser = parse_rate)]
+    pub(crate) link: Option<u64>,
+    /// Instead of the scenario's: the guest's memory in MiB.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(256..=65_536))]
+    pub(crate) memory: Option<u64>,
+    /// Instead of the scenario's: times that every mode is measured.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=200))]
+    pub(crate) repeats: Option<u32>,
+    /// Instead of all the scenario's: its modes of these names, or further ones of QEMU.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub(crate) modes: Vec<String>,
+    /// Instead of the scenario's: channels of multifd.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub(crate) channels: Option<u32>,
+}
+
+impl CompareArgs {
+    /// What is not as in the scenario.
+    pub(crate) fn overrides(&self) -> Overrides {
+        Overrides {
+            memory_mib: self.memory,
+            smp: self.common.smp,
+            qemu: self.common.qemu,
+            rate: self.link,
+            repeats: self.repeats,
+            limit_s: self.common.limit_s,
+            modes: self.modes.clone(),
+            channels: self.channels,
+        }
+    }
 }
 
 /// `bench throughput`.
@@ -134,28 +182,32 @@ pub(crate) struct AttachArgs {
 /// `bench report`.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct ReportArgs {
-    /// What earlier runs recorded; tables and plots go beside them.
-    #[arg(required = true, value_name = "JSONL")]
+    /// What earlier runs recorded; tables and plots go beside them [default: all of --out].
+    #[arg(value_name = "JSONL")]
     pub(crate) files: Vec<PathBuf>,
+    /// Folder of the results, and of report.html.
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    pub(crate) out: PathBuf,
 }
 
-fn parse_qemu(text: &str) -> Result<QemuKind, String> {
-    let found = QemuKind::ALL.into_iter().find(|kind| kind.version() == text);
-    found.ok_or_else(|| "there are 7.2 and 10.0".to_owned())
-}
-
-fn parse_rate(text: &str) -> Result<u64, String> {
-    let (digits, factor) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 1_000),
-        Some((at, 'm' | 'M')) => (text.get(..at), 1_000_000),
-        Some((at, 'g' | 'G')) => (text.get(..at), 1_000_000_000),
-        _ => (Some(text), 1),
-    };
-    digits
-        .and_then(|digits| digits.parse::<u64>().ok())
-        .and_then(|number| number.checked_mul(factor))
-        .filter(|bits| *bits == 0 || (100_000..=100_000_000_000).contains(bits))
-        .ok_or_else(|| "give 0, or a rate from 100k to 100G such as 500M".to_owned())
+/// `bench relay`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RelayArgs {
+    /// Address and port of both protocols to listen on.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: SocketAddr,
+    /// Where everything goes.
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) to: SocketAddr,
+    /// Delay of each direction in milliseconds.
+    #[arg(long, value_name = "MS", default_value_t = 0.0)]
+    pub(crate) delay_ms: f64,
+    /// Share of UDP datagrams that are lost, each direction, in percent.
+    #[arg(long, value_name = "PERCENT", default_value_t = 0.0)]
+    pub(crate) loss_percent: f64,
+    /// Seed of the losses.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
 }
 
 #[cfg(test)]
@@ -170,12 +222,16 @@ mod tests {
     }
 
     #[test]
-    fn rates_have_suffixes() {
-        assert_eq!(parse_rate("1G"), Ok(1_000_000_000));
-        assert_eq!(parse_rate("0"), Ok(0));
-        for bad in ["", "G", "-1", "5k", "9999999999G"] {
-            assert!(parse_rate(bad).is_err(), "{bad}");
-        }
-        assert!(parse_qemu("7.2").is_ok() && parse_qemu("9.0").is_err());
+    fn scenarios_need_no_subcommand() {
+        let words = ["bench", "--scenario", "idle", "--scenario", "a.toml", "--link", "100M"];
+        let cli = Cli::parse_from(words);
+        assert!(cli.command.is_none());
+        assert_eq!(cli.compare.scenarios, ["idle", "a.toml"]);
+        assert_eq!(cli.compare.overrides().rate, Some(100_000_000));
+        let cli = Cli::parse_from(["bench", "compare", "--workload", "idle", "--modes", "a,b"]);
+        let Some(Command::Compare(args)) = cli.command else { panic!("{cli:?}") };
+        assert_eq!(args.overrides().modes, ["a", "b"]);
+        let both = ["bench", "--scenario", "idle", "--workload", "idle"];
+        assert!(Cli::try_parse_from(both).is_err());
     }
 }

@@ -24,8 +24,8 @@ use crate::args::AttachArgs;
 use crate::driver::{DriveOptions, measure};
 use crate::mode::Mode;
 use crate::record::{Attach, Log, Record};
+use crate::scenario::{ModePlan, Workload};
 use crate::testbed::{Bed, GuestPlan, Guests, Link};
-use crate::workload::Workload;
 use crate::{interrupt, report};
 
 /// Time that the guest runs between an attach and the next.
@@ -42,13 +42,14 @@ const BEAT: Duration = Duration::from_secs(5);
 /// # Errors
 /// The testbed does not work, attaching fails, or an interruption.
 pub(crate) fn run(args: &AttachArgs) -> Result<()> {
-    let bed = Bed::open(&args.common)?;
+    let bed = Bed::open(args.common.qemu())?;
+    let mib = args.resident.min(args.memory.saturating_sub(200));
     let plan = GuestPlan {
-        qemu: args.common.qemu,
+        name: "resident".to_owned(),
+        qemu: args.common.qemu(),
         memory_mib: args.memory,
-        smp: args.common.smp,
-        workload: Workload::Resident,
-        resident_mib: args.resident.min(args.memory.saturating_sub(200)),
+        smp: args.common.smp(),
+        workload: Workload::Resident { mib },
     };
     let name = args.common.name.clone().unwrap_or_else(|| "attach".to_owned());
     let mut log = Log::create(&args.common.out, &name, bed.host.clone())?;
@@ -70,11 +71,11 @@ fn all(bed: &Bed, plan: &GuestPlan, args: &AttachArgs, log: &mut Log) -> Result<
     drop(guests);
     let options = DriveOptions {
         touch_mib: 0,
-        limit: Duration::from_secs(args.common.limit_s),
+        limit: args.common.limit(),
         channels: 1,
         send_args: args.common.send_args.clone(),
     };
-    let moved = measure(bed, (&link, 0), plan, Mode::Godwit, 0, &options)?;
+    let moved = measure(bed, &link, plan, &ModePlan::of(Mode::Godwit), 0, &options)?;
     log.add(Record::Migration(Box::new(moved)))
 }
 

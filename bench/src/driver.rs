@@ -7,11 +7,15 @@ use framework::wait::monotonic_us;
 use framework::{Pulse, Vm};
 use serde_json::Value;
 
-use crate::host;
 use crate::mode::Mode;
-use crate::record::{Cpu, Migration, Outcome, unix_s};
-use crate::testbed::{Bed, GuestPlan, Guests, Link};
-use crate::{godwit, interrupt, qemu};
+use crate::record::{Cpu, Dirty, Migration, Outcome, unix_s};
+use crate::relay::Relay;
+use crate::sample::Sampler;
+use crate::scenario::ModePlan;
+use crate::testbed::{
+    Bed, GuestPlan, Guests, Link, application_per_s, application_works, writer_pages_per_s,
+};
+use crate::{compulsory, godwit, host, interrupt, qemu};
 
 /// The guest settles for so long after its boot.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -41,6 +45,10 @@ pub(crate) struct Driven {
     pub(crate) outcome: Result<(), (Outcome, String)>,
     /// The mode's own downtime and total in milliseconds.
     pub(crate) reported_ms: (Option<f64>, Option<f64>),
+    /// The dirty set over time, as the mode tells.
+    pub(crate) dirty: Vec<Dirty>,
+    /// The relay, if there is one. It may still hold bytes that are to arrive.
+    pub(crate) relay: Option<Relay>,
     /// The mode's own report.
     pub(crate) report: Value,
 }
@@ -64,18 +72,18 @@ pub(crate) struct DriveOptions {
 /// The testbed does not work: no guest, no namespace, or an interruption.
 pub(crate) fn measure(
     bed: &Bed,
-    link: (&Link, u64),
+    link: &Link,
     plan: &GuestPlan,
-    mode: Mode,
+    mode: &ModePlan,
     turn: u32,
     options: &DriveOptions,
 ) -> Result<Migration> {
     interrupt::check()?;
-    let (link, link_bits) = link;
-    let mut guests = Guests::boot(bed, link, plan, mode.backend())?;
+    let mut guests = Guests::boot(bed, link, plan, mode.by.backend())?;
     host::touch_memory(options.touch_mib);
     std::thread::sleep(if options.touch_mib == 0 { SETTLE } else { WATCH });
-    let writer_pages_per_s = plan.workload.pages_per_s(&mut guests.source)?;
+    let writer_pages_per_s = writer_pages_per_s(plan, &mut guests.source)?;
+    let application_per_s = application_per_s(plan, &mut guests.source)?;
     let cpu = || -> Result<(f64, f64)> {
         Ok((guests.source.cpu_seconds()?, guests.destination.cpu_seconds()?))
     };
@@ -90,9 +98,10 @@ pub(crate) fn measure(
     let wire_before = link.bytes()?;
     let machine_before = host::busy_seconds();
     let cpu_before = (guests.source.cpu_seconds()?, guests.destination.cpu_seconds()?);
-    let driven = match mode {
-        Mode::Godwit => godwit::migrate(bed, link, &mut guests, options)?,
-        _ => qemu::migrate(link, &mut guests, mode, options)?,
+    let sampler = Sampler::begin(guests.source.pid(), link.device());
+    let mut driven = match mode.by {
+        Mode::Godwit => godwit::migrate(bed, link, &mut guests, mode, turn, options)?,
+        by => qemu::migrate(link, &mut guests, by, turn, options)?,
     };
     let machine_s = host::busy_seconds() - machine_before;
     let used = |vm: &Vm, before: f64| vm.cpu_seconds().map_or(0.0, |now| now - before);
@@ -104,23 +113,31 @@ pub(crate) fn measure(
         guest_before_cpus,
         machine_s,
     };
-    let checked = match driven.outcome {
+    let samples = sampler.end(driven.from_us, driven.to_us);
+    let checked = match driven.outcome.clone() {
         Ok(()) => check(&mut guests, plan, &driven).map_err(|error| {
             (Outcome::Failed, format!("The guest is not well after it: {error:#}"))
         }),
         Err(why) => Err(why),
     };
+    let relay = driven.relay.take().map(Relay::end).transpose()?;
     let wire = link.bytes()?;
     let (outcome, error, seen) = match checked {
         Ok(seen) => (Outcome::Completed, None, seen),
         Err((outcome, error)) => (outcome, Some(error), Seen::default()),
     };
+    let compulsory = match outcome {
+        Outcome::Completed => Some(compulsory::of(&mut guests.source)?),
+        _ => None,
+    };
     Ok(Migration {
-        mode,
-        workload: plan.workload,
+        mode: mode.name.clone(),
+        by: mode.by,
+        send_args: mode.send.iter().chain(&options.send_args).cloned().collect(),
+        workload: plan.name.clone(),
         memory_mib: plan.memory_mib,
         smp: plan.smp,
-        link_bits,
+        link_bits: link.rate(),
         link: link.label().to_owned(),
         turn,
         at_unix_s,
@@ -137,8 +154,13 @@ pub(crate) fn measure(
         reported_total_ms: driven.reported_ms.1,
         wire_out_bytes: wire.0.saturating_sub(wire_before.0),
         wire_back_bytes: wire.1.saturating_sub(wire_before.1),
+        samples,
+        dirty: driven.dirty,
+        compulsory,
+        relay,
         cpu,
         writer_pages_per_s,
+        application_per_s,
         report: driven.report,
     })
 }
@@ -152,12 +174,14 @@ struct Seen {
     stalled_ms: Option<f64>,
 }
 
-/// The guest beats at the destination, was never in two places, and its checker is clean.
+/// The guest beats at the destination, was never in two places, its checker is clean, and its
+/// application goes on.
 fn check(guests: &mut Guests, plan: &GuestPlan, driven: &Driven) -> Result<Seen> {
     let (source, destination) = (&mut guests.source, &mut guests.destination);
     ensure!(
         destination.heartbeat().beats_within(ARRIVAL),
-        "no heartbeat at the destination; its console ends with:\n{}",
+        "no heartbeat at the destination; its QEMU said {:?}, its console ends with:\n{}",
+        destination.stderr().trim(),
         destination.console().tail(10)
     );
     std::thread::sleep(WATCH);
@@ -175,6 +199,9 @@ fn check(guests: &mut Guests, plan: &GuestPlan, driven: &Driven) -> Result<Seen>
     destination.assert_clean()?;
     if plan.workload.checks() {
         destination.verify_checker(VERDICT)?;
+    }
+    if plan.workload.is_application() {
+        application_works(destination, VERDICT)?;
     }
     Ok(Seen {
         arrived_ms: Some(gap.to.beat.at_us.saturating_sub(driven.from_us) as f64 / 1e3),

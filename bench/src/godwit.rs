@@ -9,7 +9,8 @@ use framework::{Engine, EngineOutput};
 use serde_json::{Value, json};
 
 use crate::driver::{DriveOptions, Driven};
-use crate::record::Outcome;
+use crate::record::{Dirty, Outcome};
+use crate::scenario::ModePlan;
 use crate::testbed::{Bed, Guests, Link};
 
 /// Where `migrate receive` listens; the namespace is ours.
@@ -17,6 +18,9 @@ const PORT: u16 = 7700;
 
 /// Longest wait for the receiver to listen, and to end after the sender.
 const RECEIVER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes of a page, by which reports count.
+const PAGE_BYTES: f64 = 4096.0;
 
 /// Lines of stderr that a record of a failure keeps.
 const STDERR_LINES: usize = 12;
@@ -39,21 +43,26 @@ pub(crate) fn migrate(
     bed: &Bed,
     link: &Link,
     guests: &mut Guests,
+    mode: &ModePlan,
+    turn: u32,
     options: &DriveOptions,
 ) -> Result<Driven> {
     let address = format!("{}:{PORT}", link.address());
     let (qmp, identity) = (text(&guests.destination.qmp_engine()), text(&bed.destination));
     let journal = bed.journal("destination");
     let words = ["receive", "--once", "--listen", &address, "--qmp", &qmp];
-    let words = [&words[..], &["--identity", &identity, "--journal", &journal]].concat();
+    let mut words = [&words[..], &["--identity", &identity, "--journal", &journal]].concat();
+    words.extend(mode.receive.iter().map(String::as_str));
     let mut receive = Engine::start(&bed.migrate, &words, Some(link.destination()))?;
     receive.wait_stderr("listening on", RECEIVER_TIMEOUT)?;
+    let (address, relay) = link.reach(PORT, turn)?;
+    let address = address.to_string();
 
     let (qmp, identity) = (text(&guests.source.qmp_engine()), text(&bed.source));
     let journal = bed.journal("source");
     let mut words = vec!["send", "--json", "--keep-source", "--to", &address, "--qmp", &qmp];
     words.extend(["--identity", &identity, "--journal", &journal]);
-    words.extend(options.send_args.iter().map(String::as_str));
+    words.extend(mode.send.iter().chain(&options.send_args).map(String::as_str));
     let from_us = monotonic_us();
     let send = Engine::start(&bed.migrate, &words, Some(link.source()))?;
     let sent = send.wait(options.limit);
@@ -64,6 +73,8 @@ pub(crate) fn migrate(
         engine_s: (0.0, 0.0),
         outcome: Ok(()),
         reported_ms: (None, None),
+        dirty: vec![],
+        relay,
         report: Value::Null,
     };
     let sent = match sent {
@@ -84,8 +95,37 @@ pub(crate) fn migrate(
     driven.report = sent.json.clone().unwrap_or(json!(null));
     driven.reported_ms =
         (driven.report["downtime_ms"].as_f64(), driven.report["total_ms"].as_f64());
+    driven.dirty = dirty(&driven.report);
     driven.outcome = outcome(&sent, &received);
     Ok(driven)
+}
+
+/// The dirty set when each round began. Rounds follow each other and are over when the guest is
+/// stopped: what was before the first is what the total has beside them. Rounds after the stop have
+/// no prediction.
+fn dirty(report: &Value) -> Vec<Dirty> {
+    let rounds: Vec<&Value> = report["rounds"].as_array().into_iter().flatten().collect();
+    let running: f64 = rounds
+        .iter()
+        .filter(|round| !round["predicted"].is_null())
+        .filter_map(|round| round["ms"].as_f64())
+        .sum();
+    let (Some(total), Some(downtime)) =
+        (report["total_ms"].as_f64(), report["downtime_ms"].as_f64())
+    else {
+        return vec![];
+    };
+    let mut ms = (total - downtime - running).max(0.0);
+    let mut all = vec![];
+    for round in rounds {
+        let Some(pages) = round["dirty"].as_f64() else { continue };
+        all.push(Dirty { ms, bytes: (pages * PAGE_BYTES) as u64 });
+        ms += round["ms"].as_f64().unwrap_or(0.0);
+    }
+    if report["outcome"] == "completed" {
+        all.push(Dirty { ms: ms.min(total), bytes: 0 });
+    }
+    all
 }
 
 fn outcome(sent: &EngineOutput, received: &EngineOutput) -> Result<(), (Outcome, String)> {
@@ -104,4 +144,26 @@ fn outcome(sent: &EngineOutput, received: &EngineOutput) -> Result<(), (Outcome,
         tail(&received.stderr)
     );
     Err((outcome, why))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_lie_between_the_contact_and_the_stop() {
+        let predicted = json!({ "now_ms": 1.0 });
+        let report = json!({
+            "outcome": "completed", "total_ms": 1000.0, "downtime_ms": 50.0,
+            "rounds": [
+                { "dirty": 1000, "ms": 700.0, "predicted": predicted },
+                { "dirty": 100, "ms": 200.0, "predicted": predicted },
+                { "dirty": 10, "ms": 20.0, "predicted": null },
+            ],
+        });
+        let points: Vec<(f64, u64)> =
+            dirty(&report).iter().map(|one| (one.ms, one.bytes / 4096)).collect();
+        assert_eq!(points, [(50.0, 1000), (750.0, 100), (950.0, 10), (970.0, 0)]);
+        assert!(dirty(&Value::Null).is_empty());
+    }
 }

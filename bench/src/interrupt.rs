@@ -43,12 +43,17 @@ pub(crate) fn watch() -> Result<()> {
     Ok(())
 }
 
+/// Whether a signal has arrived.
+pub(crate) fn is_asked() -> bool {
+    ASKED.load(Ordering::Relaxed)
+}
+
 /// Fails once a signal has arrived.
 ///
 /// # Errors
 /// It has.
 pub(crate) fn check() -> Result<()> {
-    if ASKED.load(Ordering::Relaxed) {
+    if is_asked() {
         bail!("Interrupted; what was measured so far is in the .jsonl file");
     }
     Ok(())

@@ -1,9 +1,9 @@
 //! The testbed, the comparison with QEMU's own migration, and its report.
 //!
 //! ```text
-//!  compare ----+                      +--> NAME.jsonl   one object a measurement, raw
-//!  throughput -+--> Testbed, drivers --+
-//!  attach -----+                      +--> report ----> NAME.md, NAME-*.svg
+//!  scenario --> compare ----+                      +--> NAME.jsonl   one object a measurement, raw
+//!               throughput -+--> testbed, drivers --+
+//!               attach -----+                      +--> report ----> NAME.md, NAME-*.svg, report.html
 //! ```
 //!
 //! What is compared runs in turns on one machine, each migration with a freshly booted guest of the
@@ -11,9 +11,12 @@
 //! populated. Everything is measured the same way for every mode and from outside: the clock of the
 //! host, the guest's heartbeat, the counters of the link, the CPU time of the processes.
 
+mod applications;
 mod args;
 mod attach;
 mod compare;
+mod compulsory;
+mod document;
 mod driver;
 mod godwit;
 mod host;
@@ -21,14 +24,16 @@ mod interrupt;
 mod mode;
 mod qemu;
 mod record;
+mod relay;
 mod report;
+mod sample;
+mod scenario;
 mod stats;
 mod svg;
 mod table;
 mod targets;
 mod testbed;
 mod throughput;
-mod workload;
 
 use anyhow::Result;
 use clap::Parser as _;
@@ -39,9 +44,12 @@ fn main() -> Result<()> {
     let cli = Cli::parse();
     interrupt::watch()?;
     match &cli.command {
-        Command::Compare(args) => compare::run(args),
-        Command::Throughput(args) => throughput::run(args),
-        Command::Attach(args) => attach::run(args),
-        Command::Report(args) => report::again(args),
+        None => compare::run(&cli.compare),
+        Some(Command::Compare(args)) => compare::run(args),
+        Some(Command::Scenarios) => scenario::list(),
+        Some(Command::Relay(args)) => relay::run(args),
+        Some(Command::Throughput(args)) => throughput::run(args),
+        Some(Command::Attach(args)) => attach::run(args),
+        Some(Command::Report(args)) => report::again(args),
     }
 }

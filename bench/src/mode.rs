@@ -12,7 +12,7 @@ const XBZRLE_CACHE_BYTES: u64 = 512 << 20;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Mode {
-    /// `migrate send` with its defaults.
+    /// `migrate send`.
     Godwit,
     /// QEMU's pre-copy, bandwidth unlimited.
     PreCopy,

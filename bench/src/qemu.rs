@@ -1,7 +1,8 @@
 //! Drives QEMU's own migration over QMP.
 //!
 //! The end is taken from QEMU's events, not by polling: every query costs the main loop time that
-//! a migration needs.
+//! a migration needs. What is left to send is asked for when a pass begins, which an event tells,
+//! and no more than five times a second.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use crate::driver::{DriveOptions, Driven};
 use crate::interrupt;
 use crate::mode::Mode;
-use crate::record::Outcome;
+use crate::record::{Dirty, Outcome};
 use crate::testbed::{Guests, Link};
 
 /// Where the destination's QEMU listens; the namespace is ours.
@@ -21,6 +22,9 @@ const PORT: u16 = 4444;
 
 /// How long one wait for an event lasts.
 const STEP: Duration = Duration::from_millis(20);
+
+/// Least time between two questions for what is left.
+const ASK_US: u64 = 200_000;
 
 /// Longest wait for a cancelled migration to end.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -61,18 +65,24 @@ pub(crate) fn migrate(
     link: &Link,
     guests: &mut Guests,
     mode: Mode,
+    turn: u32,
     options: &DriveOptions,
 ) -> Result<Driven> {
-    let uri = format!("tcp:{}:{PORT}", link.address());
+    let listen = format!("tcp:{}:{PORT}", link.address());
     configure(guests.destination.qmp(), mode, options.channels)
         .with_context(|| format!("The destination cannot do {mode}"))?;
-    guests.destination.qmp().execute("migrate-incoming", json!({ "uri": uri }))?;
+    guests.destination.qmp().execute("migrate-incoming", json!({ "uri": listen }))?;
     configure(guests.source.qmp(), mode, options.channels)
         .with_context(|| format!("The source cannot do {mode}"))?;
+    let (address, relay) = link.reach(PORT, turn)?;
+    let uri = format!("tcp:{address}");
     guests.source.qmp().clear_events();
     let from_us = monotonic_us();
     guests.source.qmp().execute("migrate", json!({ "uri": uri }))?;
-    let ended = follow(&mut guests.source, mode, Instant::now() + options.limit);
+    let mut dirty = vec![];
+    let mut passes = Passes { from_us, asked_us: 0, dirty: &mut dirty };
+    let end = Instant::now() + options.limit;
+    let ended = follow(&mut guests.source, mode, end, &mut passes);
     let to_us = monotonic_us();
     interrupt::check()?;
     let outcome = match ended {
@@ -86,7 +96,37 @@ pub(crate) fn migrate(
     };
     let report = last_word(guests.source.qmp());
     let reported_ms = (report["downtime"].as_f64(), report["total-time"].as_f64());
-    Ok(Driven { from_us, to_us, engine_s: (0.0, 0.0), outcome, reported_ms, report })
+    if outcome.is_ok() {
+        dirty.push(Dirty { ms: to_us.saturating_sub(from_us) as f64 / 1e3, bytes: 0 });
+    }
+    let engine_s = (0.0, 0.0);
+    Ok(Driven { from_us, to_us, engine_s, outcome, reported_ms, dirty, relay, report })
+}
+
+/// Notes what is left when passes begin.
+struct Passes<'a> {
+    from_us: u64,
+    asked_us: u64,
+    dirty: &'a mut Vec<Dirty>,
+}
+
+impl Passes<'_> {
+    /// A pass has begun.
+    fn note(&mut self, source: &mut Vm) -> Result<()> {
+        let now_us = monotonic_us();
+        if now_us.saturating_sub(self.asked_us) < ASK_US {
+            return Ok(());
+        }
+        self.asked_us = now_us;
+        let report = source.qmp().execute("query-migrate", json!({}))?;
+        if let Some(bytes) = report["ram"]["remaining"].as_u64()
+            && report["status"] == "active"
+        {
+            let ms = now_us.saturating_sub(self.from_us) as f64 / 1e3;
+            self.dirty.push(Dirty { ms, bytes });
+        }
+        Ok(())
+    }
 }
 
 /// QEMU's account after the end. It announces `completed` before it has worked out its times
@@ -105,17 +145,17 @@ fn last_word(qmp: &mut Qmp) -> Value {
 }
 
 /// True when it has completed, false at `end`.
-fn follow(source: &mut Vm, mode: Mode, end: Instant) -> Result<bool> {
+fn follow(source: &mut Vm, mode: Mode, end: Instant, passes: &mut Passes<'_>) -> Result<bool> {
     let mut asked_post_copy = mode != Mode::PostCopy;
     while Instant::now() < end {
         interrupt::check()?;
-        if !asked_post_copy
-            && let Some(pass) = event(source, "MIGRATION_PASS")?
+        if let Some(pass) = source.qmp().kept_event("MIGRATION_PASS") {
             // The first pass is announced when it begins, the second when the first is over.
-            && pass["data"]["pass"].as_u64().is_some_and(|pass| pass >= 2)
-        {
-            source.qmp().execute("migrate-start-postcopy", json!({}))?;
-            asked_post_copy = true;
+            if !asked_post_copy && pass["data"]["pass"].as_u64().is_some_and(|pass| pass >= 2) {
+                source.qmp().execute("migrate-start-postcopy", json!({}))?;
+                asked_post_copy = true;
+            }
+            passes.note(source)?;
         }
         let Some(change) = event(source, "MIGRATION")? else { continue };
         match status(&change) {

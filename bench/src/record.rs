@@ -1,6 +1,10 @@
-//! What is recorded: one JSON object a measurement and line, in `NAME.jsonl`.
+//! What is recorded: one JSON object a measurement and line, in `NAME.jsonl`. A comparison begins
+//! with its scenario.
 //!
 //! The file begins anew with every run. Everything that is shown is computed from it.
+//!
+//! Version 2 has scenarios, who carried a mode out, samples over time and compulsory bytes. Files of
+//! version 1 are still read; what they lack is absent.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -8,12 +12,18 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
+use clap::ValueEnum as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::compulsory::Compulsory;
 use crate::host::Host;
 use crate::mode::Mode;
-use crate::workload::Workload;
+use crate::sample::Sample;
+use crate::scenario::Scenario;
+
+/// Version of the lines.
+const VERSION: u32 = 2;
 
 /// Longest line that is read, in bytes: a report has up to 500 rounds.
 const LINE_BYTES_MAX: usize = 4 << 20;
@@ -62,10 +72,16 @@ impl Cpu {
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Migration {
-    /// How.
-    pub(crate) mode: Mode,
-    /// Of what guest.
-    pub(crate) workload: Workload,
+    /// Name of the mode.
+    pub(crate) mode: String,
+    /// Who carried it out, and how.
+    #[serde(default = "godwit")]
+    pub(crate) by: Mode,
+    /// Arguments that `migrate send` was given.
+    #[serde(default)]
+    pub(crate) send_args: Vec<String>,
+    /// The scenario, or what was measured instead.
+    pub(crate) workload: String,
     /// Its memory in MiB.
     pub(crate) memory_mib: u64,
     /// Its CPUs.
@@ -104,12 +120,64 @@ pub(crate) struct Migration {
     pub(crate) wire_out_bytes: u64,
     /// Bytes that it carried back.
     pub(crate) wire_back_bytes: u64,
+    /// The link's counters over time.
+    #[serde(default)]
+    pub(crate) samples: Vec<Sample>,
+    /// The dirty set over time, as the mode itself tells.
+    #[serde(default)]
+    pub(crate) dirty: Vec<Dirty>,
+    /// What of the guest's memory no migration can do without.
+    #[serde(default)]
+    pub(crate) compulsory: Option<Compulsory>,
+    /// What the relay counted, if there was one.
+    #[serde(default)]
+    pub(crate) relay: Option<Value>,
     /// CPU time.
     pub(crate) cpu: Cpu,
     /// Pages a second that the guest wrote before the migration.
     pub(crate) writer_pages_per_s: Option<f64>,
+    /// Operations a second of the guest's application before the migration.
+    #[serde(default)]
+    pub(crate) application_per_s: Option<f64>,
     /// Godwit's report, or QEMU's last `query-migrate`.
     pub(crate) report: Value,
+}
+
+/// Who carried out a mode where the record does not say.
+fn godwit() -> Mode {
+    Mode::Godwit
+}
+
+impl Migration {
+    /// Whether Godwit carried it out.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.by == Mode::Godwit
+    }
+
+    /// Whether it completed.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.outcome == Outcome::Completed
+    }
+
+    /// Bytes on the link both ways.
+    pub(crate) fn wire_bytes(&self) -> f64 {
+        (self.wire_out_bytes + self.wire_back_bytes) as f64
+    }
+
+    /// Those by the compulsory bytes.
+    pub(crate) fn wire_per_compulsory(&self) -> Option<f64> {
+        let bytes = self.compulsory?.bytes;
+        (bytes > 0).then(|| self.wire_bytes() / bytes as f64)
+    }
+}
+
+/// Memory that was still to be sent at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Dirty {
+    /// Since the command, in milliseconds.
+    pub(crate) ms: f64,
+    /// How much, in bytes.
+    pub(crate) bytes: u64,
 }
 
 /// One plain quinn transfer.
@@ -150,6 +218,11 @@ pub(crate) struct Attach {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub(crate) enum Record {
+    /// What the migrations of the file have in common.
+    Scenario {
+        /// As it was measured, with what the command line changed.
+        scenario: Box<Scenario>,
+    },
     /// One migration.
     Migration(Box<Migration>),
     /// One plain quinn transfer.
@@ -203,7 +276,7 @@ impl Log {
     /// # Errors
     /// It cannot be written.
     pub(crate) fn add(&mut self, record: Record) -> Result<()> {
-        let line = Line { v: 1, host: self.host.clone(), record };
+        let line = Line { v: VERSION, host: self.host.clone(), record };
         let text = serde_json::to_string(&line).context("A record cannot be put in JSON")?;
         writeln!(self.file, "{text}")
             .with_context(|| format!("Cannot write {}", self.path.display()))
@@ -231,8 +304,12 @@ pub(crate) fn read(path: &Path) -> Result<Recorded> {
     for (at, text) in BufReader::new(file).lines().enumerate() {
         let text = text.with_context(|| format!("Cannot read {shown}"))?;
         anyhow::ensure!(text.len() <= LINE_BYTES_MAX, "Line {} of {shown} is too long", at + 1);
-        let line: Line = serde_json::from_str(&text)
+        let mut line: Line = serde_json::from_str(&text)
             .with_context(|| format!("Line {} of {shown} is no record of this bench", at + 1))?;
+        if let (1, Record::Migration(one)) = (line.v, &mut line.record) {
+            // Then a mode's name said who carried it out.
+            one.by = Mode::from_str(&one.mode, false).unwrap_or(Mode::Godwit);
+        }
         host.get_or_insert(line.host);
         records.push(line.record);
     }
@@ -259,8 +336,10 @@ pub(crate) mod samples {
 
     pub(crate) fn migration(mode: Mode, turn: u32, outage_ms: f64, total_ms: f64) -> Migration {
         Migration {
-            mode,
-            workload: Workload::Idle,
+            mode: mode.label().to_owned(),
+            by: mode,
+            send_args: vec![],
+            workload: "idle".into(),
             memory_mib: 2048,
             smp: 1,
             link_bits: 1_000_000_000,
@@ -280,8 +359,21 @@ pub(crate) mod samples {
             reported_total_ms: Some(total_ms),
             wire_out_bytes: 100 << 20,
             wire_back_bytes: 1 << 20,
+            samples: vec![
+                Sample { ms: 0.0, out_bytes: 0, back_bytes: 0 },
+                Sample { ms: total_ms, out_bytes: 100 << 20, back_bytes: 1 << 20 },
+            ],
+            dirty: vec![Dirty { ms: 0.0, bytes: 200 << 20 }, Dirty { ms: total_ms, bytes: 4096 }],
+            compulsory: Some(Compulsory {
+                pages: 50_000,
+                nonzero_pages: 40_000,
+                unique_pages: 30_000,
+                bytes: 101 << 19,
+            }),
+            relay: None,
             cpu: Cpu { machine_s: 3.0, qemu_source_s: 1.0, ..Cpu::default() },
             writer_pages_per_s: None,
+            application_per_s: None,
             report: serde_json::json!({ "downtime_parts_ms": { "load": 4.0 } }),
         }
     }
@@ -295,6 +387,8 @@ mod tests {
     fn what_is_written_is_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let mut log = Log::create(folder.path(), "x", samples::host()).unwrap();
+        let scenario = Box::new(Scenario::load("ablation").unwrap());
+        log.add(Record::Scenario { scenario: scenario.clone() }).unwrap();
         let one = samples::migration(Mode::Xbzrle, 3, 61.5, 4000.0);
         log.add(Record::Migration(Box::new(one))).unwrap();
         let bulk = Bulk { turn: 0, load1: 1.0, bulk: serde_json::json!({ "plain_gbps": 7.5 }) };
@@ -302,10 +396,34 @@ mod tests {
         let back = read(log.path()).unwrap();
         assert_eq!(back.host, samples::host());
         match &back.records[..] {
-            [Record::Migration(one), Record::Bulk(two)] => {
-                assert_eq!((one.mode, one.turn, one.outage_ms), (Mode::Xbzrle, 3, Some(61.5)));
+            [Record::Scenario { scenario: read }, Record::Migration(one), Record::Bulk(two)] => {
+                assert_eq!(*read, scenario);
+                assert_eq!((one.by, one.turn, one.outage_ms), (Mode::Xbzrle, 3, Some(61.5)));
+                assert_eq!(one.wire_per_compulsory(), Some(2.0));
                 assert_eq!(one.cpu.others_s(), 2.0);
                 assert_eq!(two.bulk["plain_gbps"], 7.5);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn records_of_version_1_are_still_read() {
+        let mut one = serde_json::to_value(samples::migration(Mode::PreCopy, 0, 50.0, 900.0));
+        let fields = one.as_mut().unwrap().as_object_mut().unwrap();
+        for name in ["by", "send_args", "samples", "dirty", "compulsory", "relay"] {
+            fields.remove(name);
+        }
+        fields.insert("kind".into(), "migration".into());
+        fields.insert("v".into(), 1.into());
+        fields.insert("host".into(), serde_json::to_value(samples::host()).unwrap());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("old.jsonl");
+        std::fs::write(&path, format!("{}\n", one.unwrap())).unwrap();
+        match &read(&path).unwrap().records[..] {
+            [Record::Migration(one)] => {
+                assert_eq!((one.by, one.compulsory), (Mode::PreCopy, None));
+                assert!(!one.is_ours() && one.is_complete());
             }
             other => panic!("{other:?}"),
         }

@@ -1,4 +1,5 @@
-//! Plots as SVG: horizontal bars with every run as a dot, and distributions on a logarithmic axis.
+//! Plots as SVG: horizontal bars with every run as a dot, distributions on a logarithmic axis, and
+//! lines over time.
 //!
 //! ```text
 //!        title
@@ -21,6 +22,15 @@ const BOTTOM: f64 = 52.0;
 const ROW: f64 = 34.0;
 const PLOT: f64 = WIDTH - LEFT - RIGHT;
 
+/// Height of the area of a plot over time.
+const HEIGHT: f64 = 260.0;
+
+/// Colours of lines that are not ours.
+const PALETTE: [&str; 6] = ["#8a8f98", "#c26a2d", "#5f9e4f", "#a14d8b", "#b3a125", "#4fa3a0"];
+
+/// Colours of further lines of ours.
+const OUR_PALETTE: [&str; 5] = ["#1b6ca8", "#5ba3d9", "#0b3d63", "#2fb3c6", "#6d7fd6"];
+
 /// Colours: ours, and everything else.
 const OURS: &str = "#1b6ca8";
 const OTHERS: &str = "#8a8f98";
@@ -33,6 +43,17 @@ pub(crate) struct Series {
     /// Values, one a run.
     pub(crate) values: Vec<f64>,
     /// Drawn in the colour that stands out.
+    pub(crate) ours: bool,
+}
+
+/// A line over time.
+#[derive(Debug, Clone)]
+pub(crate) struct Line {
+    /// Name.
+    pub(crate) label: String,
+    /// (x, y), in the order of x.
+    pub(crate) points: Vec<(f64, f64)>,
+    /// Drawn in a colour that stands out.
     pub(crate) ours: bool,
 }
 
@@ -70,15 +91,26 @@ impl Axis {
         Self { low, high, log: true, ticks }
     }
 
-    fn x(&self, value: f64) -> f64 {
+    /// Where a value lies between the ends, 0 to 1.
+    fn share(&self, value: f64) -> f64 {
         let value = if self.log { value.max(1e-9).log10() } else { value };
-        let share = (value - self.low) / (self.high - self.low);
-        LEFT + PLOT * share.clamp(0.0, 1.0)
+        ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+    }
+
+    fn x(&self, value: f64) -> f64 {
+        LEFT + PLOT * self.share(value)
+    }
+
+    /// Upwards, in a plot over time.
+    fn y(&self, value: f64) -> f64 {
+        TOP + HEIGHT * (1.0 - self.share(value))
     }
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+/// Text as it may stand in SVG and HTML.
+pub(crate) fn escape(text: &str) -> String {
+    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    text.replace('"', "&quot;")
 }
 
 /// A number on the axis, without needless places.
@@ -86,9 +118,8 @@ fn tick(value: f64) -> String {
     if value.fract() == 0.0 { format!("{value:.0}") } else { format!("{value}") }
 }
 
-/// Title, axis and grid; the rows are drawn by the caller.
-fn frame(title: &str, axis_label: &str, axis: &Axis, rows: usize) -> String {
-    let bottom = TOP + ROW * rows as f64;
+/// Title, axis and grid down to `bottom`; what it shows is drawn by the caller.
+fn frame(title: &str, axis_label: &str, axis: &Axis, bottom: f64) -> String {
     let height = bottom + BOTTOM;
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" \
@@ -158,7 +189,7 @@ fn colour(series: &Series) -> &'static str {
 pub(crate) fn bars(title: &str, axis_label: &str, rows: &[Series]) -> String {
     let all = rows.iter().flat_map(|series| series.values.iter().copied());
     let axis = Axis::linear(all.fold(0.0, f64::max));
-    let mut text = frame(title, axis_label, &axis, rows.len());
+    let mut text = frame(title, axis_label, &axis, TOP + ROW * rows.len() as f64);
     for (at, series) in rows.iter().enumerate() {
         let middle = TOP + ROW * (at as f64 + 0.5);
         label(&mut text, series, middle);
@@ -187,7 +218,7 @@ pub(crate) fn bars(title: &str, axis_label: &str, rows: &[Series]) -> String {
 pub(crate) fn distribution(title: &str, axis_label: &str, rows: &[Series]) -> String {
     let all = || rows.iter().flat_map(|series| series.values.iter().copied());
     let axis = Axis::logarithmic(all().fold(f64::INFINITY, f64::min), all().fold(0.0, f64::max));
-    let mut text = frame(title, axis_label, &axis, rows.len());
+    let mut text = frame(title, axis_label, &axis, TOP + ROW * rows.len() as f64);
     for (at, series) in rows.iter().enumerate() {
         let middle = TOP + ROW * (at as f64 + 0.5);
         label(&mut text, series, middle);
@@ -206,6 +237,52 @@ pub(crate) fn distribution(title: &str, axis_label: &str, rows: &[Series]) -> St
         );
         dots(&mut text, series, &axis, middle, 3.5);
         value_text(&mut text, axis.x(span.max), middle, &number(span.median));
+    }
+    text.push_str("</svg>\n");
+    text
+}
+
+/// Lines over time, each named at the right.
+pub(crate) fn lines(title: &str, labels: (&str, &str), lines: &[Line]) -> String {
+    let all = || lines.iter().flat_map(|line| line.points.iter());
+    let x = Axis::linear(all().map(|point| point.0).fold(0.0, f64::max));
+    let y = Axis::linear(all().map(|point| point.1).fold(0.0, f64::max));
+    let mut text = frame(title, labels.0, &x, TOP + HEIGHT);
+    for value in &y.ticks {
+        let at = y.y(*value);
+        let _ = writeln!(
+            text,
+            "<line x1=\"{LEFT}\" y1=\"{at:.1}\" x2=\"{:.1}\" y2=\"{at:.1}\" stroke=\"#dddddd\"/>\
+             <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\" fill=\"#444444\">{}</text>",
+            LEFT + PLOT,
+            LEFT - 8.0,
+            at + 4.5,
+            tick(*value)
+        );
+    }
+    let _ = writeln!(
+        text,
+        "<text transform=\"translate(60 {:.1}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
+        TOP + HEIGHT / 2.0,
+        escape(labels.1)
+    );
+    let (mut ours, mut others) = (OUR_PALETTE.iter().cycle(), PALETTE.iter().cycle());
+    for (at, line) in lines.iter().enumerate() {
+        let colour = if line.ours { ours.next() } else { others.next() }.copied().unwrap_or(OTHERS);
+        let points: Vec<String> = line
+            .points
+            .iter()
+            .map(|(from, to)| format!("{:.1},{:.1}", x.x(*from), y.y(*to)))
+            .collect();
+        let legend = TOP + 14.0 + 18.0 * at as f64;
+        let _ = writeln!(
+            text,
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>\
+             <text x=\"{:.1}\" y=\"{legend:.1}\" fill=\"{colour}\" font-size=\"11\">{}</text>",
+            points.join(" "),
+            LEFT + PLOT + 6.0,
+            escape(&line.label)
+        );
     }
     text.push_str("</svg>\n");
     text
@@ -230,6 +307,17 @@ mod tests {
         let axis = Axis::logarithmic(30.0, 900.0);
         assert_eq!((axis.low, axis.high), (1.0, 3.0));
         assert!(axis.x(100.0) > axis.x(50.0) && axis.x(1e9) <= LEFT + PLOT);
+    }
+
+    #[test]
+    fn lines_run_from_left_to_right_and_up() {
+        let line = |ours| Line { label: "a<b".into(), points: vec![(0.0, 0.0), (9.0, 4.0)], ours };
+        let text = lines("t", ("s", "MiB"), &[line(true), line(false)]);
+        assert_eq!(text.matches("<polyline").count(), 2);
+        assert!(text.contains("150.0,306.0 "), "{text}");
+        assert!(text.contains(OURS) && text.contains(PALETTE[0]) && text.contains("a&lt;b"));
+        let empty = lines("t", ("s", "MiB"), &[]);
+        assert!(!empty.contains("NaN") && empty.ends_with("</svg>\n"));
     }
 
     #[test]

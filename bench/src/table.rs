@@ -1,8 +1,9 @@
-//! Markdown tables.
+//! Tables, as Markdown and HTML.
 
 use std::fmt::Write as _;
 
 use crate::stats::Span;
+use crate::svg::escape;
 
 /// A table whose first column is text and whose others are numbers.
 #[derive(Debug, Clone)]
@@ -53,6 +54,16 @@ impl Table {
         self.rows.iter().for_each(|row| text.push_str(&line(row)));
         text
     }
+
+    /// As HTML.
+    pub(crate) fn html(&self) -> String {
+        let line = |row: &[String], kind: &str| {
+            let cells = row.iter().map(|cell| format!("<{kind}>{}</{kind}>", escape(cell)));
+            format!("<tr>{}</tr>\n", cells.collect::<String>())
+        };
+        let rows: String = self.rows.iter().map(|row| line(row, "td")).collect();
+        format!("<table>\n{}{rows}</table>", line(&self.head, "th"))
+    }
 }
 
 /// A number with as many places as its size deserves.
@@ -89,5 +100,7 @@ mod tests {
         assert!(lengths.iter().all(|length| *length == lengths[0]), "{text}");
         assert!(text.contains("| a    | 100 (1.00-200) |"), "{text}");
         assert_eq!(span(None), "-");
+        let html = table.html();
+        assert!(html.contains("<th>mode</th>") && html.contains("<td>100 (1.00-200)</td>"));
     }
 }

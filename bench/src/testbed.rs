@@ -5,19 +5,29 @@
 //!   QEMU (the guest)  ==== link0 ==== QEMU -incoming defer
 //!   migrate send          TBF        migrate receive
 //! ```
-//! On loopback both hosts are one namespace without a shaped link.
+//! On loopback both hosts are one namespace without a shaped link. A relay, if the scenario has
+//! one, runs at the destination, behind the link.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use framework::netns::{Netns, NetnsPair};
+use framework::netns::{self, Netns, NetnsPair};
+use framework::vm::READY_TIMEOUT;
 use framework::{Backend, Env, Pki, QemuKind, Vm, VmSpec};
 use tempfile::TempDir;
 
-use crate::args::CommonArgs;
+use crate::applications;
 use crate::host::Host;
-use crate::workload::Workload;
+use crate::relay::Relay;
+use crate::scenario::{LinkPart, Workload};
+
+/// Time over which a workload's rate is measured before a migration.
+const RATE_WINDOW: Duration = Duration::from_secs(2);
+
+/// Longest wait for an application that starts under emulation.
+const APPLICATION_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What all measurements of a run share.
 #[derive(Debug)]
@@ -41,13 +51,13 @@ impl Bed {
     ///
     /// # Errors
     /// Setup was not run, or `migrate` was not built for release.
-    pub(crate) fn open(args: &CommonArgs) -> Result<Self> {
+    pub(crate) fn open(qemu: QemuKind) -> Result<Self> {
         let env = Env::load()?;
         let migrate = migrate()?;
         let authority = Pki::init(&migrate)?;
         let (source, destination) = (authority.issue("host-a")?, authority.issue("host-b")?);
         let folder = tempfile::tempdir().context("Cannot create a folder for journals")?;
-        let host = Host::look(&env, &migrate, args.qemu)?;
+        let host = Host::look(&env, &migrate, qemu)?;
         Ok(Self { env, migrate, source, destination, host, folder, _authority: authority })
     }
 
@@ -74,22 +84,30 @@ pub(crate) fn release(variable: &str, name: &str, how: &str) -> Result<PathBuf> 
         .with_context(|| format!("No program at {}; build it with `{how}`", path.display()))
 }
 
-/// How the two hosts are joined.
+/// The two hosts.
 #[derive(Debug)]
-pub(crate) enum Link {
+enum Hosts {
     /// Two namespaces and a veth pair, shaped or not.
     Veth(NetnsPair),
     /// One namespace and its loopback.
     Loopback(Netns),
 }
 
+/// How the two hosts are joined.
+#[derive(Debug)]
+pub(crate) struct Link {
+    hosts: Hosts,
+    part: LinkPart,
+}
+
 impl Link {
-    /// Two namespaces joined at a rate; 0 is unshaped.
+    /// Two namespaces joined as a scenario says.
     ///
     /// # Errors
     /// Not root.
-    pub(crate) fn veth(bits_per_s: u64) -> Result<Self> {
-        NetnsPair::create(bits_per_s).map(Self::Veth)
+    pub(crate) fn veth(part: &LinkPart) -> Result<Self> {
+        let hosts = NetnsPair::create(part.rate).map(Hosts::Veth)?;
+        Ok(Self { hosts, part: part.clone() })
     }
 
     /// One namespace.
@@ -97,38 +115,67 @@ impl Link {
     /// # Errors
     /// Not root.
     pub(crate) fn loopback() -> Result<Self> {
-        Netns::create("bench").map(Self::Loopback)
+        let hosts = Netns::create("bench").map(Hosts::Loopback)?;
+        Ok(Self { hosts, part: LinkPart { rate: 0, ..LinkPart::default() } })
+    }
+
+    /// Its rate in bits a second; 0 is unshaped.
+    pub(crate) fn rate(&self) -> u64 {
+        self.part.rate
+    }
+
+    /// The device in both namespaces.
+    pub(crate) fn device(&self) -> &'static str {
+        match self.hosts {
+            Hosts::Veth(_) => netns::LINK,
+            Hosts::Loopback(_) => "lo",
+        }
+    }
+
+    /// Where the source finds what listens on `port` at the destination: there, or at a relay that
+    /// this starts on the next port.
+    ///
+    /// # Errors
+    /// The relay does not start.
+    pub(crate) fn reach(&self, port: u16, turn: u32) -> Result<(SocketAddr, Option<Relay>)> {
+        let to = SocketAddr::from((self.address(), port));
+        if !self.part.is_relayed() {
+            return Ok((to, None));
+        }
+        let listen = SocketAddr::from((self.address(), port + 1));
+        let relay = Relay::start(self.destination(), listen, to, &self.part, turn)?;
+        Ok((listen, Some(relay)))
     }
 
     /// As recorded.
     pub(crate) fn label(&self) -> &'static str {
-        match self {
-            Self::Veth(_) => "veth",
-            Self::Loopback(_) => "loopback",
+        match &self.hosts {
+            Hosts::Veth(_) => "veth",
+            Hosts::Loopback(_) => "loopback",
         }
     }
 
     /// The source's namespace.
     pub(crate) fn source(&self) -> &str {
-        match self {
-            Self::Veth(pair) => pair.source.name(),
-            Self::Loopback(netns) => netns.name(),
+        match &self.hosts {
+            Hosts::Veth(pair) => pair.source.name(),
+            Hosts::Loopback(netns) => netns.name(),
         }
     }
 
     /// The destination's namespace.
     pub(crate) fn destination(&self) -> &str {
-        match self {
-            Self::Veth(pair) => pair.destination.name(),
-            Self::Loopback(netns) => netns.name(),
+        match &self.hosts {
+            Hosts::Veth(pair) => pair.destination.name(),
+            Hosts::Loopback(netns) => netns.name(),
         }
     }
 
     /// The destination's address. Ports are free: the namespace is ours.
     pub(crate) fn address(&self) -> Ipv4Addr {
-        match self {
-            Self::Veth(_) => NetnsPair::DESTINATION,
-            Self::Loopback(_) => Ipv4Addr::LOCALHOST,
+        match &self.hosts {
+            Hosts::Veth(_) => NetnsPair::DESTINATION,
+            Hosts::Loopback(_) => Ipv4Addr::LOCALHOST,
         }
     }
 
@@ -138,16 +185,18 @@ impl Link {
     /// # Errors
     /// `ip` failed.
     pub(crate) fn bytes(&self) -> Result<(u64, u64)> {
-        match self {
-            Self::Veth(pair) => pair.bytes(),
-            Self::Loopback(netns) => netns.bytes("lo").map(|(_, sent)| (sent, 0)),
+        match &self.hosts {
+            Hosts::Veth(pair) => pair.bytes(),
+            Hosts::Loopback(netns) => netns.bytes("lo").map(|(_, sent)| (sent, 0)),
         }
     }
 }
 
 /// What guest to boot.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct GuestPlan {
+    /// As recorded: the scenario, or what is measured instead.
+    pub(crate) name: String,
     /// QEMU of both ends.
     pub(crate) qemu: QemuKind,
     /// Memory in MiB.
@@ -156,8 +205,6 @@ pub(crate) struct GuestPlan {
     pub(crate) smp: u32,
     /// Programs.
     pub(crate) workload: Workload,
-    /// Resident data of [`Workload::Resident`] in MiB.
-    pub(crate) resident_mib: u64,
 }
 
 /// A guest that runs at the source, and a QEMU that waits for it.
@@ -177,11 +224,71 @@ impl Guests {
     pub(crate) fn boot(bed: &Bed, link: &Link, plan: &GuestPlan, backend: Backend) -> Result<Self> {
         let spec = VmSpec::new("source", plan.qemu).memory_mib(plan.memory_mib).smp(plan.smp);
         let spec = spec.backend(backend);
-        let spec = plan.workload.give_to(spec, plan.resident_mib).netns(link.source());
+        let spec = match plan.workload.is_application() {
+            true => spec.initrd(&applications::initrd()?),
+            false => spec,
+        };
+        let spec = plan.workload.give_to(spec).netns(link.source());
         let waiting = spec.successor("target", plan.qemu).netns(link.destination());
-        let mut source = Vm::boot(&bed.env, spec).context("The guest does not boot")?;
-        plan.workload.prepare(&mut source)?;
+        let mut source = Vm::start(&bed.env, spec).context("The guest does not start")?;
+        let patience =
+            if plan.workload.is_application() { APPLICATION_TIMEOUT } else { READY_TIMEOUT };
+        source.wait_ready(patience).context("The guest does not boot")?;
+        if matches!(plan.workload, Workload::Resident { .. }) {
+            source.ask("writer stop")?;
+        }
         let destination = Vm::start(&bed.env, waiting).context("The destination does not start")?;
         Ok(Self { source, destination })
     }
+}
+
+/// What a guest's program has done so far, and when by the guest's clock in microseconds.
+fn progress(vm: &mut Vm, command: &str, counter: &str) -> Result<(u64, u64)> {
+    let answer = vm.ask(command)?;
+    let done = framework::guest::number(&answer, counter)?;
+    Ok((done, framework::guest::number(&answer, "elapsed_us")?))
+}
+
+/// Per second over [`RATE_WINDOW`], as far as the guest's clock moves.
+fn rate(vm: &mut Vm, command: &str, counter: &str) -> Result<Option<f64>> {
+    let first = progress(vm, command, counter)?;
+    std::thread::sleep(RATE_WINDOW);
+    let last = progress(vm, command, counter)?;
+    let seconds = last.1.saturating_sub(first.1) as f64 / 1e6;
+    Ok((seconds > 0.0).then(|| last.0.saturating_sub(first.0) as f64 / seconds))
+}
+
+/// Pages a second that a writer really writes: emulation may not reach what was asked.
+///
+/// # Errors
+/// It does not answer.
+pub(crate) fn writer_pages_per_s(plan: &GuestPlan, vm: &mut Vm) -> Result<Option<f64>> {
+    match plan.workload {
+        Workload::Writer { .. } => {
+            rate(vm, "writer report", "pages").context("The writer does not report")
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Operations a second of an application, which must work without a fault.
+///
+/// # Errors
+/// It does not answer, or it has found something wrong.
+pub(crate) fn application_per_s(plan: &GuestPlan, vm: &mut Vm) -> Result<Option<f64>> {
+    if !plan.workload.is_application() {
+        return Ok(None);
+    }
+    rate(vm, "app report", "operations").context("The application does not report")
+}
+
+/// Waits until an application has done something from now on.
+///
+/// # Errors
+/// It does not within `timeout`, or has found something wrong.
+pub(crate) fn application_works(vm: &mut Vm, timeout: Duration) -> Result<()> {
+    let first = progress(vm, "app report", "operations")?.0;
+    framework::wait::until("the application to go on", timeout, || {
+        Ok((progress(vm, "app report", "operations")?.0 > first).then_some(()))
+    })
 }

@@ -18,8 +18,8 @@ use crate::compare::say;
 use crate::driver::{DriveOptions, measure};
 use crate::mode::Mode;
 use crate::record::{Bulk, Log, Record};
+use crate::scenario::{LinkPart, ModePlan, Workload};
 use crate::testbed::{Bed, GuestPlan, Guests, Link, release};
-use crate::workload::Workload;
 use crate::{host, interrupt, report};
 
 /// The guest has this much memory beyond the resident data, in MiB.
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &ThroughputArgs) -> Result<()> {
         Some(path) => path.clone(),
         None => build_bulk()?,
     };
-    let bed = Bed::open(&args.common)?;
+    let bed = Bed::open(args.common.qemu())?;
     let name = args.common.name.clone().unwrap_or_else(|| "throughput".to_owned());
     let mut log = Log::create(&args.common.out, &name, bed.host.clone())?;
     let measured = turns(&bed, args, &bulk, &mut log);
@@ -58,20 +58,23 @@ fn build_bulk() -> Result<PathBuf> {
 
 fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result<()> {
     let plan = GuestPlan {
-        qemu: args.common.qemu,
+        name: "resident".to_owned(),
+        qemu: args.common.qemu(),
         memory_mib: (args.resident + SPARE_MIB).next_multiple_of(2),
-        smp: args.common.smp,
-        workload: Workload::Resident,
-        resident_mib: args.resident,
+        smp: args.common.smp(),
+        workload: Workload::Resident { mib: args.resident },
     };
     let lanes = args.lanes.to_string();
     let mut send_args = vec!["--lane-count".to_owned(), lanes];
     send_args.extend(args.common.send_args.iter().cloned());
-    let limit = Duration::from_secs(args.common.limit_s);
+    let limit = args.common.limit();
     let touch_mib = args.touch;
     let options = DriveOptions { limit, channels: args.lanes.into(), send_args, touch_mib };
     let loopback = Link::loopback()?;
-    let veth = if args.veth { Some(Link::veth(0)?) } else { None };
+    let veth = match args.veth {
+        true => Some(Link::veth(&LinkPart { rate: 0, ..LinkPart::default() })?),
+        false => None,
+    };
     for turn in 0..args.repeats {
         interrupt::check()?;
         let one = plain(bed, &loopback, &plan, args, bulk, turn)?;
@@ -84,7 +87,7 @@ fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result
         );
         log.add(Record::Bulk(one))?;
         for link in std::iter::once(&loopback).chain(&veth) {
-            let one = measure(bed, (link, 0), &plan, Mode::Godwit, turn, &options)?;
+            let one = measure(bed, link, &plan, &ModePlan::of(Mode::Godwit), turn, &options)?;
             say(&one, args.repeats);
             log.add(Record::Migration(Box::new(one)))?;
         }

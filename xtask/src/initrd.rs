@@ -33,7 +33,7 @@ pub(crate) fn build_programs(root: &Path) -> Result<PathBuf> {
 
 /// A cpio archive in memory.
 #[derive(Debug, Default)]
-struct Archive {
+pub(crate) struct Archive {
     bytes: Vec<u8>,
     entries: u32,
 }
@@ -62,11 +62,13 @@ impl Archive {
         Ok(())
     }
 
-    fn folder(&mut self, name: &str) -> Result<()> {
+    /// Adds a folder.
+    pub(crate) fn folder(&mut self, name: &str) -> Result<()> {
         self.add(name, 0o040_755, (0, 0), &[])
     }
 
-    fn program(&mut self, name: &str, data: &[u8]) -> Result<()> {
+    /// Adds a file that may be run.
+    pub(crate) fn program(&mut self, name: &str, data: &[u8]) -> Result<()> {
         self.add(name, 0o100_755, (0, 0), data)
     }
 
@@ -74,7 +76,8 @@ impl Archive {
         self.add(name, 0o120_777, (0, 0), target.as_bytes())
     }
 
-    fn finish(mut self) -> Result<Vec<u8>> {
+    /// Ends it.
+    pub(crate) fn finish(mut self) -> Result<Vec<u8>> {
         self.add("TRAILER!!!", 0, (0, 0), &[])?;
         Ok(self.bytes)
     }
@@ -120,8 +123,13 @@ pub(crate) fn provide(root: &Path, godwit: &Path, kernel: &Kernel) -> Result<Pat
         return Ok(initrd);
     }
     println!("   writing {}", initrd.display());
-    let bytes = archive(&programs, kernel)?;
-    let draft = godwit.join("initrd.draft");
+    compress(&archive(&programs, kernel)?, &initrd)?;
+    Ok(initrd)
+}
+
+/// Writes bytes compressed by gzip; the file is there once it is whole.
+pub(crate) fn compress(bytes: &[u8], path: &Path) -> Result<()> {
+    let draft = path.with_extension("draft");
     let output = File::create(&draft).with_context(|| format!("Cannot create {draft:?}"))?;
     let mut gzip = Command::new("gzip")
         .args(["-c", "-n"])
@@ -130,14 +138,13 @@ pub(crate) fn provide(root: &Path, godwit: &Path, kernel: &Kernel) -> Result<Pat
         .spawn()
         .context("Cannot start gzip")?;
     if let Some(mut stdin) = gzip.stdin.take() {
-        stdin.write_all(&bytes).context("Cannot feed gzip")?;
+        stdin.write_all(bytes).context("Cannot feed gzip")?;
     }
     let status = gzip.wait().context("Cannot wait for gzip")?;
     if !status.success() {
         bail!("gzip ended with {status}");
     }
-    fs::rename(&draft, &initrd).context("Cannot put the initramfs in place")?;
-    Ok(initrd)
+    fs::rename(&draft, path).with_context(|| format!("Cannot put {path:?} in place"))
 }
 
 #[cfg(test)]

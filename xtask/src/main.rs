@@ -1,8 +1,9 @@
-//! Project tasks: `cargo xtask setup | demo | test | bench | ci | tidy`.
+//! Project tasks: `cargo xtask setup | demo | test | bench | applications | ci | tidy`.
 //!
 //! Everything that needs more than cargo starts here. `setup` fetches and builds what guests need
 //! and is run by all others; it does nothing when all is there.
 
+mod applications;
 mod apt;
 mod checks;
 mod initrd;
@@ -24,6 +25,9 @@ Usage: cargo xtask TASK [ARGUMENTS]
   demo    migrate a guest on this machine and show it; arguments go to `migrate demo`
   test    all tests; those with guests run one at a time. Arguments filter tests by name
   bench   the comparison and the reports; arguments go to the bench program
+  applications
+          fetch and unpack Debian's programs that some of bench's scenarios run in the guest; bench
+          does so by itself
   ci      format, lints, dependencies, documentation, then all tests
   tidy    only the style lints that rustfmt and clippy do not have";
 
@@ -49,6 +53,10 @@ fn dispatch(task: &str, arguments: &[String]) -> Result<()> {
         "demo" => checks::demo(&root, arguments),
         "test" => tests::test(&root, arguments),
         "bench" => checks::bench(&root, arguments),
+        "applications" => {
+            let provide = || applications::provide(&root);
+            run::step("applications", provide).map(|path| println!("{}", path.display()))
+        }
         "ci" => checks::ci(&root),
         "tidy" => run::step("tidy", || tidy::tidy(&root)),
         "help" | "--help" | "-h" => {

@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::wait;
 
 /// What no healthy guest prints. A kernel's texts, and those of the guest's programs.
-const BAD_TEXTS: [&str; 16] = [
+const BAD_TEXTS: [&str; 17] = [
+    "APP FAIL",
     "CHECKER FAIL",
     "DISKREAD FAIL",
     "GUEST FAIL",

@@ -12,7 +12,8 @@ use serde_json::Value;
 
 /// Names of our namespaces begin with this, then the id of the test's process.
 const PREFIX: &str = "godwit-ns";
-const LINK: &str = "link0";
+/// The device in both namespaces of a [`NetnsPair`].
+pub const LINK: &str = "link0";
 
 fn output(program: &str, words: &[&str]) -> Result<String> {
     let shown = || format!("{program} {}", words.join(" "));

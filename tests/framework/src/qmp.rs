@@ -130,6 +130,12 @@ impl Qmp {
         }
     }
 
+    /// The next event of this name among those that came while something else was awaited.
+    pub fn kept_event(&mut self, name: &str) -> Option<Value> {
+        let at = self.events.iter().position(|event| event["event"] == name)?;
+        self.events.remove(at)
+    }
+
     /// Forgets the events that were kept so far.
     pub fn clear_events(&mut self) {
         self.events.clear();

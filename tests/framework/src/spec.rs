@@ -68,6 +68,8 @@ pub struct VmSpec {
     pub nic: Option<Nic>,
     /// A balloon with free page reporting.
     pub balloon: bool,
+    /// An initramfs instead of that of the environment.
+    pub initrd: Option<PathBuf>,
     /// Words for the guest's kernel command line: `godwit.writer=fill=100,hot=20`.
     pub cmdline: Vec<String>,
     /// Started with `-incoming defer`.
@@ -94,6 +96,7 @@ impl VmSpec {
             disk: None,
             nic: None,
             balloon: false,
+            initrd: None,
             cmdline: Vec::new(),
             incoming: false,
             netns: None,
@@ -131,6 +134,12 @@ impl VmSpec {
     #[must_use]
     pub fn nic(self, netdev: &str, mac: &str) -> Self {
         Self { nic: Some(Nic { netdev: netdev.to_owned(), mac: mac.to_owned() }), ..self }
+    }
+
+    /// Boots it from another initramfs.
+    #[must_use]
+    pub fn initrd(self, path: &Path) -> Self {
+        Self { initrd: Some(path.to_owned()), ..self }
     }
 
     /// Adds a program or another word to the kernel command line.
@@ -311,7 +320,7 @@ impl VmSpec {
             "-kernel",
             &env.kernel.to_string_lossy(),
             "-initrd",
-            &env.initrd.to_string_lossy(),
+            &self.initrd.as_ref().unwrap_or(&env.initrd).to_string_lossy(),
             "-append",
             cmdline.trim_end(),
         ]

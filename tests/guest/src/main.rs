@@ -6,11 +6,13 @@
 //!   ├─ heartbeat ── ttyS1: HB <sequence> <guest monotonic us> <nonce>
 //!   ├─ writer     dirties memory at a rate
 //!   ├─ checker    owns memory and verifies every byte of it
-//!   └─ diskread   reads /dev/vda with O_DIRECT and verifies every block
+//!   ├─ diskread   reads /dev/vda with O_DIRECT and verifies every block
+//!   └─ app        drives one of Debian's programs, if the initramfs has them
 //! ```
 //! A program is a process of its own: it prints `ready ...` as its first line on stdout, then reads
 //! commands from stdin and answers each with one line.
 
+mod app;
 mod checker;
 mod console;
 mod diskread;
@@ -32,7 +34,10 @@ fn run(program: &str, options: &str) -> Result<()> {
         "writer" => writer::run(options),
         "checker" => checker::run(options),
         "diskread" => diskread::run(options),
-        other => bail!("Unknown program {other}; there are heartbeat, writer, checker, diskread"),
+        "app" => app::run(options),
+        other => {
+            bail!("Unknown program {other}; there are heartbeat, writer, checker, diskread, app")
+        }
     }
 }
 

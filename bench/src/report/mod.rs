@@ -1,0 +1,312 @@
+//! Tables and plots from what was recorded, as Markdown with SVGs beside it and as one HTML page.
+
+mod plots;
+mod tables;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::args::ReportArgs;
+use crate::document::{self, Block};
+use crate::record::{Attach, Bulk, Migration, Record, Recorded, read};
+use crate::scenario::{Kind, Scenario};
+use crate::stats::Span;
+use crate::table::span;
+use crate::targets::{self, Target};
+
+const MIB: f64 = 1_048_576.0;
+
+/// What a column or plot shows of a migration.
+type Value = fn(&Migration) -> Option<f64>;
+
+/// `bench report`.
+///
+/// # Errors
+/// A file cannot be read, or its tables not be written.
+pub(crate) fn again(args: &ReportArgs) -> Result<()> {
+    let files = match args.files.is_empty() {
+        true => records(&args.out)?,
+        false => args.files.clone(),
+    };
+    files.iter().try_for_each(|path| render(path))?;
+    if args.files.is_empty() { page(&args.out) } else { write_page(&args.out, &args.files) }
+}
+
+/// Prints a file's tables and writes them and the plots beside it.
+///
+/// # Errors
+/// The file cannot be read, or its folder not be written.
+pub(crate) fn render(path: &Path) -> Result<()> {
+    let recorded = read(path)?;
+    let name = name_of(path);
+    let blocks = compose(name, &recorded);
+    let markdown = document::markdown(name, &blocks);
+    println!("{markdown}");
+    write(&path.with_file_name(format!("{name}.md")), &markdown)?;
+    let mut plots = 0;
+    for block in &blocks {
+        if let Block::Plot { name: plot, svg } = block {
+            write(&path.with_file_name(format!("{name}-{plot}.svg")), svg)?;
+            plots += 1;
+        }
+    }
+    eprintln!("Results: {} and, beside it, {name}.md and {plots} plots", path.display());
+    Ok(())
+}
+
+fn name_of(path: &Path) -> &str {
+    path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("bench")
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("Cannot write {}", path.display()))
+}
+
+/// The records of a folder, in alphabetical order.
+fn records(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder)
+        .with_context(|| format!("There are no results in {}", folder.display()))?;
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Writes `report.html` of all records of a folder.
+///
+/// # Errors
+/// The folder cannot be read or written.
+pub(crate) fn page(folder: &Path) -> Result<()> {
+    write_page(folder, &records(folder)?)
+}
+
+fn write_page(folder: &Path, files: &[PathBuf]) -> Result<()> {
+    let one = |path: &PathBuf| {
+        let name = name_of(path);
+        let blocks = match read(path) {
+            Ok(recorded) => compose(name, &recorded),
+            // One broken file is no reason to show nothing of the others.
+            Err(error) => vec![Block::Title(name.to_owned()), Block::Text(format!("{error:#}"))],
+        };
+        (name.to_owned(), blocks)
+    };
+    let path = folder.join("report.html");
+    std::fs::create_dir_all(folder)
+        .with_context(|| format!("Cannot create {}", folder.display()))?;
+    write(&path, &document::page(&files.iter().map(one).collect::<Vec<_>>()))?;
+    eprintln!("Report: {}", path.display());
+    Ok(())
+}
+
+/// The scenario of a record. Older records name only what the guest did: where it is that of the
+/// repository's scenario of this name, with the same memory and link, that one is taken.
+fn scenario_of(recorded: &Recorded, moved: &[&Migration]) -> Option<Scenario> {
+    let named = recorded.records.iter().find_map(|record| match record {
+        Record::Scenario { scenario } => Some(scenario.as_ref().clone()),
+        _ => None,
+    });
+    named.or_else(|| {
+        let first = moved.first()?;
+        let known = Scenario::load(&first.workload).ok()?;
+        let same = known.guest.memory_mib == first.memory_mib && known.link.rate == first.link_bits;
+        same.then_some(known)
+    })
+}
+
+/// All that a file has to show.
+fn compose(name: &str, recorded: &Recorded) -> Vec<Block> {
+    let mut moved: Vec<&Migration> = vec![];
+    let mut plain: Vec<&Bulk> = vec![];
+    let mut attached: Vec<&Attach> = vec![];
+    for record in &recorded.records {
+        match record {
+            Record::Migration(one) => moved.push(one),
+            Record::Bulk(one) => plain.push(one),
+            Record::Attach(one) => attached.push(one),
+            Record::Scenario { .. } => {}
+        }
+    }
+    let scenario = scenario_of(recorded, &moved);
+    let mut blocks = head(name, recorded, scenario.as_ref(), &moved);
+    if !attached.is_empty() {
+        add_targets(&mut blocks, &targets::of_attach(&attached, &moved));
+        blocks.extend(tables::attach(&attached));
+        blocks.extend(tables::godwit(&moved));
+    } else if !plain.is_empty() {
+        let loopback: Vec<&Migration> =
+            moved.iter().copied().filter(|one| one.link == "loopback").collect();
+        add_targets(&mut blocks, &targets::of_throughput(&loopback, &plain));
+        blocks.extend(tables::throughput(&moved, &plain));
+        blocks.push(plots::throughput(&moved, &plain));
+        blocks.extend(tables::godwit(&moved));
+    } else {
+        if let Some(scenario) = &scenario {
+            add_targets(&mut blocks, &targets::of_scenario(scenario, &moved));
+        }
+        blocks.extend(tables::modes(&moved));
+        match &scenario {
+            Some(scenario) if scenario.kind == Kind::Ablation => {
+                blocks.extend(tables::ablation(scenario, &moved));
+            }
+            _ => blocks.extend(tables::ratios_of_pairs(&moved)),
+        }
+        blocks.extend(plots::compare(name, &moved));
+        blocks.extend(tables::godwit(&moved));
+    }
+    blocks.extend(tables::failures(&moved));
+    blocks
+}
+
+fn add_targets(blocks: &mut Vec<Block>, targets: &[Target]) {
+    if !targets.is_empty() {
+        blocks.push(Block::Heading("Targets".into()));
+        blocks.push(Block::Table(targets::table(targets)));
+    }
+}
+
+fn head(
+    name: &str,
+    recorded: &Recorded,
+    scenario: Option<&Scenario>,
+    moved: &[&Migration],
+) -> Vec<Block> {
+    let host = &recorded.host;
+    let mut blocks = vec![Block::Title(name.to_owned())];
+    let mut facts = vec![];
+    if let Some(scenario) = scenario {
+        blocks.push(Block::Text(format!("{}.", scenario.about)));
+        facts.push(format!("workload: {}", scenario.workload.shown()));
+        facts.push(format!("link: {}", scenario.link.shown()));
+    }
+    facts.extend([
+        format!("command: `bench {}`", host.command.join(" ")),
+        format!("machine: {} x {}, Linux {}", host.cpus, host.cpu, host.kernel),
+        format!("{}; {}; sources {}", host.qemu, host.migrate, host.commit),
+    ]);
+    if let Some(one) = moved.first() {
+        let link = match one.link_bits {
+            0 => format!("unshaped {}", one.link),
+            bits => format!("{} of {} Mbit/s", one.link, bits / 1_000_000),
+        };
+        facts.push(format!(
+            "guest: {} MiB, {} CPU (TCG), {}; {link}",
+            one.memory_mib, one.smp, one.workload
+        ));
+    }
+    let mut fact = |what: &str, all: Option<Span>| {
+        if all.is_some() {
+            facts.push(format!("{what}: {}", span(all)));
+        }
+    };
+    let all = |value: Value| Span::of(moved.iter().filter_map(|one| value(one)));
+    fact("load average when a migration began", all(|one| Some(one.load1)));
+    fact("pages a second that the guest wrote before", all(|one| one.writer_pages_per_s));
+    fact("operations a second of the application before", all(|one| one.application_per_s));
+    fact("heartbeat gaps before, 99th percentile, ms", all(|one| one.gap_before_p99_ms));
+    fact(
+        "compulsory MiB",
+        all(|one| one.compulsory.map(|compulsory| compulsory.bytes as f64 / MIB)),
+    );
+    blocks.push(Block::List(facts));
+    blocks
+}
+
+/// The modes that were measured, in the order of the first turn.
+fn modes<'a>(moved: &[&'a Migration]) -> Vec<&'a str> {
+    let mut names: Vec<&str> = vec![];
+    for one in moved {
+        if !names.contains(&one.mode.as_str()) {
+            names.push(&one.mode);
+        }
+    }
+    names
+}
+
+/// Whether a mode is Godwit's.
+fn is_ours(moved: &[&Migration], mode: &str) -> bool {
+    moved.iter().any(|one| one.mode == mode && one.is_ours())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mode::Mode;
+    use crate::record::samples::{host, migration};
+    use crate::record::{Log, Outcome};
+
+    fn recorded(scenario: Option<&str>, runs: Vec<Migration>) -> Recorded {
+        let scenario = scenario.map(|name| {
+            let scenario = Box::new(Scenario::load(name).unwrap());
+            Record::Scenario { scenario }
+        });
+        let runs = runs.into_iter().map(|one| Record::Migration(Box::new(one)));
+        Recorded { host: host(), records: scenario.into_iter().chain(runs).collect() }
+    }
+
+    fn plots(blocks: &[Block]) -> Vec<&str> {
+        let name = |block| match block {
+            &Block::Plot { name, .. } => Some(name),
+            _ => None,
+        };
+        blocks.iter().filter_map(name).collect()
+    }
+
+    #[test]
+    fn a_comparison_has_tables_ratios_targets_and_plots() {
+        let mut failed = migration(Mode::Xbzrle, 0, 1.0, 120_000.0);
+        failed.outcome = Outcome::NotConverged;
+        failed.error = Some("too slow".into());
+        let runs = vec![
+            migration(Mode::Godwit, 0, 50.0, 1000.0),
+            migration(Mode::PreCopy, 0, 100.0, 2000.0),
+            failed,
+        ];
+        // Without its scenario, as in older records: it is found by its name.
+        for scenario in [Some("idle"), None] {
+            let blocks = compose("x", &recorded(scenario, runs.clone()));
+            let text = document::markdown("x", &blocks);
+            let wanted = ["outage", "distribution", "total", "wire", "bytes", "dirty"];
+            assert_eq!(plots(&blocks), wanted);
+            for wanted in ["## Targets", "0.50", "0/1", "too slow", "- load, ms", "compulsory"] {
+                assert!(text.contains(wanted), "{wanted} in\n{text}");
+            }
+            assert!(text.contains("no run completed") || !text.contains("<svg"));
+        }
+    }
+
+    #[test]
+    fn an_ablation_is_compared_with_its_base_and_names_what_is_not_built() {
+        let named = |name: &str, outage, total| Migration {
+            mode: name.into(),
+            ..migration(Mode::Godwit, 0, outage, total)
+        };
+        let runs = vec![named("base", 100.0, 4000.0), named("all", 50.0, 1000.0)];
+        let blocks = compose("x", &recorded(Some("ablation"), runs));
+        let text = document::markdown("x", &blocks);
+        for wanted in ["## Ablation", "0.25", "| +skip", "not built"] {
+            assert!(text.contains(wanted), "{wanted} in\n{text}");
+        }
+        assert!(!text.contains("Ratios of pairs"));
+    }
+
+    #[test]
+    fn a_file_is_rendered_beside_itself_and_into_the_page() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut log = Log::create(folder.path(), "n", host()).unwrap();
+        let one = migration(Mode::Godwit, 0, 50.0, 1000.0);
+        log.add(Record::Migration(Box::new(one))).unwrap();
+        std::fs::write(folder.path().join("broken.jsonl"), "x").unwrap();
+        let out = folder.path().to_owned();
+        again(&ReportArgs { files: vec![log.path().to_owned()], out: out.clone() }).unwrap();
+        for file in ["n.md", "n-outage.svg", "n-distribution.svg", "n-bytes.svg", "n-dirty.svg"] {
+            assert!(folder.path().join(file).exists(), "{file}");
+        }
+        page(&out).unwrap();
+        let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+        assert!(page.contains("<polyline") && page.contains("is no record of this bench"));
+    }
+}

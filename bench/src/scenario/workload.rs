@@ -1,0 +1,272 @@
+//! What the guest does while it is migrated.
+
+use anyhow::{Result, ensure};
+use framework::VmSpec;
+use serde::{Deserialize, Serialize};
+
+/// A checker that verifies its memory without being a load of its own.
+const CHECKER: &str = "godwit.checker=size=8,rate=50,verify=2000,seed=5";
+
+/// Memory of the checker, in MiB.
+const CHECKER_MIB: u64 = 8;
+
+/// Memory of the unpacked applications in the guest's root file system, in MiB.
+const APPLICATIONS_MIB: u64 = 64;
+
+/// What a writer's memory holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Content {
+    /// English words.
+    #[default]
+    Text,
+    /// Noise.
+    Random,
+    /// Pages of both in turn.
+    Mixed,
+}
+
+impl Content {
+    /// As the writer takes it.
+    fn label(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Random => "random",
+            Self::Mixed => "mixed",
+        }
+    }
+}
+
+/// A workload.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) enum Workload {
+    /// Nothing but the heartbeat.
+    Idle {},
+    /// Random pages of a hot area are written at a rate; a checker verifies memory of its own.
+    Writer {
+        /// Memory that is filled, in MiB.
+        fill_mib: u64,
+        /// Of it, what is written, in MiB.
+        hot_mib: u64,
+        /// Pages written a second; 0 is as fast as the guest can.
+        pages_per_s: u64,
+        /// Bytes written in each page.
+        #[serde(default = "bytes")]
+        bytes: u64,
+        /// What is written.
+        #[serde(default)]
+        content: Content,
+    },
+    /// Incompressible data, written once and left alone.
+    Resident {
+        /// How much, in MiB.
+        mib: u64,
+    },
+    /// Redis as a cache under redis-benchmark: keys and values are drawn at random, and once
+    /// memory is full every new one pushes another out.
+    Redis {
+        /// `maxmemory` of the server, in MiB.
+        #[serde(default = "redis_mib")]
+        memory_mib: u64,
+        /// Bytes of a value.
+        #[serde(default = "redis_value")]
+        value_bytes: u64,
+        /// Connections of redis-benchmark.
+        #[serde(default = "redis_clients")]
+        clients: u64,
+    },
+    /// SQLite in WAL mode on tmpfs: transactions that update random rows with random blobs.
+    Sqlite {
+        /// Size of the database, in MiB.
+        #[serde(default = "sqlite_mib")]
+        memory_mib: u64,
+        /// Rows that a transaction updates.
+        #[serde(default = "sqlite_rows")]
+        rows: u64,
+    },
+    /// `xz -c | xz -dc` of text without end; what comes out is compared with what went in.
+    Compress {
+        /// Level of xz: 6 takes 94 MiB.
+        #[serde(default = "compress_level")]
+        level: u64,
+    },
+}
+
+fn bytes() -> u64 {
+    64
+}
+
+fn redis_mib() -> u64 {
+    128
+}
+
+fn redis_value() -> u64 {
+    1020
+}
+
+fn redis_clients() -> u64 {
+    4
+}
+
+fn sqlite_mib() -> u64 {
+    64
+}
+
+fn sqlite_rows() -> u64 {
+    20
+}
+
+fn compress_level() -> u64 {
+    6
+}
+
+impl Workload {
+    /// In words.
+    pub(crate) fn shown(&self) -> String {
+        match self {
+            Self::Idle {} => "nothing but its heartbeat".to_owned(),
+            Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, content } => {
+                let rate = match pages_per_s {
+                    0 => "as fast as it can".to_owned(),
+                    rate => format!("{rate} pages a second"),
+                };
+                format!(
+                    "{bytes} bytes in each of random pages of {hot_mib} of {fill_mib} MiB, {}, \
+                     {rate}",
+                    content.label()
+                )
+            }
+            Self::Resident { mib } => format!("{mib} MiB of noise, left alone"),
+            Self::Redis { memory_mib, value_bytes, clients } => format!(
+                "Redis of {memory_mib} MiB under redis-benchmark: {clients} clients, random keys, \
+                 values of {value_bytes} bytes"
+            ),
+            Self::Sqlite { memory_mib, rows } => format!(
+                "SQLite of {memory_mib} MiB on tmpfs: transactions of {rows} random rows each"
+            ),
+            Self::Compress { level } => format!("xz -{level} of text, unpacked and compared"),
+        }
+    }
+
+    /// Memory that it fills, in MiB.
+    pub(super) fn memory_mib(&self) -> u64 {
+        let own = match self {
+            Self::Idle {} => 0,
+            Self::Writer { fill_mib, .. } => fill_mib.saturating_add(CHECKER_MIB),
+            Self::Resident { mib } => *mib,
+            // Allocators and evicting take their share; WAL and page cache double a database.
+            Self::Redis { memory_mib, .. } => memory_mib.saturating_mul(3) / 2,
+            Self::Sqlite { memory_mib, .. } => memory_mib.saturating_mul(2),
+            // 674 MiB at level 9; see xz(1).
+            Self::Compress { level } if *level >= 7 => 800,
+            Self::Compress { .. } => 128,
+        };
+        own.saturating_add(if self.is_application() { APPLICATIONS_MIB + CHECKER_MIB } else { 0 })
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        match self {
+            Self::Idle {} => {}
+            Self::Writer { fill_mib, hot_mib, bytes, .. } => {
+                ensure!(*fill_mib >= 1 && *hot_mib >= 1, "fill_mib and hot_mib are at least 1");
+                ensure!(hot_mib <= fill_mib, "hot_mib lies within fill_mib");
+                ensure!((1..=4096).contains(bytes), "bytes: 1 to 4096");
+            }
+            Self::Resident { mib } => ensure!(*mib >= 1, "mib is at least 1"),
+            Self::Redis { memory_mib, value_bytes, clients } => {
+                ensure!((16..=8192).contains(memory_mib), "memory_mib: 16 to 8192");
+                ensure!((12..=12_000).contains(value_bytes), "value_bytes: 12 to 12000");
+                ensure!((1..=50).contains(clients), "clients: 1 to 50");
+            }
+            Self::Sqlite { memory_mib, rows } => {
+                ensure!((8..=2048).contains(memory_mib), "memory_mib: 8 to 2048");
+                ensure!((1..=1000).contains(rows), "rows: 1 to 1000");
+            }
+            Self::Compress { level } => ensure!(*level <= 9, "level: 0 to 9"),
+        }
+        Ok(())
+    }
+
+    /// Whether it is one of Debian's programs, for which the guest needs a larger initramfs.
+    pub(crate) fn is_application(&self) -> bool {
+        matches!(self, Self::Redis { .. } | Self::Sqlite { .. } | Self::Compress { .. })
+    }
+
+    /// Whether the guest verifies its memory.
+    pub(crate) fn checks(&self) -> bool {
+        !matches!(self, Self::Idle {} | Self::Resident { .. })
+    }
+
+    /// Adds the programs to a guest.
+    pub(crate) fn give_to(&self, spec: VmSpec) -> VmSpec {
+        let program = match self {
+            Self::Idle {} => return spec,
+            Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, content } => {
+                let content = content.label();
+                format!(
+                    "godwit.writer=fill={fill_mib},hot={hot_mib},rate={pages_per_s},bytes={bytes},\
+                     content={content},seed=7"
+                )
+            }
+            Self::Resident { mib } => {
+                format!("godwit.writer=fill={mib},hot=1,rate=1,bytes=8,content=random,seed=7")
+            }
+            Self::Redis { memory_mib, value_bytes, clients } => format!(
+                "godwit.app=kind=redis,memory={memory_mib},value={value_bytes},clients={clients}"
+            ),
+            Self::Sqlite { memory_mib, rows } => {
+                format!("godwit.app=kind=sqlite,memory={memory_mib},rows={rows}")
+            }
+            Self::Compress { level } => format!("godwit.app=kind=compress,level={level},seed=7"),
+        };
+        let spec = spec.with(&program);
+        if self.checks() { spec.with(CHECKER) } else { spec }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use framework::QemuKind;
+
+    use super::*;
+
+    fn read(text: &str) -> Result<Workload, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    fn words(workload: &Workload) -> String {
+        workload.give_to(VmSpec::new("x", QemuKind::V7_2)).cmdline.join(" ")
+    }
+
+    #[test]
+    fn a_writer_becomes_words_of_the_kernel_command_line() {
+        let text = "kind = \"writer\"\nfill_mib = 1000\nhot_mib = 200\npages_per_s = 20000\n";
+        let workload = read(text).unwrap();
+        let wanted = "godwit.writer=fill=1000,hot=200,rate=20000,bytes=64,content=text,seed=7";
+        assert!(words(&workload).starts_with(wanted), "{}", words(&workload));
+        assert!(words(&workload).contains("godwit.checker="));
+        assert_eq!(words(&Workload::Idle {}), "");
+    }
+
+    #[test]
+    fn unknown_and_impossible_parameters_are_refused() {
+        assert!(read("kind = \"idle\"\nmib = 1\n").unwrap_err().to_string().contains("mib"));
+        assert!(read("kind = \"redis\"\nmemory = 1\n").unwrap_err().to_string().contains("memory"));
+        assert!(read("kind = \"writre\"\n").unwrap_err().to_string().contains("writer"));
+        let hot = "kind = \"writer\"\nfill_mib = 10\nhot_mib = 20\npages_per_s = 1\n";
+        assert!(read(hot).unwrap().check().is_err());
+        assert!(read("kind = \"compress\"\nlevel = 10\n").unwrap().check().is_err());
+    }
+
+    #[test]
+    fn applications_need_their_own_initramfs_and_verify() {
+        for kind in ["redis", "sqlite", "compress"] {
+            let workload = read(&format!("kind = \"{kind}\"\n")).unwrap();
+            workload.check().unwrap();
+            assert!(workload.is_application() && workload.checks());
+            assert!(words(&workload).starts_with(&format!("godwit.app=kind={kind},")));
+        }
+        assert!(!Workload::Idle {}.is_application());
+    }
+}
