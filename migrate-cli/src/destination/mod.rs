@@ -18,7 +18,7 @@ pub mod fetcher;
 pub mod intake;
 pub mod owner;
 pub mod paging;
-mod rescue;
+pub mod rescue;
 
 use std::path::PathBuf;
 use std::pin::pin;

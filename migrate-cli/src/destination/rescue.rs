@@ -29,7 +29,7 @@ const MONITOR_WITHIN: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// What kept it from that; threads of the guest wait on.
-pub(super) async fn rescue(
+pub async fn rescue(
     args: &ReceiveArgs,
     identity: &Identity,
     options: &Options,
