@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use qemu_glue::attach::{self, CloseRemote, Way};
 use qemu_glue::check::Finding;
 
+use crate::blocking::on_thread;
 use crate::error::EngineError;
 
 /// A userfaultfd of QEMU's address space.
@@ -36,19 +37,16 @@ pub fn probe(pid: i32, preload_socket: Option<&Path>) -> Vec<Finding> {
 /// # Errors
 /// What [`attach::userfaultfd`] says.
 pub async fn attach_shared(pid: i32) -> Result<(OwnedFd, i32), EngineError> {
-    let attached = tokio::task::spawn_blocking(move || attach::userfaultfd_by_injection(pid, true));
-    let attached = attached.await.map_err(|error| EngineError::Internal(error.to_string()))?;
-    let (uffd, report) = attached?;
+    let attached = on_thread(move || attach::userfaultfd_by_injection(pid, true)).await;
+    let (uffd, report) = attached??;
     let remote_fd = report.remote_fd;
     let remote_fd = remote_fd.ok_or_else(|| EngineError::Internal("QEMU kept no copy".into()))?;
     Ok((uffd, remote_fd))
 }
 
-/// Undoes [`attach_shared`] where nothing was registered.
-pub async fn detach(pid: i32, uffd: OwnedFd, remote_fd: i32) {
-    drop(uffd);
-    let closed =
-        tokio::task::spawn_blocking(move || attach::close_descriptor(pid, remote_fd)).await;
+/// Closes the copy that [`attach_shared`] left in QEMU.
+pub async fn close_copy(pid: i32, remote_fd: i32) {
+    let closed = on_thread(move || attach::close_descriptor(pid, remote_fd)).await;
     if let Ok(Err(error)) = closed {
         tracing::info!(%error, "QEMU keeps a descriptor that is of no use any more");
     }
@@ -60,10 +58,8 @@ pub async fn detach(pid: i32, uffd: OwnedFd, remote_fd: i32) {
 /// What [`attach::userfaultfd`] says.
 pub async fn attach(pid: i32, preload_socket: Option<&Path>) -> Result<Attached, EngineError> {
     let socket: Option<PathBuf> = preload_socket.map(Path::to_owned);
-    let attached = tokio::task::spawn_blocking(move || {
-        attach::userfaultfd(pid, socket.as_deref(), CloseRemote::Yes)
-    });
-    let attached = attached.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+    let attached =
+        on_thread(move || attach::userfaultfd(pid, socket.as_deref(), CloseRemote::Yes)).await??;
     let stopped_us = match attached.way {
         Way::Injection(report) => Some(report.stopped_us),
         Way::Preload { .. } => None,

@@ -8,6 +8,7 @@
 //! | [`journal`] | the durable record of who owns the guest |
 //! | [`report`], [`progress`] | what the user sees |
 //! | [`attaching`], [`verify`] | the descriptor of QEMU's memory; digests of all pages |
+//! | [`missing`], [`blocking`] | sets of pages on the control stream; work off the async runtime |
 //! | [`error`] | everything that ends a migration early |
 //! | [`failpoint`] | places where the failure tests stop the engine |
 //!
@@ -15,6 +16,7 @@
 
 pub mod args;
 pub mod attaching;
+pub mod blocking;
 pub mod cancel;
 pub mod commands;
 pub mod destination;

@@ -143,6 +143,11 @@ async fn resolve_destination(args: &ResolveArgs) -> Result<Resolution, EngineErr
     let vm = place(client).await;
     let (outcome, message) = match archive.latest() {
         None => (ReportOutcome::Completed, "nothing is unfinished here".to_owned()),
+        Some((_, true)) if archive.lacks_pages() => {
+            let text = "the guest belongs to this host and lacks pages: start `migrate receive` here, \
+                        which fetches them";
+            (ReportOutcome::InDoubt, text.to_owned())
+        }
         Some((_, true)) => (ReportOutcome::Completed, "the guest belongs to this host".to_owned()),
         Some((_, false)) => (ReportOutcome::Failed, "the guest belongs to its source".to_owned()),
     };

@@ -81,19 +81,23 @@ impl Archive {
         Ok(())
     }
 
-    /// Ends the paging of guests that never came to run here: threads of QEMU may wait for pages, and
-    /// its monitor with them.
+    /// Ends the paging of a guest that never came to run here: threads of QEMU may wait for pages, and
+    /// its monitor with them. Only the latest arrival counts: the descriptor of an earlier one is
+    /// closed, and its number may be another's.
     pub async fn release_abandoned(&self) {
-        for journal in &self.journals {
-            let entry = journal.entry();
-            let ran = matches!(
-                entry.record,
-                Record::Destination(DestinationRecord::Owned | DestinationRecord::Fetching)
-            );
-            if !ran && is_same_qemu(entry) {
-                release_abandoned(entry).await;
-            }
+        use DestinationRecord::{Receiving, Refused};
+        let mut entries = self.journals.iter().map(Journal::entry);
+        let latest = entries.rfind(|entry| is_same_qemu(entry));
+        let never_ran =
+            |entry: &&Entry| matches!(entry.record, Record::Destination(Receiving | Refused));
+        if let Some(entry) = latest.filter(never_ran) {
+            release_abandoned(entry).await;
         }
+    }
+
+    /// Whether a guest belongs here that lacks pages.
+    pub fn lacks_pages(&self) -> bool {
+        self.journals.iter().any(|journal| fetches(journal.entry()))
     }
 
     /// The journal of a guest that runs here and lacks pages, if there is one.

@@ -149,6 +149,18 @@ impl Applier {
         self.shared.fetcher.get()
     }
 
+    /// Applies a batch at once, on the caller's thread: the guest waits for it, and it is a few pages.
+    /// Such batches come on a lane of their own, packed one by one. `false` once the decoder has failed.
+    pub fn apply_urgent(&self, lane: usize, batch: &Batch) -> bool {
+        let shared = &self.shared;
+        finish(
+            shared,
+            lane,
+            batch,
+            unpack_and_apply(shared, batch, &mut Unpacker::default(), &mut vec![]),
+        )
+    }
+
     /// Bytes applied since the start, and batches applied of each lane.
     pub fn applied(&self) -> (u64, Vec<u64>) {
         let batches = self.shared.batches.iter().map(|count| count.load(Ordering::Acquire));
@@ -207,18 +219,28 @@ fn apply_all(shared: &Shared, mut inbox: mpsc::Receiver<(usize, Batch)>) {
     let mut unpacked = Vec::new();
     while let Some((lane, batch)) = inbox.blocking_recv() {
         let unpacker = unpackers.entry(lane).or_default();
-        if let Err(error) = unpack_and_apply(shared, &batch, unpacker, &mut unpacked) {
-            *lock(&shared.failure) = Some(error);
-            shared.changed.notify_waiters();
+        let applied = unpack_and_apply(shared, &batch, unpacker, &mut unpacked);
+        if !finish(shared, lane, &batch, applied) {
             return;
         }
-        let bytes = wire_bytes(batch.runs.len(), batch.payload.len());
-        shared.applied_bytes.fetch_add(bytes, Ordering::Release);
-        if let Some(count) = shared.batches.get(lane) {
-            count.fetch_add(1, Ordering::Release);
-        }
-        shared.changed.notify_waiters();
     }
+}
+
+/// Counts a batch, or keeps the failure; says which.
+fn finish(shared: &Shared, lane: usize, batch: &Batch, applied: Result<(), ApplyError>) -> bool {
+    let is_applied = applied.is_ok();
+    match applied {
+        Ok(()) => {
+            let bytes = wire_bytes(batch.runs.len(), batch.payload.len());
+            shared.applied_bytes.fetch_add(bytes, Ordering::Release);
+            if let Some(count) = shared.batches.get(lane) {
+                count.fetch_add(1, Ordering::Release);
+            }
+        }
+        Err(error) => *lock(&shared.failure) = Some(error),
+    }
+    shared.changed.notify_waiters();
+    is_applied
 }
 
 /// Applies a batch; `memory` is for unpacked contents and used again.

@@ -27,6 +27,7 @@ use super::Place;
 use super::intake::Intake;
 use super::owner::{Owner, Voice};
 use super::paging::Paging;
+use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
 use crate::missing::Arriving;
@@ -144,8 +145,7 @@ async fn accept(
 ) -> Result<(), EngineError> {
     // What an earlier attempt left must not shine through pages that are zero at the source.
     let clean = Arc::clone(ram);
-    let cleaned = tokio::task::spawn_blocking(move || empty(&clean)).await;
-    cleaned.map_err(|error| EngineError::Internal(error.to_string()))??;
+    on_thread(move || empty(&clean)).await??;
     let version = &place.vm.qemu;
     let accept = Accept {
         qemu_version: (version.major, version.minor, version.micro),
@@ -278,7 +278,8 @@ impl Arrival {
         if loaded.is_err()
             && let Some((uffd, remote_fd)) = self.uffd.take()
         {
-            attaching::detach(self.place.vm.pid, uffd, remote_fd).await;
+            drop(uffd);
+            attaching::close_copy(self.place.vm.pid, remote_fd).await;
         }
         let mut ready = None;
         let (input, error) = match loaded {
@@ -306,6 +307,7 @@ impl Arrival {
             ram: &self.ram,
             commit: None,
             is_lost: false,
+            fetches: &self.place.fetches,
             source_knows: true,
         };
         let outcome = owner.drive(Destination::Receiving, input).await;
@@ -316,13 +318,17 @@ impl Arrival {
     async fn receive(&mut self, journal: &mut Journal) -> Result<Ready, EngineError> {
         loop {
             let applier = Arc::clone(self.intake()?.applier());
+            let (before, _) = applier.applied();
             let message = tokio::select! {
                 message = self.receiver.recv() => message?,
                 error = applier.failed() => return Err(error.into()),
-                () = tokio::time::sleep(IDLE_MAX) => return Err(EngineError::TooSlow {
-                    wanted: "anything",
-                    seconds: IDLE_MAX.as_secs(),
-                }),
+                () = tokio::time::sleep(IDLE_MAX) => {
+                    if applier.applied().0 != before {
+                        continue;
+                    }
+                    let seconds = IDLE_MAX.as_secs();
+                    return Err(EngineError::TooSlow { wanted: "anything", seconds });
+                }
             };
             tracing::debug!(message = message.name(), "control");
             match message {
@@ -380,12 +386,14 @@ impl Arrival {
     async fn drop_pages(&mut self, part: &Missing) -> Result<(), EngineError> {
         let dropped = self.arriving.add(part)?;
         let ram = Arc::clone(&self.ram);
-        let dropping = tokio::task::spawn_blocking(move || discard_all(&ram, &dropped));
-        dropping.await.map_err(|error| EngineError::Internal(error.to_string()))?
+        on_thread(move || discard_all(&ram, &dropped)).await?
     }
 
     /// Gets hold of QEMU's page faults, while the guest still runs at its source.
     async fn prepare(&mut self, journal: &mut Journal) -> Result<(), EngineError> {
+        if self.uffd.is_some() {
+            return Err(EngineError::OutOfPlace { got: "Prepare", wanted: "MissingEnd" });
+        }
         failpoint::hit("destination-preparing").await;
         let attached = attaching::attach_shared(self.place.vm.pid).await?;
         let remote_fd = attached.1;
@@ -418,6 +426,7 @@ impl Arrival {
             }
             Err((error, intake)) => {
                 self.intake = Some(intake);
+                attaching::close_copy(self.place.vm.pid, remote_fd).await;
                 Err(error)
             }
         }
@@ -429,11 +438,8 @@ impl Arrival {
         for first in (0..total).step_by(DIGESTS_MAX) {
             let (ram, seed) = (Arc::clone(&self.ram), request.seed);
             let count = (total - first).min(DIGESTS_MAX as u64);
-            let digests = tokio::task::spawn_blocking(move || {
-                verify::digests(&ram, seed, PageIndex(first), count)
-            });
-            let digests =
-                digests.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+            let digests = move || verify::digests(&ram, seed, PageIndex(first), count);
+            let digests = on_thread(digests).await??;
             let chunk = VerifyChunk { first_page: first, digests };
             self.control.send(&Message::VerifyChunk(chunk)).await?;
         }

@@ -39,9 +39,12 @@ impl Intake {
         let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
         let (applier, inlets) = Applier::start(ram, pages, lanes.len(), threads);
         let applier = Arc::new(applier);
-        let drains = lanes.into_iter().zip(inlets);
-        let mut tasks: Vec<_> =
-            drains.map(|(lane, inlet)| tokio::spawn(drain(lane, inlet, closer.clone()))).collect();
+        let last = lanes.len().saturating_sub(1);
+        let drains = lanes.into_iter().zip(inlets).map(|(lane, inlet)| {
+            let urgent = (lane.index() == last).then(|| Arc::clone(&applier));
+            tokio::spawn(drain(lane, inlet, urgent, closer.clone()))
+        });
+        let mut tasks: Vec<_> = drains.collect();
         tasks.push(tokio::spawn(tell_progress(control, Arc::clone(&applier))));
         Self { applier, tasks }
     }
@@ -62,11 +65,23 @@ impl Intake {
     }
 }
 
-async fn drain(mut lane: LaneReceiver, inlet: LaneInlet, closer: Closer) {
+/// Hands a lane's batches to its thread; those that the guest waits for (`urgent`, once there is a
+/// fetcher) are applied here, since waking a thread takes longer.
+async fn drain(
+    mut lane: LaneReceiver,
+    inlet: LaneInlet,
+    urgent: Option<Arc<Applier>>,
+    closer: Closer,
+) {
     loop {
         match lane.recv().await {
             Ok(Some(batch)) => {
-                if !inlet.push(batch).await {
+                let now = urgent.as_ref().filter(|applier| applier.fetcher().is_some());
+                let taken = match now {
+                    Some(applier) => applier.apply_urgent(lane.index(), &batch),
+                    None => inlet.push(batch).await,
+                };
+                if !taken {
                     break;
                 }
             }

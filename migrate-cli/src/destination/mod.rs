@@ -23,6 +23,7 @@ pub mod rescue;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use migrate_core::handover::Outcome;
@@ -62,6 +63,8 @@ pub struct Place {
     pub qmp: PathBuf,
     /// How long a loaded guest waits for its commit.
     pub lease: Duration,
+    /// Whether a guest runs here that lacks pages.
+    pub fetches: AtomicBool,
 }
 
 /// Receives guests as asked.
@@ -79,10 +82,9 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
     let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
     archive.release_abandoned().await;
     if let Some(journal) = archive.take_fetching() {
-        return tokio::select! {
-            outcome = rescue::rescue(args, &identity, &options, journal, &mut archive) => outcome,
-            () = cancel::requested() => Err(EngineError::Cancelled),
-        };
+        let fetches = AtomicBool::new(true);
+        let going_on = rescue::rescue(args, &identity, &options, journal, &mut archive, &fetches);
+        return until_cancelled(&fetches, going_on).await;
     }
     let client = Client::connect(&args.common.qmp).await;
     archive.recover(client.as_ref().ok()).await;
@@ -119,10 +121,31 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         identity_dir: args.common.identity.clone(),
         qmp: std::path::absolute(&args.common.qmp).unwrap_or_else(|_| args.common.qmp.clone()),
         lease: Duration::from_secs(args.lease_s),
+        fetches: AtomicBool::new(false),
     });
-    tokio::select! {
-        outcome = serve(&mut listener, &place, &mut archive) => outcome,
-        () = cancel::requested() => Err(EngineError::Cancelled),
+    until_cancelled(&place.fetches, serve(&mut listener, &place, &mut archive)).await
+}
+
+/// Ends `work` at Ctrl-C; while a guest runs here that lacks pages, only at the second.
+async fn until_cancelled<T>(
+    fetches: &AtomicBool,
+    work: impl Future<Output = Result<T, EngineError>>,
+) -> Result<T, EngineError> {
+    let mut work = pin!(work);
+    let mut was_warned = false;
+    loop {
+        tokio::select! {
+            done = &mut work => return done,
+            () = cancel::requested() => {}
+        }
+        if was_warned || !fetches.load(Ordering::Relaxed) {
+            return Err(EngineError::Cancelled);
+        }
+        was_warned = true;
+        eprintln!(
+            "the guest runs here and lacks pages: going on until it has them. If interrupted again, \
+             its threads wait for pages until `migrate receive` is started anew"
+        );
     }
 }
 

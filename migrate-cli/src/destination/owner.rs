@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use migrate_core::handover::destination::{Input, Output};
@@ -22,6 +23,7 @@ use transport::{
 
 use super::arrival::empty;
 use super::paging::Paging;
+use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::journal::{Journal, Record};
@@ -84,6 +86,8 @@ pub struct Owner<'a> {
     pub commit: Option<Committed>,
     /// Whether `voice` has ended.
     pub is_lost: bool,
+    /// Whether the guest runs here and lacks pages, for Ctrl-C.
+    pub fetches: &'a AtomicBool,
     /// Whether the source knows how it ended, or will never ask: it asks only about what was ready.
     pub source_knows: bool,
 }
@@ -167,6 +171,7 @@ impl Owner<'_> {
                 None
             }
             Output::Say(state) => {
+                self.fetches.store(state == DestinationState::Fetching, Ordering::Relaxed);
                 self.tell(Message::Verdict(Verdict { state, text: String::new() })).await;
                 if state == DestinationState::Fetching {
                     // QEMU may not answer before pages have come: nothing waits for it.
@@ -347,6 +352,7 @@ impl Owner<'_> {
     /// Every page is here: the source is told what came, if it asked for that, and paging ends.
     async fn end_fetching(&mut self) {
         let Some(paging) = self.paging.take() else { return };
+        self.fetches.store(false, Ordering::Relaxed);
         self.faults = paging.fetcher().stats();
         let digests = paging.fetcher().digests();
         paging.end().await;
@@ -454,7 +460,7 @@ pub async fn discard(client: &Client, ram: Option<&Arc<GuestRam>>) {
         return;
     }
     if let Some(ram) = ram.map(Arc::clone) {
-        match tokio::task::spawn_blocking(move || empty(&ram)).await {
+        match on_thread(move || empty(&ram)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(error = %error.tell(), "memory not given back"),
             Err(error) => tracing::warn!(%error, "memory not given back"),

@@ -17,6 +17,7 @@ use transport::{ControlReceiver, DestinationSession};
 use super::fetcher::Fetcher;
 use super::intake::Intake;
 use super::owner::Voice;
+use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, PagingEntry};
 use crate::missing::{self, Arriving};
@@ -56,7 +57,7 @@ impl Paging {
                 Fetcher::new(pager, remote_fd, Some(missing), verify_seed)
             })
         };
-        match started.await {
+        match started.await.and_then(|started| started) {
             Ok(fetcher) => {
                 let fetcher = Arc::new(fetcher);
                 intake.applier().fetch(Arc::clone(&fetcher));
@@ -78,9 +79,9 @@ impl Paging {
         let taken = on_thread(move || {
             let ram = Arc::new(GuestRam::open(pid, &regions, true)?);
             let uffd = attach::take_descriptor(pid, remote_fd)?;
-            Ok((Pager::resume(pid, uffd, &ram), ram))
+            Ok::<_, EngineError>((Pager::resume(pid, uffd, &ram), ram))
         });
-        let (pager, ram) = taken.await?;
+        let (pager, ram) = taken.await??;
         let pager = match pager {
             Ok(pager) => pager,
             Err(PagerError::NotRegistered { .. }) => return Ok(None),
@@ -106,7 +107,7 @@ impl Paging {
         let may_lack = list(&mut receiver, self.ram.layout().pages()).await?;
         if !self.fetcher.knows_missing() {
             let fetcher = Arc::clone(&self.fetcher);
-            let present = on_thread(move || fetcher.present()).await?;
+            let present = on_thread(move || fetcher.present()).await??;
             let mut missing = may_lack;
             missing.subtract(&present);
             self.fetcher.set_missing(missing).await?;
@@ -172,7 +173,7 @@ impl Paging {
             serving.abort();
         }
         let fetcher = Arc::clone(&self.fetcher);
-        let _ended = tokio::task::spawn_blocking(move || fetcher.end()).await;
+        let _ended = on_thread(move || fetcher.end()).await;
     }
 }
 
@@ -207,11 +208,4 @@ pub async fn release_abandoned(entry: &Entry) {
         Ok(None) => {}
         Err(error) => tracing::warn!(error = %error.tell(), "paging was not ended"),
     }
-}
-
-async fn on_thread<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, EngineError> + Send + 'static,
-) -> Result<T, EngineError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| EngineError::Internal(error.to_string()))?
 }

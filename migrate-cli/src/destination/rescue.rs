@@ -4,6 +4,7 @@
 //! first, then the monitor.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use migrate_core::handover::{Destination, DestinationState, Outcome};
@@ -35,6 +36,7 @@ pub async fn rescue(
     options: &Options,
     mut journal: Journal,
     archive: &mut Archive,
+    fetches: &AtomicBool,
 ) -> Result<Outcome, EngineError> {
     let entry = journal.entry().clone();
     let migration = parse_migration(&entry.migration);
@@ -48,7 +50,7 @@ pub async fn rescue(
     let lease = Duration::from_secs(args.lease_s);
     let (forward, mut asks) = mpsc::channel(ASKS_WAITING);
     let work = async {
-        let guest = Rescued { args, migration, journal: &mut journal, ram: &ram, lease };
+        let guest = Rescued { args, migration, journal: &mut journal, ram: &ram, lease, fetches };
         guest.go_on(paging, &mut asks).await
     };
     let outcome = attend(&mut listener, None, archive, migration, &forward, work).await?;
@@ -67,6 +69,7 @@ struct Rescued<'a> {
     journal: &'a mut Journal,
     ram: &'a Arc<GuestRam>,
     lease: Duration,
+    fetches: &'a AtomicBool,
 }
 
 impl Rescued<'_> {
@@ -94,6 +97,7 @@ impl Rescued<'_> {
             ram: self.ram,
             commit: None,
             is_lost: false,
+            fetches: self.fetches,
             source_knows: false,
         };
         Ok(owner.carry_on(state, outputs).await)

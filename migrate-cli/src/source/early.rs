@@ -109,8 +109,7 @@ pub async fn tell_missing(
         return Ok(None);
     }
     let seed = random::number()?;
-    let found = compare(mover, link, seed, Some(&missing)).await?;
-    report.verify = Some(found);
+    compare(mover, link, seed, Some(&missing), report).await?;
     part(report, "verify", began);
     Ok(Some(seed))
 }

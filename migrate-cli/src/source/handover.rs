@@ -16,9 +16,9 @@ use transport::messages::{FaultStats, Message};
 use super::contact::Contact;
 use super::serve::Server;
 use crate::error::EngineError;
-use crate::failpoint;
 use crate::journal::{Journal, Record};
 use crate::progress::Progress;
+use crate::{cancel, failpoint};
 
 /// Time that QEMU may take to wind up a migration of its own.
 const WIND_UP: Duration = Duration::from_secs(5);
@@ -187,6 +187,13 @@ impl Owner<'_> {
         loop {
             let said = tokio::select! {
                 said = self.contact.next() => said,
+                () = cancel::requested() => {
+                    progress.say(
+                        "the guest runs at the destination and needs its memory from here: going on \
+                         until all of it is over",
+                    );
+                    continue;
+                }
                 () = tokio::time::sleep(TICK) => {
                     progress.fetching(server.feed().unsent_pages(), self.contact.applied_bytes());
                     continue;

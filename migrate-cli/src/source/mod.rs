@@ -15,6 +15,7 @@ pub mod early;
 pub mod feed;
 pub mod gate;
 pub mod handover;
+pub mod lanes;
 pub mod link;
 pub mod prepare;
 pub mod pump;
@@ -36,21 +37,21 @@ use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{Precopy, PrecopyConfig};
 use qemu_glue::qmp::Client;
 use qemu_glue::track::DirtyTracker;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use transport::{Batch, Closer, Identity, LaneSender, MigrationId};
+use transport::{Closer, Identity, LaneSender, MigrationId};
 
 use self::contact::Contact;
 use self::feed::Feed;
 use self::gate::Gate;
 use self::handover::{Owner, place};
+use self::lanes::LaneTasks;
 use self::link::Link;
 use self::prepare::Accepted;
 use self::prepare::Guest;
-use self::pump::{LANE_QUEUE, LaneQueue, Pump, PumpError};
+use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
 use crate::args::{Mode, PageOrder, SendArgs};
+use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
@@ -486,58 +487,6 @@ fn describe_memory(report: &mut Report, pages: &SourcePages, order_bytes: usize,
     report.bytes.populated = data.len() * PAGE_BYTES as u64;
     let tables = pages.memory_bytes() + order_bytes + data.memory_bytes();
     report.table_bytes_per_page = tables as f64 / total.max(1) as f64;
-}
-
-async fn on_thread<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, EngineError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|error| EngineError::Internal(error.to_string()))
-}
-
-/// One task a lane: from the encoder threads' queue to the network.
-#[derive(Debug)]
-struct LaneTasks {
-    queues: Vec<LaneQueue>,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl LaneTasks {
-    fn start(lanes: Vec<LaneSender>) -> Self {
-        let (queues, tasks) = lanes
-            .into_iter()
-            .map(|lane| {
-                let (queue, inbox) = mpsc::channel(LANE_QUEUE);
-                (queue, tokio::spawn(feed(lane, inbox)))
-            })
-            .unzip();
-        Self { queues, tasks }
-    }
-
-    /// The entrances, for the encoder threads to take over.
-    fn queues(&mut self) -> Vec<LaneQueue> {
-        std::mem::take(&mut self.queues)
-    }
-
-    /// Ends the tasks: everything that matters was acknowledged, or is in vain.
-    async fn stop(&mut self) {
-        self.queues.clear();
-        for task in self.tasks.drain(..) {
-            task.abort();
-            let _aborted = task.await;
-        }
-    }
-}
-
-async fn feed(mut lane: LaneSender, mut inbox: mpsc::Receiver<Batch>) {
-    while let Some(batch) = inbox.recv().await {
-        if let Err(error) = lane.send(batch).await {
-            tracing::warn!(lane = lane.index(), %error, "lane ended");
-            return;
-        }
-    }
-    // The lane stays open until the session ends: closing it would look like the end of the pages.
-    std::future::pending::<()>().await;
 }
 
 /// The migration's id as journals write it.

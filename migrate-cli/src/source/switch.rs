@@ -23,6 +23,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::link::Link;
 use super::prepare::{self, Guest};
 use super::rounds::Mover;
+use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::report::{Report, VerifyReport};
 use crate::{failpoint, random, verify};
@@ -75,8 +76,7 @@ pub async fn switch(
     link.send(Message::Sync(mover.sync(1))).await?;
     if verify {
         synced(link, mover).await?;
-        let found = compare(mover, link, random::number()?, None).await?;
-        report.verify = Some(found);
+        compare(mover, link, random::number()?, None, report).await?;
         part(report, "verify", began);
     }
     let began = Instant::now();
@@ -163,7 +163,8 @@ pub async fn ready(link: &mut Link, mover: &Mover, report: &mut Report) -> Resul
     Ok(())
 }
 
-/// Compares digests of all pages but those `missing`, in the order in which they come.
+/// Compares digests of all pages but those `missing`, in the order in which they come; what was found is
+/// in the report.
 ///
 /// # Errors
 /// [`EngineError::Mismatch`] if pages differ.
@@ -172,7 +173,8 @@ pub async fn compare(
     link: &mut Link,
     seed: u64,
     missing: Option<&PageSet>,
-) -> Result<VerifyReport, EngineError> {
+    report: &mut Report,
+) -> Result<(), EngineError> {
     link.send(Message::VerifyRequest(VerifyRequest { seed })).await?;
     let total = mover.ram.layout().pages();
     let mut found = VerifyReport { pages: 0, mismatches: 0 };
@@ -184,10 +186,7 @@ pub async fn compare(
                 next += count;
                 let ram = Arc::clone(&mover.ram);
                 let first = migrate_core::layout::PageIndex(chunk.first_page);
-                let ours =
-                    tokio::task::spawn_blocking(move || verify::digests(&ram, seed, first, count));
-                let ours =
-                    ours.await.map_err(|error| EngineError::Internal(error.to_string()))??;
+                let ours = on_thread(move || verify::digests(&ram, seed, first, count)).await??;
                 if ours.len() != chunk.digests.len() {
                     let text = format!("that there are more than {total} pages");
                     return Err(EngineError::Contradiction(text));
@@ -204,11 +203,12 @@ pub async fn compare(
                 }
             }
             Message::VerifyEnd(end) if end.pages == next && next == total => {
+                report.verify = Some(found);
                 let VerifyReport { pages, mismatches } = found;
                 if mismatches > 0 {
                     return Err(EngineError::Mismatch { mismatches, pages });
                 }
-                return Ok(found);
+                return Ok(());
             }
             other => {
                 return Err(EngineError::OutOfPlace { got: other.name(), wanted: "all digests" });

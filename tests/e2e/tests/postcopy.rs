@@ -7,6 +7,7 @@ use e2e::untouched::assert_detached;
 use e2e::{Moved, PATIENCE, Rig};
 use framework::hugepages::HugePages;
 use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
+use nix::sys::signal::Signal;
 
 /// A guest that writes and checks its memory.
 fn busy(kind: QemuKind) -> VmSpec {
@@ -163,6 +164,17 @@ fn the_link_is_cut_ten_times() -> Result<()> {
         if time % 2 == 1 {
             torn.resumed(time.div_ceil(2))?;
         }
+    }
+    torn.end()
+}
+
+#[test]
+fn ctrl_c_does_not_leave_a_guest_without_its_memory() -> Result<()> {
+    let mut torn = Torn::begin()?;
+    for engine in [&mut torn.send, &mut torn.receive] {
+        let engine = engine.as_mut().context("No engine")?;
+        engine.signal(Signal::SIGINT)?;
+        engine.wait_stderr("going on until", PATIENCE)?;
     }
     torn.end()
 }
