@@ -2,6 +2,11 @@
 
 use crate::error::EngineError;
 
+/// Threads for reading, packing, unpacking and writing pages: one a core, at most 4.
+pub fn worker_threads() -> usize {
+    std::thread::available_parallelism().map_or(2, usize::from).min(4)
+}
+
 /// Runs `work` on a thread where it may block.
 ///
 /// # Errors

@@ -1,9 +1,14 @@
 //! Sets of missing pages on the control stream.
 
+use std::time::Duration;
+
 use migrate_core::pageset::PageSet;
 use transport::messages::{MISSING_WORDS_MAX, Message, Missing, MissingEnd};
 
 use crate::error::EngineError;
+
+/// Longest time that a set may take to arrive.
+const RECEIVE_WITHIN: Duration = Duration::from_secs(20);
 
 /// The messages that describe a set but for the last; stretches without a page are left out.
 pub fn parts(set: &PageSet) -> impl Iterator<Item = Message> + '_ {
@@ -62,6 +67,32 @@ impl Arriving {
         }
         Ok(self.set)
     }
+}
+
+/// Receives a whole set, `wanted` of the peer, with `next` for its next message.
+///
+/// # Errors
+/// [`EngineError::TooSlow`], something else than a set, or what `next` says.
+pub async fn receive(
+    pages: u64,
+    wanted: &'static str,
+    mut next: impl AsyncFnMut() -> Result<Message, EngineError>,
+) -> Result<PageSet, EngineError> {
+    let mut arriving = Arriving::new(pages);
+    let received = async {
+        loop {
+            match next().await? {
+                Message::Missing(part) => drop(arriving.add(&part)?),
+                Message::MissingEnd(end) => return arriving.end(&end),
+                other => {
+                    let (got, wanted) = (other.name(), "MissingEnd");
+                    return Err(EngineError::OutOfPlace { got, wanted });
+                }
+            }
+        }
+    };
+    let late = |_| EngineError::TooSlow { wanted, seconds: RECEIVE_WITHIN.as_secs() };
+    tokio::time::timeout(RECEIVE_WITHIN, received).await.map_err(late)?
 }
 
 #[cfg(test)]

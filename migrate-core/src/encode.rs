@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::batch::{
     BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LAST_VERSION, PageRun, RUN_PAGES_MAX, RunKind,
 };
-use crate::codec::Codec;
+use crate::codec::{Codec, CodecError, Packer, packed_bytes_max};
 use crate::delta::{self, delta_bytes};
 use crate::layout::{PAGE_BYTES, PageIndex};
 use crate::page_table::{PageVerdict, SourcePages, is_zero};
@@ -60,6 +60,18 @@ impl PageBuffer {
         }
         self.bytes = end;
         self.memory.get_mut(start..end).unwrap_or_default()
+    }
+
+    /// These bytes as `packer` packs them, in the memory of `into`.
+    ///
+    /// # Errors
+    /// As [`Packer::pack`].
+    pub fn pack(&self, packer: &mut Packer, codec: Codec, into: Self) -> Result<Self, CodecError> {
+        let mut packed = into.emptied();
+        let out = packed.extend(packed_bytes_max(self.len()));
+        let bytes = packer.pack(codec, self.as_ref(), out)?;
+        packed.truncate(bytes);
+        Ok(packed)
     }
 
     /// Leaves the first `bytes` bytes in use.
@@ -185,6 +197,40 @@ impl BatchBuilder {
         reason: Reason,
         read: impl FnOnce(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
+        let sent_before = self.counts.sent();
+        self.fill(first, pages, reason, read, |page, content| table.judge(page, content))?;
+        if reason == Reason::Look {
+            self.counts.looked_sent += self.counts.sent() - sent_before;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::push`] for pages that change no more and of which the destination holds nothing
+    /// (post-copy): all of them travel.
+    ///
+    /// # Errors
+    /// Whatever `read` returns; the batch is then as before.
+    pub fn push_last<E>(
+        &mut self,
+        first: PageIndex,
+        pages: usize,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.fill(first, pages, Reason::Dirty, read, |_, content| match is_zero(content) {
+            true => PageVerdict::Zero(LAST_VERSION),
+            false => PageVerdict::Raw(LAST_VERSION),
+        })
+    }
+
+    /// Reads pages into the batch and squeezes out what `judge` says need not travel.
+    fn fill<E>(
+        &mut self,
+        first: PageIndex,
+        pages: usize,
+        reason: Reason,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        judge: impl Fn(PageIndex, &[u8]) -> PageVerdict,
+    ) -> Result<(), E> {
         let start = self.batch.content.len();
         let buffer = &mut self.batch.content;
         if let Err(error) = read(buffer.extend(pages * PAGE_BYTES)) {
@@ -193,10 +239,9 @@ impl BatchBuilder {
         }
         let memory = &mut buffer.memory;
         let mut keep_end = start;
-        let sent_before = self.counts.sent();
         for (page, at) in (first.0..).zip((start..).step_by(PAGE_BYTES)).take(pages) {
             let content = memory.get(at..at + PAGE_BYTES).unwrap_or_default();
-            let (kind, version) = match table.judge(PageIndex(page), content) {
+            let (kind, version) = match judge(PageIndex(page), content) {
                 PageVerdict::Keep => {
                     self.counts.kept += 1;
                     continue;
@@ -227,48 +272,8 @@ impl BatchBuilder {
                     (RunKind::Delta, version)
                 }
             };
-            self.counts.resent += u64::from(version > 1);
+            self.counts.resent += u64::from((2..LAST_VERSION).contains(&version));
             extend_run(&mut self.batch.runs, page, kind, version);
-        }
-        self.batch.content.truncate(keep_end);
-        if reason == Reason::Look {
-            self.counts.looked_sent += self.counts.sent() - sent_before;
-        }
-        Ok(())
-    }
-
-    /// As [`Self::push`] for pages that change no more and of which the destination holds nothing
-    /// (post-copy): all of them travel.
-    ///
-    /// # Errors
-    /// Whatever `read` returns; the batch is then as before.
-    pub fn push_last<E>(
-        &mut self,
-        first: PageIndex,
-        pages: usize,
-        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let start = self.batch.content.len();
-        let buffer = &mut self.batch.content;
-        if let Err(error) = read(buffer.extend(pages * PAGE_BYTES)) {
-            buffer.truncate(start);
-            return Err(error);
-        }
-        let memory = &mut buffer.memory;
-        let mut keep_end = start;
-        for (page, at) in (first.0..).zip((start..).step_by(PAGE_BYTES)).take(pages) {
-            let kind = if is_zero(memory.get(at..at + PAGE_BYTES).unwrap_or_default()) {
-                self.counts.zero += 1;
-                RunKind::Zero
-            } else {
-                if at != keep_end {
-                    memory.copy_within(at..at + PAGE_BYTES, keep_end);
-                }
-                keep_end += PAGE_BYTES;
-                self.counts.raw += 1;
-                RunKind::Raw
-            };
-            extend_run(&mut self.batch.runs, page, kind, LAST_VERSION);
         }
         self.batch.content.truncate(keep_end);
         Ok(())

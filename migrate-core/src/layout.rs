@@ -7,6 +7,7 @@
 //! decided part by part (correctness rule 15).
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -192,7 +193,7 @@ impl RamLayout {
     }
 
     /// The pages of one block, as a range of page numbers; empty for a block that does not exist.
-    pub fn block_pages(&self, block: usize) -> std::ops::Range<u64> {
+    pub fn block_pages(&self, block: usize) -> Range<u64> {
         match (self.first_page.get(block), self.first_page.get(block + 1)) {
             (Some(first), Some(end)) => *first..*end,
             _ => 0..0,
@@ -207,6 +208,15 @@ impl RamLayout {
         let block = self.first_page.partition_point(|first| *first <= page.0).checked_sub(1)?;
         let first = *self.first_page.get(block)?;
         Some(Location { block, offset_bytes: (page.0 - first) * PAGE_BYTES as u64 })
+    }
+
+    /// The pages of [`PAGE_BYTES`] that one page of the size that backs the block holds together with
+    /// `page`; nothing outside the layout.
+    pub fn host_page(&self, page: PageIndex) -> Option<Range<u64>> {
+        let location = self.locate(page)?;
+        let pages = self.blocks.get(location.block)?.page_bytes / PAGE_BYTES as u64;
+        let start = page.0 - location.offset_bytes / PAGE_BYTES as u64 % pages;
+        Some(start..start + pages)
     }
 
     /// Cuts `pages` pages from `first` on where a block ends, as (first, count) pairs; pages outside

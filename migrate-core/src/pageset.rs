@@ -45,21 +45,16 @@ impl PageSet {
 
     /// Inserts a range of pages.
     pub fn insert_range(&mut self, range: Range<u64>) {
-        let end = range.end.min(self.size);
-        let mut page = range.start;
-        while page < end {
-            let bit = page % 64;
-            let count = (64 - bit).min(end - page);
-            let mask = if count == 64 { u64::MAX } else { ((1 << count) - 1) << bit };
-            if let Some(word) = self.words.get_mut((page / 64) as usize) {
-                *word |= mask;
-            }
-            page += count;
-        }
+        self.for_words(range, |word, mask| *word |= mask);
     }
 
     /// Removes a range of pages.
     pub fn remove_range(&mut self, range: Range<u64>) {
+        self.for_words(range, |word, mask| *word &= !mask);
+    }
+
+    /// Calls `change` with every word that holds pages of the range, and the mask of these pages.
+    fn for_words(&mut self, range: Range<u64>, change: impl Fn(&mut u64, u64)) {
         let end = range.end.min(self.size);
         let mut page = range.start;
         while page < end {
@@ -67,7 +62,7 @@ impl PageSet {
             let count = (64 - bit).min(end - page);
             let mask = if count == 64 { u64::MAX } else { ((1 << count) - 1) << bit };
             if let Some(word) = self.words.get_mut((page / 64) as usize) {
-                *word &= !mask;
+                change(word, mask);
             }
             page += count;
         }

@@ -190,7 +190,7 @@ impl Fetcher {
         for (part, pages) in self.layout.split(PageIndex(run.start), run.end - run.start) {
             let mut first = part.0;
             while first < part.0 + pages {
-                let host = self.host_page(first);
+                let host = self.layout.host_page(PageIndex(first)).unwrap_or(first..first + 1);
                 let step = if host.end - host.start == 1 { first + PLACE_PAGES } else { host.end };
                 let end = step.min(part.0 + pages);
                 let at = (first - run.start) as usize * PAGE_BYTES;
@@ -239,7 +239,8 @@ impl Fetcher {
             }
             return Ok(());
         }
-        let waits = run.clone().any(|page| fetch.waits_for(PageIndex(page)));
+        // Asked before they count as arrived, and only where it matters.
+        let waits = content.is_none() && run.clone().any(|page| fetch.waits_for(PageIndex(page)));
         let arrival = fetch.arrived(run.clone(), self.began.elapsed())?;
         for done in arrival.complete {
             match content {
@@ -256,16 +257,6 @@ impl Fetcher {
             }
         }
         Ok(())
-    }
-
-    /// The pages of the host page that holds `page`.
-    fn host_page(&self, page: u64) -> Range<u64> {
-        let located = self.layout.locate(PageIndex(page));
-        let block = located.and_then(|location| self.layout.blocks().get(location.block));
-        let bytes = block.map_or(PAGE_BYTES as u64, |block| block.page_bytes);
-        let offset = located.map_or(0, |location| location.offset_bytes % bytes);
-        let first = page - offset / PAGE_BYTES as u64;
-        first..first + bytes / PAGE_BYTES as u64
     }
 
     /// Whether every page is here.

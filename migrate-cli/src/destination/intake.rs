@@ -12,6 +12,7 @@ use transport::messages::{Message, Progress};
 use transport::{Closer, ControlSender, LaneReceiver, close_code};
 
 use super::apply::{Applier, LaneInlet};
+use crate::blocking::worker_threads;
 use crate::error::EngineError;
 
 /// How often the source is told what was applied.
@@ -36,8 +37,7 @@ impl Intake {
         control: ControlSender,
         closer: &Closer,
     ) -> Self {
-        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(4);
-        let (applier, inlets) = Applier::start(ram, pages, lanes.len(), threads);
+        let (applier, inlets) = Applier::start(ram, pages, lanes.len(), worker_threads());
         let applier = Arc::new(applier);
         let last = lanes.len().saturating_sub(1);
         let drains = lanes.into_iter().zip(inlets).map(|(lane, inlet)| {

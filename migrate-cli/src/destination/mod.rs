@@ -271,10 +271,15 @@ async fn attend<T>(
                 Err(error) => tracing::info!(%error, "session refused"),
             }
         };
-        // A slow asker must not hold up the guest that is arriving.
+        // A slow asker must not hold up the guest that is arriving; but it is answered, also when
+        // the work is over meanwhile.
+        let mut answered = pin!(answered);
         tokio::select! {
-            done = &mut work => return done,
-            () = answered => {}
+            done = &mut work => {
+                answered.await;
+                return done;
+            }
+            () = &mut answered => {}
         }
     }
 }

@@ -3,7 +3,6 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use migrate_core::page_table::DestinationPages;
 use migrate_core::pageset::PageSet;
@@ -11,8 +10,7 @@ use qemu_glue::attach;
 use qemu_glue::pager::{Pager, PagerError};
 use qemu_glue::ram::GuestRam;
 use tokio::task::JoinHandle;
-use transport::messages::Message;
-use transport::{ControlReceiver, DestinationSession};
+use transport::DestinationSession;
 
 use super::fetcher::Fetcher;
 use super::intake::Intake;
@@ -20,10 +18,7 @@ use super::owner::Voice;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, PagingEntry};
-use crate::missing::{self, Arriving};
-
-/// Longest wait for the source's list of the pages that may be missing.
-const LIST_WITHIN: Duration = Duration::from_secs(20);
+use crate::missing;
 
 /// A guest's missing pages and what brings them.
 #[derive(Debug)]
@@ -73,16 +68,17 @@ impl Paging {
     ///
     /// # Errors
     /// What kept it from that: the guest's threads wait on.
-    pub async fn take_over(entry: &Entry, left: &PagingEntry) -> Result<Option<Self>, EngineError> {
-        let (pid, remote_fd) = (entry.qemu_pid, left.remote_fd);
-        let regions = left.regions.clone();
+    pub async fn take_over(
+        left: &PagingEntry,
+        ram: Arc<GuestRam>,
+    ) -> Result<Option<Self>, EngineError> {
+        let (pid, remote_fd) = (ram.identity().pid(), left.remote_fd);
+        let paged = Arc::clone(&ram);
         let taken = on_thread(move || {
-            let ram = Arc::new(GuestRam::open(pid, &regions, true)?);
             let uffd = attach::take_descriptor(pid, remote_fd)?;
-            Ok::<_, EngineError>((Pager::resume(pid, uffd, &ram), ram))
+            Ok::<_, EngineError>(Pager::resume(pid, uffd, &paged))
         });
-        let (pager, ram) = taken.await??;
-        let pager = match pager {
+        let pager = match taken.await?? {
             Ok(pager) => pager,
             Err(PagerError::NotRegistered { .. }) => return Ok(None),
             Err(error) => return Err(error.into()),
@@ -104,7 +100,9 @@ impl Paging {
     pub async fn resume(&mut self, session: DestinationSession) -> Result<Voice, EngineError> {
         self.stop_intake().await;
         let (control, mut receiver) = (session.control_sender, session.control_receiver);
-        let may_lack = list(&mut receiver, self.ram.layout().pages()).await?;
+        let pages = self.ram.layout().pages();
+        let next = async || Ok(receiver.recv().await?);
+        let may_lack = missing::receive(pages, "what may be missing", next).await?;
         if !self.fetcher.knows_missing() {
             let fetcher = Arc::clone(&self.fetcher);
             let present = on_thread(move || fetcher.present()).await??;
@@ -177,35 +175,18 @@ impl Paging {
     }
 }
 
-/// The pages that the source says may be missing.
-async fn list(receiver: &mut ControlReceiver, pages: u64) -> Result<PageSet, EngineError> {
-    let mut arriving = Arriving::new(pages);
-    let listed = async {
-        loop {
-            match receiver.recv().await? {
-                Message::Missing(part) => drop(arriving.add(&part)?),
-                Message::MissingEnd(end) => return arriving.end(&end),
-                other => {
-                    return Err(EngineError::OutOfPlace {
-                        got: other.name(),
-                        wanted: "MissingEnd",
-                    });
-                }
-            }
-        }
-    };
-    let seconds = LIST_WITHIN.as_secs();
-    let late = |_| EngineError::TooSlow { wanted: "what may be missing", seconds };
-    tokio::time::timeout(LIST_WITHIN, listed).await.map_err(late)?
-}
-
 /// Ends the paging that an engine left which died before its guest ran: threads of QEMU may wait.
 pub async fn release_abandoned(entry: &Entry) {
     let Some(left) = &entry.paging else { return };
-    match Paging::take_over(entry, left).await {
-        Ok(Some(paging)) => paging.end().await,
-        // Nothing was registered; the next attachment closes the descriptor.
-        Ok(None) => {}
-        Err(error) => tracing::warn!(error = %error.tell(), "paging was not ended"),
+    let ended = async {
+        let ram = Arc::new(GuestRam::open(entry.qemu_pid, &left.regions, true)?);
+        // Where nothing was registered, the next attachment closes the descriptor.
+        if let Some(paging) = Paging::take_over(left, ram).await? {
+            paging.end().await;
+        }
+        Ok::<_, EngineError>(())
+    };
+    if let Err(error) = ended.await {
+        tracing::warn!(error = %error.tell(), "paging was not ended");
     }
 }

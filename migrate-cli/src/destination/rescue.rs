@@ -43,8 +43,8 @@ pub async fn rescue(
     let parts = migration.zip(entry.paging.as_ref());
     let (migration, left) =
         parts.ok_or_else(|| EngineError::Internal("the journal names no migration".into()))?;
-    let paging = Paging::take_over(&entry, left).await?;
     let ram = Arc::new(GuestRam::open(entry.qemu_pid, &left.regions, true)?);
+    let paging = Paging::take_over(left, Arc::clone(&ram)).await?;
     let mut listener = Listener::bind(args.listen, identity, options)?;
     eprintln!("the guest runs here and lacks pages; listening on {}", listener.local_addr());
     let lease = Duration::from_secs(args.lease_s);

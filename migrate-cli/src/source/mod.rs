@@ -51,7 +51,7 @@ use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
 use crate::args::{Mode, PageOrder, SendArgs};
-use crate::blocking::on_thread;
+use crate::blocking::{on_thread, worker_threads};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
@@ -339,7 +339,7 @@ impl Migration<'_> {
                 Arc::clone(&pages),
                 Arc::clone(&self.gate),
                 queues,
-                Pump::threads(),
+                worker_threads(),
                 self.args.compression.wanted(),
             )),
             ram,
@@ -388,7 +388,7 @@ impl Migration<'_> {
         let pages = Arc::new(SourcePages::new(ram.layout().pages(), false, 0));
         describe_memory(report, &pages, 0, &ram.data_ranges()?);
         let (gate, queues) = (Arc::clone(&self.gate), self.lanes.queues());
-        let (threads, wanted) = (Pump::threads(), self.args.compression.wanted());
+        let (threads, wanted) = (worker_threads(), self.args.compression.wanted());
         let pump = Pump::start(Arc::clone(&ram), Arc::clone(&pages), gate, queues, threads, wanted);
         let mover = Mover {
             pump: Arc::new(pump),

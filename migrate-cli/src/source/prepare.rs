@@ -15,8 +15,8 @@ use qemu_glue::vm::{self, VmInventory};
 use transport::messages::{Accept, Describe, Intent, Message, MigrationId};
 use transport::{Identity, LaneSender, Offer, Options, SourceSession, TransportError};
 
-use super::pump::Pump;
 use crate::args::{CommonArgs, Mode, PathChoice, SendArgs};
+use crate::blocking::worker_threads;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, Record};
 use crate::{ENGINE, attaching, failpoint, random};
@@ -265,7 +265,7 @@ pub async fn check_ram_unchanged(guest: &Guest) -> Result<(), EngineError> {
 
 /// Lanes to use: one a core, at most 4, unless told; one more for pages that the guest waits for.
 pub fn lanes(asked: Option<u16>, mode: Mode) -> usize {
-    let lanes = asked.map_or_else(Pump::threads, usize::from);
+    let lanes = asked.map_or_else(worker_threads, usize::from);
     (lanes + usize::from(mode != Mode::PreCopy)).min(LANES_MAX)
 }
 

@@ -16,7 +16,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use migrate_core::batch::{CHUNK_PAGES, lane_of, wire_bytes};
-use migrate_core::codec::{Codec, CodecError, Packer, packed_bytes_max};
+use migrate_core::codec::{Codec, CodecError, Packer};
 use migrate_core::codec_choice::{CodecChoice, Wanted};
 use migrate_core::encode::{BatchBuilder, PageBuffer, PageCounts, Reason};
 use migrate_core::layout::PageIndex;
@@ -31,6 +31,7 @@ use transport::Batch;
 use super::buffers::Buffers;
 use super::feed::Feed;
 use super::gate::Gate;
+use crate::blocking::worker_threads;
 
 /// Batches that may wait for each lane.
 pub const LANE_QUEUE: usize = 2;
@@ -166,13 +167,7 @@ impl Pump {
         wanted: Wanted,
     ) -> Self {
         let pages = Arc::new(SourcePages::new(0, false, 0));
-        let threads = Self::threads();
-        Self::start(ram, pages, gate, lanes, threads, wanted)
-    }
-
-    /// Workers that are of use on this machine.
-    pub fn threads() -> usize {
-        thread::available_parallelism().map_or(2, usize::from).min(4)
+        Self::start(ram, pages, gate, lanes, worker_threads(), wanted)
     }
 
     /// Sends a round and waits until its last batch is in a lane's queue. Blocks.
@@ -383,10 +378,8 @@ impl Lane {
             return Ok((Codec::Plain, content));
         }
         let (began, processor) = (Instant::now(), processor_time());
-        let mut packed = shared.buffers.take().emptied();
-        let out = packed.extend(packed_bytes_max(content.len()));
-        let bytes = self.packer.pack(codec, content.as_ref(), out)?;
-        packed.truncate(bytes);
+        let packed = content.pack(&mut self.packer, codec, shared.buffers.take())?;
+        let bytes = packed.len();
         let processor = processor_time().saturating_sub(processor);
         choice.packed(content.len(), bytes, began.elapsed(), processor);
         if codec == Codec::Lz4 && bytes >= content.len() {

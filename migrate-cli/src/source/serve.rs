@@ -11,10 +11,10 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use migrate_core::batch::{CHUNK_PAGES, wire_bytes};
-use migrate_core::codec::{Codec, Packer, packed_bytes_max};
+use migrate_core::codec::{Codec, Packer};
 use migrate_core::codec_choice::Wanted;
 use migrate_core::encode::{BatchBuilder, PageBuffer, PageCounts};
 use migrate_core::layout::PageIndex;
@@ -22,9 +22,10 @@ use migrate_core::pageset::PageSet;
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use transport::messages::{Intent, Message, VerifyChunk};
+use transport::messages::{Intent, VerifyChunk};
 use transport::{Batch, LaneSender, Offer};
 
+use super::buffers::Buffers;
 use super::contact::Contact;
 use super::feed::Feed;
 use super::gate::Gate;
@@ -33,12 +34,9 @@ use super::link::Link;
 use super::pump::{Pump, PumpError};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
-use crate::missing::{self, Arriving};
+use crate::missing;
 use crate::report::VerifyReport;
 use crate::{ENGINE, verify};
-
-/// Longest wait for the destination's list of what it lacks.
-const LIST_WITHIN: Duration = Duration::from_secs(20);
 
 /// Serves missing pages over one session after the other.
 #[derive(Debug)]
@@ -144,7 +142,9 @@ impl Server {
         for message in missing::messages(&self.feed.missing()) {
             link.send(message).await?;
         }
-        let wanted = wanted(&mut link, self.ram.layout().pages()).await?;
+        let pages = self.ram.layout().pages();
+        let next = async || link.recv().await;
+        let wanted = missing::receive(pages, "what it lacks", next).await?;
         tracing::info!(pages = wanted.len(), "the destination lacks");
         let requests = link.requests();
         let requests =
@@ -224,20 +224,6 @@ impl Server {
     }
 }
 
-/// What the destination lacks.
-async fn wanted(link: &mut Link, pages: u64) -> Result<PageSet, EngineError> {
-    let mut arriving = Arriving::new(pages);
-    loop {
-        match link.recv_within("what it lacks", LIST_WITHIN).await? {
-            Message::Missing(part) => drop(arriving.add(&part)?),
-            Message::MissingEnd(end) => return arriving.end(&end),
-            other => {
-                return Err(EngineError::OutOfPlace { got: other.name(), wanted: "MissingEnd" });
-            }
-        }
-    }
-}
-
 /// Answers requests, one after the other.
 struct Answering {
     ram: Arc<GuestRam>,
@@ -247,6 +233,7 @@ struct Answering {
     is_packed: bool,
     builder: BatchBuilder,
     packer: Packer,
+    buffers: Buffers,
 }
 
 impl Answering {
@@ -259,6 +246,7 @@ impl Answering {
             is_packed: server.compression != Wanted::Always(Codec::Plain),
             builder: BatchBuilder::new(),
             packer: Packer::default(),
+            buffers: Buffers::default(),
         }
     }
 
@@ -299,10 +287,11 @@ impl Answering {
 
     async fn flush(&mut self) -> Result<(), EngineError> {
         let Some(batch) = self.builder.take() else { return Ok(()) };
+        self.builder.reuse(self.buffers.take());
         let content_bytes = batch.content.len();
         let (codec, payload) = self.pack(batch.content)?;
         self.gate.pass(wire_bytes(batch.runs.len(), payload.len()));
-        let payload = payload.as_ref().to_vec().into();
+        let payload = self.buffers.lend(payload).into();
         let batch = Batch { runs: batch.runs, payload, codec, content_bytes, round: 0 };
         Ok(self.lane.send(batch).await?)
     }
@@ -311,10 +300,12 @@ impl Answering {
         if !self.is_packed || content.is_empty() {
             return Ok((Codec::Plain, content));
         }
-        let mut packed = PageBuffer::default();
-        let out = packed.extend(packed_bytes_max(content.len()));
-        let bytes = self.packer.pack(Codec::Lz4, content.as_ref(), out)?;
-        packed.truncate(bytes);
-        Ok(if bytes < content.len() { (Codec::Lz4, packed) } else { (Codec::Plain, content) })
+        let packed = content.pack(&mut self.packer, Codec::Lz4, self.buffers.take())?;
+        let (codec, kept, spare) = match packed.len() < content.len() {
+            true => (Codec::Lz4, packed, content),
+            false => (Codec::Plain, content, packed),
+        };
+        self.buffers.put(spare);
+        Ok((codec, kept))
     }
 }

@@ -104,35 +104,35 @@ impl HostPage {
 /// Which pages belong to one host page.
 #[derive(Debug, Clone)]
 struct HostPages {
-    /// The pages of each block, in order, and how many make a host page.
-    blocks: Vec<(Range<u64>, u64)>,
-    pages: u64,
+    layout: RamLayout,
 }
 
 impl HostPages {
     fn new(layout: &RamLayout) -> Self {
-        let sizes = layout.blocks().iter().map(|block| block.page_bytes / PAGE_BYTES as u64);
-        let blocks = sizes.enumerate().map(|(index, size)| (layout.block_pages(index), size));
-        Self { blocks: blocks.collect(), pages: layout.pages() }
+        Self { layout: layout.clone() }
     }
 
     /// The host page that holds `page`, if there is one.
     fn of(&self, page: u64) -> Option<HostPage> {
-        let index = self.blocks.partition_point(|(block, _)| block.end <= page);
-        let (block, size) = self.blocks.get(index)?;
-        let start = page - page.checked_sub(block.start)? % size;
-        Some(HostPage { pages: start..start + size, block: block.clone() })
+        let page = PageIndex(page);
+        let block = self.layout.block_pages(self.layout.locate(page)?.block);
+        Some(HostPage { pages: self.layout.host_page(page)?, block })
     }
 
     /// The same pages and what their host pages hold besides. Pages outside RAM are left out.
     fn round_up(&self, set: PageSet) -> PageSet {
         let mut rounded = set;
-        if rounded.size() != self.pages {
+        if rounded.size() != self.layout.pages() {
             let given = rounded;
-            rounded = PageSet::new(self.pages);
+            rounded = PageSet::new(self.layout.pages());
             given.iter().for_each(|page| rounded.insert(page));
         }
-        for (block, size) in self.blocks.iter().filter(|(_, size)| *size > 1) {
+        for (index, spec) in self.layout.blocks().iter().enumerate() {
+            let (block, size) =
+                (self.layout.block_pages(index), spec.page_bytes / PAGE_BYTES as u64);
+            if size == 1 {
+                continue;
+            }
             let mut next = block.start;
             while let Some(page) = rounded.first_in(next..block.end) {
                 let start = page - (page - block.start) % size;

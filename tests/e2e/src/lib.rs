@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use framework::{Engine, EngineOutput, Env, Pki, Pulse, QemuKind, Vm};
+use framework::hugepages::HugePages;
+use framework::{Backend, Engine, EngineOutput, Env, Pki, Pulse, QemuKind, Vm, VmSpec};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -242,6 +243,30 @@ pub fn preload_library() -> Result<PathBuf> {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/debug/libgodwit_preload.so");
     let path = std::env::var_os("GODWIT_PRELOAD").map_or_else(|| default.into(), PathBuf::from);
     path.canonicalize().context("No preload library: cargo build -p qemu-glue-preload")
+}
+
+/// A guest that writes and checks its memory.
+#[must_use]
+pub fn busy(kind: QemuKind) -> VmSpec {
+    VmSpec::new("busy", kind)
+        .with("godwit.writer=fill=60,hot=30,rate=4000,bytes=64,seed=7")
+        .with("godwit.checker=size=24,seed=5")
+}
+
+/// These kinds of RAM, and larger pages where the machine gives any; the pages are kept while the
+/// second value lives.
+#[must_use]
+pub fn with_larger_pages(mut backends: Vec<Backend>) -> (Vec<Backend>, Option<HugePages>) {
+    match HugePages::reserve(1024) {
+        Ok(pages) => {
+            backends.push(Backend::Hugetlb(pages.path().to_owned()));
+            (backends, Some(pages))
+        }
+        Err(error) => {
+            println!("hugetlbfs left out: {error:#}");
+            (backends, None)
+        }
+    }
 }
 
 /// An address on loopback whose port is free at the moment.

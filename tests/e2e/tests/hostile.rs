@@ -251,7 +251,7 @@ impl Rogue {
         let mut said = String::new();
         loop {
             match self.next().await {
-                Ok(Message::Progress(_)) => {}
+                Ok(Message::Progress(_) | Message::Prepared(_)) => {}
                 Ok(message) => {
                     said.push_str(&format!("{message:?} "));
                     if !matches!(message, Message::Synced(_)) {
@@ -391,13 +391,10 @@ async fn wrong_gaps(target: &mut Target) -> Result<()> {
     for (number, (what, words, word)) in (70..).zip(cases) {
         let rogue = Rogue::accepted(target, number).await.context(what)?;
         for message in words {
-            rogue.say(message).await.context(what)?;
+            // It may have been given up at an earlier word.
+            let _ = rogue.say(message).await;
         }
-        let mut rogue = rogue;
-        let mut said = format!("{:?}", rogue.next().await);
-        if said.contains("Prepared") {
-            said = rogue.given_up().await;
-        }
+        let said = rogue.given_up().await;
         ensure!(said.contains("Protocol") && said.contains(word), "{what}: {said}");
         target.still_waits(what)?;
     }

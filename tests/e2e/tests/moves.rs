@@ -3,16 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{PATIENCE, Rig, free_address, preload_library};
-use framework::hugepages::HugePages;
+use e2e::{PATIENCE, Rig, busy, free_address, preload_library, with_larger_pages};
 use framework::{Backend, QemuKind, Vm, VmSpec};
-
-/// A guest that writes and checks its memory.
-fn busy(kind: QemuKind) -> VmSpec {
-    VmSpec::new("busy", kind)
-        .with("godwit.writer=fill=60,hot=30,rate=4000,bytes=64,seed=7")
-        .with("godwit.checker=size=24,seed=5")
-}
 
 /// Moves a guest `times` times between QEMUs of the kinds given in turn.
 fn back_and_forth(kinds: [QemuKind; 2], times: usize) -> Result<()> {
@@ -101,12 +93,7 @@ fn every_setting_moves_the_same_memory() -> Result<()> {
 #[test]
 fn all_kinds_of_shared_ram_move() -> Result<()> {
     let rig = Rig::new()?;
-    let mut backends = vec![Backend::Numa2, Backend::Dimm];
-    let huge = HugePages::reserve(1024);
-    match &huge {
-        Ok(pages) => backends.push(Backend::Hugetlb(pages.path().to_owned())),
-        Err(error) => println!("hugetlbfs left out: {error:#}"),
-    }
+    let (backends, _huge) = with_larger_pages(vec![Backend::Numa2, Backend::Dimm]);
     for backend in backends {
         println!("{backend:?}");
         let kind = QemuKind::V10_0;

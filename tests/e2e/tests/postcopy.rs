@@ -4,17 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::untouched::assert_detached;
-use e2e::{Moved, PATIENCE, Rig};
-use framework::hugepages::HugePages;
+use e2e::{Moved, PATIENCE, Rig, busy, with_larger_pages};
 use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
 use nix::sys::signal::Signal;
-
-/// A guest that writes and checks its memory.
-fn busy(kind: QemuKind) -> VmSpec {
-    VmSpec::new("busy", kind)
-        .with("godwit.writer=fill=60,hot=30,rate=4000,bytes=64,seed=7")
-        .with("godwit.checker=size=24,seed=5")
-}
 
 /// The report of a post-copy migration says what it did.
 fn check_report(moved: &Moved, mode: &str) -> Result<()> {
@@ -60,12 +52,7 @@ fn guests_move_ahead_of_their_memory_on_10_0() -> Result<()> {
 #[test]
 fn all_kinds_of_shared_ram_follow() -> Result<()> {
     let rig = Rig::new()?;
-    let mut backends = vec![Backend::Numa2];
-    let huge = HugePages::reserve(1024);
-    match &huge {
-        Ok(pages) => backends.push(Backend::Hugetlb(pages.path().to_owned())),
-        Err(error) => println!("hugetlbfs left out: {error:#}"),
-    }
+    let (backends, _huge) = with_larger_pages(vec![Backend::Numa2]);
     for backend in backends {
         println!("{backend:?}");
         let spec = busy(QemuKind::V10_0).smp(2).memory_mib(512).backend(backend);

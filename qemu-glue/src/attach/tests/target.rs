@@ -398,6 +398,10 @@ fn serve() {
         threads.push(std::thread::spawn(move || receiver(number, all_ours)));
     }
     let sender = std::thread::spawn(sender);
+    // All of it is under way: a short test on a busy machine may be over before a signal comes.
+    while HANDLED.iter().any(|handled| handled.load(SeqCst) == 0) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     println!("\nTARGET: ready");
     for line in std::io::stdin().lines() {
         if line.unwrap() == "end" {
