@@ -325,7 +325,8 @@ pub struct Request {
     pub page: u64,
 }
 
-/// Source, guest stopped: a part of QEMU's device state, in ascending order without gaps.
+/// Source: a part of QEMU's device state, in ascending order without gaps. Some of it is written while
+/// the guest still runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     /// Where the part begins, in bytes from the start of the device state.

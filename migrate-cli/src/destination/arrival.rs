@@ -11,7 +11,7 @@ use migrate_core::layout::{PageIndex, RamLayout};
 use migrate_core::page_table::DestinationPages;
 use migrate_core::pageset::PageSet;
 use qemu_glue::check::Severity;
-use qemu_glue::device_state;
+use qemu_glue::device_state::{self, Loading, Settling};
 use qemu_glue::procfs;
 use qemu_glue::qmp::RunState;
 use qemu_glue::ram::GuestRam;
@@ -239,6 +239,10 @@ struct Arrival {
     closer: Closer,
     migration: transport::MigrationId,
     device_state: Vec<u8>,
+    /// QEMU, prepared to load it.
+    loading: Option<Loading>,
+    /// What QEMU has left to do after loading.
+    settling: Option<Settling>,
 }
 
 impl Arrival {
@@ -262,6 +266,8 @@ impl Arrival {
             closer,
             migration: session.migration,
             device_state: vec![],
+            loading: None,
+            settling: None,
         }
     }
 
@@ -280,6 +286,9 @@ impl Arrival {
         {
             drop(uffd);
             attaching::close_copy(self.place.vm.pid, remote_fd).await;
+        }
+        if let Some(loading) = self.loading.take() {
+            loading.give_up().await;
         }
         let mut ready = None;
         let (input, error) = match loaded {
@@ -311,6 +320,11 @@ impl Arrival {
             source_knows: true,
         };
         let outcome = owner.drive(Destination::Receiving, input).await;
+        if let Some(settling) = self.settling
+            && let Err(error) = settling.settled().await
+        {
+            tracing::warn!(%error, "migration settings not put back");
+        }
         error.map_or(Ok(outcome), Err)
     }
 
@@ -346,6 +360,10 @@ impl Arrival {
                         )));
                     }
                     self.device_state.extend_from_slice(&part.bytes);
+                    if self.loading.is_none() {
+                        // While the rest is on its way.
+                        self.loading = Some(device_state::prepare_load(&self.place.client).await?);
+                    }
                 }
                 Message::Load(load) => return self.load(&load).await,
                 Message::Abort(abort) => {
@@ -451,7 +469,8 @@ impl Arrival {
         if load.total_bytes != state.len() as u64 || load.digest != xxh3_64(&state) {
             return Err(EngineError::Contradiction("another device state than it sent".into()));
         }
-        if load.version_digest != self.pages.digest() {
+        let version_digest = self.pages.digest();
+        if load.version_digest != version_digest {
             return Err(EngineError::Contradiction("other pages than it sent".into()));
         }
         failpoint::hit("destination-loading").await;
@@ -460,23 +479,23 @@ impl Arrival {
             failpoint::hit("destination-paging").await;
         }
         let began = Instant::now();
-        let loading = device_state::load(&self.place.client, state);
-        let status = tokio::select! {
-            status = loading => status?,
+        let loading = match self.loading.take() {
+            Some(loading) => loading,
+            None => device_state::prepare_load(&self.place.client).await?,
+        };
+        let (status, settling) = tokio::select! {
+            loaded = loading.load(state) => loaded?,
             // Loading may wait for a page that nobody sends any more.
             lost = self.closer.closed(), if self.paging.is_some() => return Err(lost.into()),
         };
+        self.settling = Some(settling);
         let load_us = began.elapsed().as_micros() as u64;
         if status.running || status.state == RunState::InMigrate {
             let found = status.state.to_string();
             return Err(EngineError::RunState { found, wanted: "paused" });
         }
         failpoint::hit("destination-loaded").await;
-        Ok(Ready {
-            load_us,
-            version_digest: self.pages.digest(),
-            run_state: messages::text(status.state.as_str()),
-        })
+        Ok(Ready { load_us, version_digest, run_state: messages::text(status.state.as_str()) })
     }
 
     async fn tell_abort(&self, error: &EngineError) {

@@ -2,9 +2,11 @@
 //! destination's word that it is ready.
 //!
 //! ```text
-//!   sync ─► drop what is known to be missing ─► prepared ─► stop ─┬► scan ────────┐
-//!                                                                 └► device state ┴► scan ─► all that
-//!   is missing ─► [verify] ─► load, while faults are answered ─► ready
+//!   sync ─► drop what is known to be missing ─► prepared ─► QEMU begins to save ─► stop ─┐
+//!     ┌──────────────────────────────────────────────────────────────────────────────────┘
+//!     ├► scan ────────┐
+//!     └► device state ┴► scan ─► all that is missing ─► [verify] ─► load, while faults are answered
+//!     ─► ready
 //! ```
 //!
 //! Invariant: when the destination is told what is missing, every page that it is not told of is in
@@ -14,14 +16,14 @@ use std::time::Instant;
 
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{Precopy, Round};
-use qemu_glue::device_state;
-use transport::messages::{DEVICE_STATE_BYTES_MAX, Message, Prepare};
+use qemu_glue::device_state::{DeviceState, Saving, Settling};
+use transport::messages::{Message, Prepare};
 
 use super::feed::Feed;
 use super::link::Link;
 use super::prepare::{self, Guest};
 use super::rounds::Mover;
-use super::switch::{LOAD_WITHIN, compare, part, ready, send_state, synced};
+use super::switch::{self, LOAD_WITHIN, compare, part, ready, synced};
 use crate::error::EngineError;
 use crate::report::Report;
 use crate::{failpoint, missing, random};
@@ -33,7 +35,7 @@ use crate::{failpoint, missing, random};
 /// What went wrong; the destination may refuse, with its reason.
 pub async fn prepare(mover: &Mover, known: &PageSet, link: &mut Link) -> Result<(), EngineError> {
     link.send(Message::Sync(mover.sync(0))).await?;
-    synced(link, mover).await?;
+    synced(link, mover.pages.digest()).await?;
     for part in missing::parts(known) {
         link.send(part).await?;
     }
@@ -44,6 +46,19 @@ pub async fn prepare(mover: &Mover, known: &PageSet, link: &mut Link) -> Result<
     }
 }
 
+/// A guest that was stopped while pages of it are missing at the destination.
+#[derive(Debug)]
+pub struct Stopped {
+    /// What is missing.
+    pub feed: Feed,
+    /// The device state.
+    pub state: DeviceState,
+    /// How much of it was sent before.
+    pub ahead_bytes: usize,
+    /// What QEMU has left to do.
+    pub settling: Settling,
+}
+
 /// Stops the guest and finds out what is missing. `precopy` is nothing if no page was sent.
 ///
 /// # Errors
@@ -52,32 +67,30 @@ pub async fn stop(
     mover: &Mover,
     precopy: Option<&mut Precopy>,
     guest: &Guest,
+    saving: Saving,
     report: &mut Report,
-) -> Result<(Feed, Vec<u8>), EngineError> {
+) -> Result<Stopped, EngineError> {
     let stopping = Instant::now();
     guest.client.stop().await?;
     part(report, "stop", stopping);
     failpoint::hit("source-stopped").await;
     let began = Instant::now();
-    let saved = device_state::save(&guest.client, DEVICE_STATE_BYTES_MAX);
-    let missing = match precopy {
-        None => {
-            let state = saved.await?.bytes;
-            (mover.ram.data_ranges()?, state)
-        }
+    let ahead_bytes = saving.ahead().len();
+    let ((state, settling), missing) = match precopy {
+        None => (saving.finish().await?, mover.ram.data_ranges()?),
         Some(precopy) => {
             let scan = async { Ok::<_, EngineError>(precopy.stopped(mover.scan()?)?) };
-            let (saved, last) = tokio::join!(saved, scan);
+            let (saved, last) = tokio::join!(saving.finish(), scan);
             let mut missing = pages_of(last?);
-            let state = saved?.bytes;
+            let saved = saved?;
             missing.union_with(&pages_of(precopy.tail(mover.scan()?)?));
-            (missing, state)
+            (saved, missing)
         }
     };
     part(report, "device_state_save", began);
-    report.bytes.device_state = missing.1.len() as u64;
+    report.bytes.device_state = state.bytes.len() as u64;
     failpoint::hit("source-state-saved").await;
-    Ok((Feed::new(mover.ram.layout(), missing.0), missing.1))
+    Ok(Stopped { feed: Feed::new(mover.ram.layout(), missing), state, ahead_bytes, settling })
 }
 
 /// What the last rounds would have brought or looked at: none of it is known to be over there.
@@ -114,7 +127,7 @@ pub async fn tell_missing(
     Ok(Some(seed))
 }
 
-/// Sends the device state and waits until the destination has loaded it. Faults must be answered
+/// Sends what is left of the device state and waits until the destination has loaded it. Faults must be answered
 /// meanwhile: loading touches memory.
 ///
 /// # Errors
@@ -122,17 +135,21 @@ pub async fn tell_missing(
 pub async fn load(
     mover: &Mover,
     guest: &Guest,
-    state: &[u8],
+    (state, ahead_bytes): (&[u8], usize),
     link: &mut Link,
     report: &mut Report,
 ) -> Result<(), EngineError> {
     let began = Instant::now();
-    let (sent, unchanged) =
-        tokio::join!(send_state(link, mover, state), prepare::check_ram_unchanged(guest));
+    let digest = mover.pages.digest();
+    let (sent, unchanged) = tokio::join!(
+        switch::send_state(link, state, ahead_bytes),
+        prepare::check_ram_unchanged(guest)
+    );
     sent?;
     unchanged?;
+    switch::load(link, digest, state).await?;
     failpoint::hit("source-state-sent").await;
-    ready(link, mover, report).await?;
+    ready(link, digest, report).await?;
     part(report, "transfer_and_load", began);
     Ok(())
 }

@@ -40,13 +40,13 @@ use qemu_glue::track::DirtyTracker;
 use transport::{Closer, Identity, LaneSender, MigrationId};
 
 use self::contact::Contact;
+use self::early::Stopped;
 use self::feed::Feed;
 use self::gate::Gate;
 use self::handover::{Owner, place};
 use self::lanes::LaneTasks;
 use self::link::Link;
-use self::prepare::Accepted;
-use self::prepare::Guest;
+use self::prepare::{Accepted, Guest};
 use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
@@ -365,9 +365,11 @@ impl Migration<'_> {
             let server = Some(server.await?);
             return Ok(Moved { mover, server });
         }
+        let saving = switch::begin(&mover, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
-        let switched = switch::switch(&mover, &mut precopy, &self.guest, link, verify, report);
+        let switched =
+            switch::switch(&mover, &mut precopy, &self.guest, saving, link, verify, report);
         if verify {
             switched.await?;
         } else {
@@ -423,12 +425,14 @@ impl Migration<'_> {
         let ((link, _), urgent) = parts
             .ok_or_else(|| EngineError::Internal("there is no lane for missing pages".into()))?;
         early::prepare(mover, known, link).await?;
+        let saving = switch::begin(mover, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
         let guest = &self.guest;
         let (compression, limit) = (self.args.compression.wanted(), self.args.max_bandwidth);
         let work = async {
-            let (feed, state) = early::stop(mover, precopy, guest, report).await?;
+            let Stopped { feed, state, ahead_bytes, settling } =
+                early::stop(mover, precopy, guest, saving, report).await?;
             let seed = early::tell_missing(mover, &feed, link, verify, report).await?;
             let feed: Arc<Feed> = Arc::new(feed);
             let mut server = Server::new(Arc::clone(&mover.ram), feed, compression, limit, seed);
@@ -437,7 +441,8 @@ impl Migration<'_> {
                 .ok_or_else(|| EngineError::Internal("somebody else answers requests".into()))?;
             let (pump, gate) = (Arc::clone(&mover.pump), Arc::clone(&mover.gate));
             server.begin(pump, gate, urgent, requests);
-            early::load(mover, guest, &state, link, report).await?;
+            early::load(mover, guest, (&state.bytes, ahead_bytes), link, report).await?;
+            settling.settled().await?;
             Ok(server)
         };
         let server = if verify { work.await } else { in_time(self.args, work).await };

@@ -1,22 +1,23 @@
 //! From the decision to stop the guest to the destination's word that it is ready.
 //!
 //! ```text
-//!   stop ─┬► scan ─► last pages ─┐
-//!         └► device state ───────┴► scan ─► tail pages ─► sync ─► [verify] ─► load ─► ready
+//!   QEMU begins to save ─► stop ─┬► scan ─► last pages ─┐
+//!                                └► device state ───────┴► scan ─► tail pages ─► sync ─► [verify]
+//!     ─► load ─► ready
 //! ```
 //!
-//! The last scans come after `stop` has returned and after QEMU wrote its device state (correctness
+//! What can be done while the guest runs is done before the stop ([`begin`]). The last scans come after `stop` has returned and after QEMU wrote its device state (correctness
 //! rule 13); the destination loads only when every page is in place.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use migrate_core::layout::PAGE_BYTES;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Precopy;
-use qemu_glue::device_state;
+use qemu_glue::device_state::{self, Saving};
 use transport::messages::{
-    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, Synced,
-    VerifyRequest,
+    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, VerifyRequest,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -34,6 +35,19 @@ pub const LOAD_WITHIN: Duration = Duration::from_secs(60);
 /// Longest wait for the next digests under `--verify`.
 const DIGESTS_WITHIN: Duration = Duration::from_secs(60);
 
+/// Has QEMU begin to save the device state, and sends what there is of it. The guest still runs.
+///
+/// # Errors
+/// What QEMU says against it, or if contact is lost.
+pub async fn begin(mover: &Mover, guest: &Guest, link: &Link) -> Result<Saving, EngineError> {
+    let shared_bytes = mover.ram.layout().pages() * PAGE_BYTES as u64;
+    let limit_bytes = DEVICE_STATE_BYTES_MAX;
+    let saving = device_state::begin_save(&guest.client, shared_bytes, limit_bytes).await?;
+    send_state(link, saving.ahead(), 0).await?;
+    failpoint::hit("source-save-begun").await;
+    Ok(saving)
+}
+
 /// Stops the guest and brings the rest of it over. Returns when the destination says that it is
 /// ready and agrees about every page.
 ///
@@ -43,6 +57,7 @@ pub async fn switch(
     mover: &Mover,
     precopy: &mut Precopy,
     guest: &Guest,
+    saving: Saving,
     link: &mut Link,
     verify: bool,
     report: &mut Report,
@@ -54,17 +69,20 @@ pub async fn switch(
 
     let began = Instant::now();
     let shared = Mutex::new(&mut *report);
+    let ahead_bytes = saving.ahead().len();
     // The first is polled first: QEMU gets its command before the scan.
     let save = async {
-        let saved = device_state::save(&guest.client, DEVICE_STATE_BYTES_MAX).await;
+        let saved = saving.finish().await;
         (saved, began.elapsed())
     };
     let (saved, sent) = tokio::join!(save, last_pages(mover, precopy, link, &shared));
     sent?;
     let (saved, saving) = saved;
-    let state = saved?.bytes;
+    let (state, settling) = saved?;
     report.downtime_parts_ms.insert("device_state_save", saving.as_secs_f64() * 1e3);
-    report.bytes.device_state = state.len() as u64;
+    report.bytes.device_state = state.bytes.len() as u64;
+    // On its way while the last pages are looked for.
+    send_state(link, &state.bytes, ahead_bytes).await?;
 
     let began = Instant::now();
     let tail = precopy.tail(mover.scan()?)?;
@@ -73,22 +91,20 @@ pub async fn switch(
     failpoint::hit("source-state-saved").await;
 
     let began = Instant::now();
+    let digest = mover.pages.digest();
     link.send(Message::Sync(mover.sync(1))).await?;
     if verify {
-        synced(link, mover).await?;
+        synced(link, digest).await?;
         compare(mover, link, random::number()?, None, report).await?;
         part(report, "verify", began);
     }
     let began = Instant::now();
-    let (sent, unchanged) =
-        tokio::join!(send_state(link, mover, &state), prepare::check_ram_unchanged(guest));
-    sent?;
-    unchanged?;
-    if !verify {
-        synced(link, mover).await?;
-    }
+    let agreed = async { if verify { Ok(()) } else { synced(link, digest).await } };
+    tokio::try_join!(prepare::check_ram_unchanged(guest), agreed)?;
+    load(link, digest, &state.bytes).await?;
     failpoint::hit("source-state-sent").await;
-    ready(link, mover, report).await?;
+    ready(link, digest, report).await?;
+    settling.settled().await?;
     part(report, "transfer_and_load", began);
     Ok(())
 }
@@ -112,55 +128,59 @@ pub fn part(report: &mut Report, name: &'static str, began: Instant) {
     report.downtime_parts_ms.insert(name, began.elapsed().as_secs_f64() * 1e3);
 }
 
-/// Waits until all batches are in place.
+/// Waits until all batches are in place and the versions of all pages have this digest.
 ///
 /// # Errors
 /// If they are not, or contact is lost.
-pub async fn synced(link: &mut Link, mover: &Mover) -> Result<(), EngineError> {
+pub async fn synced(link: &mut Link, version_digest: u64) -> Result<(), EngineError> {
     match link.recv_within("that the last pages are in place", LOAD_WITHIN).await? {
-        Message::Synced(Synced { version_digest, .. }) => {
-            if version_digest == mover.pages.digest() {
-                return Ok(());
-            }
-            Err(EngineError::Contradiction("that other pages are in place than were sent".into()))
-        }
+        Message::Synced(synced) if synced.version_digest == version_digest => Ok(()),
+        Message::Synced(_) => Err(other_pages()),
         other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Synced" }),
     }
 }
 
-/// Sends the device state and asks to load it.
+fn other_pages() -> EngineError {
+    EngineError::Contradiction("that other pages are in place than were sent".into())
+}
+
+/// Sends the device state from byte `from` on.
 ///
 /// # Errors
 /// If contact is lost.
-pub async fn send_state(link: &Link, mover: &Mover, state: &[u8]) -> Result<(), EngineError> {
-    for (index, bytes) in state.chunks(DEVICE_CHUNK_BYTES_MAX).enumerate() {
-        let offset = (index * DEVICE_CHUNK_BYTES_MAX) as u64;
+pub async fn send_state(link: &Link, state: &[u8], from: usize) -> Result<(), EngineError> {
+    let mut offset = from as u64;
+    for bytes in state.get(from..).unwrap_or_default().chunks(DEVICE_CHUNK_BYTES_MAX) {
         link.send(Message::DeviceState(DeviceState { offset, bytes: bytes.to_vec() })).await?;
+        offset += bytes.len() as u64;
     }
-    link.send(Message::Load(Load {
-        total_bytes: state.len() as u64,
-        digest: xxh3_64(state),
-        version_digest: mover.pages.digest(),
-    }))
-    .await
+    Ok(())
+}
+
+/// Asks the destination to load the device state that was sent.
+///
+/// # Errors
+/// If contact is lost.
+pub async fn load(link: &Link, version_digest: u64, state: &[u8]) -> Result<(), EngineError> {
+    let (total_bytes, digest) = (state.len() as u64, xxh3_64(state));
+    link.send(Message::Load(Load { total_bytes, digest, version_digest })).await
 }
 
 /// Waits until the guest is loaded.
 ///
 /// # Errors
 /// If it could not be loaded, or the destination has other pages than were sent.
-pub async fn ready(link: &mut Link, mover: &Mover, report: &mut Report) -> Result<(), EngineError> {
+pub async fn ready(
+    link: &mut Link,
+    version_digest: u64,
+    report: &mut Report,
+) -> Result<(), EngineError> {
     let ready = match link.recv_within("that it is ready", LOAD_WITHIN).await? {
         Message::Ready(ready) => ready,
         other => return Err(EngineError::OutOfPlace { got: other.name(), wanted: "Ready" }),
     };
     report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
-    if ready.version_digest != mover.pages.digest() {
-        return Err(EngineError::Contradiction(
-            "that other pages are in place than were sent".into(),
-        ));
-    }
-    Ok(())
+    if ready.version_digest == version_digest { Ok(()) } else { Err(other_pages()) }
 }
 
 /// Compares digests of all pages but those `missing`, in the order in which they come; what was found is

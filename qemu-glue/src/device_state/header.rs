@@ -186,18 +186,22 @@ fn text(bytes: &[u8], what: &'static str) -> Result<String, HeaderError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
     /// Written by QEMU 7.2.22, `-machine pc-i440fx-7.2`, with x-ignore-shared.
-    fn sample() -> Vec<u8> {
+    pub(in super::super) fn head() -> Vec<u8> {
         let mut bytes = b"QEVM\0\0\0\x03\x07\0\0\0\x0dpc-i440fx-7.2".to_vec();
         bytes.extend_from_slice(b"\x05\x1aconfiguration/capabilities\0\0\0\x01");
         bytes.extend_from_slice(b"\0\0\0\x01\x0fx-ignore-shared");
-        bytes.extend_from_slice(b"\x01\0\0\0\x02\x03ram");
         bytes
+    }
+
+    /// The same with what follows.
+    fn sample() -> Vec<u8> {
+        [&head()[..], b"\x01\0\0\0\x02\x03ram"].concat()
     }
 
     #[test]

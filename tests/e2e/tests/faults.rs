@@ -305,6 +305,7 @@ fn the_source_engine_dies() -> Result<()> {
         &[
             ("source-attaching", victim, End::Source),
             ("source-precopy", victim, End::Source),
+            ("source-save-begun", victim, End::Source),
             ("source-stopped", victim, End::Source),
             ("source-state-saved", victim, End::Source),
             ("source-state-sent", victim, End::Source),
@@ -328,6 +329,7 @@ fn the_destination_engine_dies() -> Result<()> {
         &[
             ("destination-describing", victim, End::Source),
             ("source-precopy", victim, End::Source),
+            ("source-save-begun", victim, End::Source),
             ("source-stopped", victim, End::Source),
             ("destination-loading", victim, End::Source),
             ("destination-loaded", victim, End::Source),
@@ -375,6 +377,7 @@ fn the_link_is_cut() -> Result<()> {
         &[
             ("destination-describing", victim, End::Source),
             ("source-precopy", victim, End::Source),
+            ("source-save-begun", victim, End::Source),
             ("source-stopped", victim, End::Source),
             ("source-state-saved", victim, End::Source),
             ("destination-loaded", victim, End::Source),
@@ -396,6 +399,7 @@ fn ctrl_c_leaves_the_guest_where_it_is() -> Result<()> {
         &[
             ("source-attaching", victim, End::Source),
             ("source-precopy", victim, End::Source),
+            ("source-save-begun", victim, End::Source),
             ("source-stopped", victim, End::Source),
             ("source-state-saved", victim, End::Source),
             ("source-state-sent", victim, End::Source),
