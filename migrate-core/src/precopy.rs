@@ -18,7 +18,7 @@
 //! The caller carries out each [`Step`] and reports with the matching method; a call that does not
 //! fit the state is an error, not a guess. Correctness rules kept here: a page is scanned (armed)
 //! before it is read (1); everything reported is looked at again where direct I/O is possible (6);
-//! the last scans come after the guest stopped and after its device state was written (13); where
+//! the last scan comes after the guest stopped and after its device state was written (13); where
 //! larger pages back a block, a report means all of such a page, so its parts are looked at and sent
 //! only if their content differs (15).
 //!
@@ -53,6 +53,10 @@ const SMALL_ROUND_PAGES: u64 = 256;
 
 /// ...but no longer than this.
 const DRAIN_WAIT_MAX: Duration = Duration::from_millis(20);
+
+/// What is sent within this time is not worth a scan beside the device state's way out: the two
+/// delay each other by as much.
+const FEW: Duration = Duration::from_millis(2);
 
 /// Bytes on the wire of a page with its content and its share of a run header, as long as nothing
 /// else is known.
@@ -451,8 +455,19 @@ impl Precopy {
         look
     }
 
-    /// The guest is stopped and was scanned afterwards: these are the last pages but for those that
-    /// writing the device state touches.
+    /// Whether so little was written between the last scan and `now` that finding it while the device
+    /// state is written takes longer than sending it afterwards.
+    pub fn few_written_since(&self, now: Duration, goodput_bytes_per_s: Option<f64>) -> bool {
+        let since = now.saturating_sub(self.last_look);
+        let written = self.writes.writes().zip(goodput_bytes_per_s);
+        written.is_some_and(|(writes, goodput)| {
+            writes.within(since) * self.wire_bytes_per_page < goodput * FEW.as_secs_f64()
+        })
+    }
+
+    /// The guest is stopped and was scanned afterwards, or need not be yet
+    /// ([`Self::few_written_since`]): these are the last pages but for those that are written
+    /// meanwhile, by the device state's way out too.
     ///
     /// # Errors
     /// [`OutOfTurn`] if the guest was not to be stopped.

@@ -1,13 +1,16 @@
 //! From the decision to stop the guest to the destination's word that it is ready.
 //!
 //! ```text
-//!   QEMU begins to save ─► stop ─┬► scan ─► last pages ─┐
-//!                                └► device state ───────┴► scan ─► tail pages ─► sync ─► [verify]
-//!     ─► load ─► ready
+//!   QEMU begins to save ─► stop ─┬► [scan] ─► last pages ─┐
+//!                                └► device state ─────────┴► scan ─► tail pages
+//!     ─┬► sync ─► [verify] ─┐
+//!      └────────────────────┴► load ─► ready
 //! ```
 //!
-//! What can be done while the guest runs is done before the stop ([`begin`]). The last scans come after `stop` has returned and after QEMU wrote its device state (correctness
-//! rule 13); the destination loads only when every page is in place.
+//! What can be done while the guest runs is done before the stop ([`begin`]). The last scan comes
+//! after `stop` has returned and after QEMU wrote its device state (correctness rule 13); one before
+//! that finds early what a guest wrote that writes much. The destination loads only when every page
+//! is in place.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -86,22 +89,26 @@ pub async fn switch(
 
     let began = Instant::now();
     let tail = precopy.tail(mover.scan()?)?;
-    mover.last_round(tail, link, &Mutex::new(&mut *report)).await?;
+    let report_tail = Mutex::new(&mut *report);
+    let tail = mover.last_round(tail, link, &report_tail);
+    tokio::try_join!(tail, prepare::check_ram_unchanged(guest))?;
     part(report, "tail", began);
     failpoint::hit("source-state-saved").await;
 
-    let began = Instant::now();
+    let mut began = Instant::now();
     let digest = mover.pages.digest();
     link.send(Message::Sync(mover.sync(1))).await?;
     if verify {
         synced(link, digest).await?;
         compare(mover, link, random::number()?, None, report).await?;
         part(report, "verify", began);
+        began = Instant::now();
     }
-    let began = Instant::now();
-    let agreed = async { if verify { Ok(()) } else { synced(link, digest).await } };
-    tokio::try_join!(prepare::check_ram_unchanged(guest), agreed)?;
+    // The destination does one after the other; the answer to the first need not be waited for.
     load(link, digest, &state.bytes).await?;
+    if !verify {
+        synced(link, digest).await?;
+    }
     failpoint::hit("source-state-sent").await;
     ready(link, digest, report).await?;
     settling.settled().await?;
@@ -109,7 +116,7 @@ pub async fn switch(
     Ok(())
 }
 
-/// Scans once more and sends what the guest wrote last.
+/// Sends what is known to be written, after another scan if the guest writes much.
 async fn last_pages(
     mover: &Mover,
     precopy: &mut Precopy,
@@ -117,8 +124,12 @@ async fn last_pages(
     report: &Mutex<&mut Report>,
 ) -> Result<(), EngineError> {
     let began = Instant::now();
-    let last = precopy.stopped(mover.scan()?)?;
-    mover.last_round(last, link, report).await?;
+    let goodput = link.goodput_bytes_per_s();
+    let written = match precopy.few_written_since(mover.clock.elapsed(), goodput) {
+        true => PageSet::new(mover.ram.layout().pages()),
+        false => mover.scan()?,
+    };
+    mover.last_round(precopy.stopped(written)?, link, report).await?;
     part(&mut report.lock().unwrap_or_else(PoisonError::into_inner), "last_pages", began);
     Ok(())
 }
