@@ -2,12 +2,13 @@
 //!
 //! A [`BatchBuilder`] lets the caller read guest memory straight into the batch's contents and then
 //! judges the pages in place, so that contents are copied once. Pages that need not travel are
-//! squeezed out, deltas take the place of their pages.
+//! squeezed out, deltas and references take the place of their pages.
 
 use serde::Serialize;
 
 use crate::batch::{
-    BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LAST_VERSION, PageRun, RUN_PAGES_MAX, RunKind,
+    BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LAST_VERSION, PageRun, REFERENCE_BYTES, RUN_PAGES_MAX,
+    RunKind,
 };
 use crate::codec::{Codec, CodecError, Packer, packed_bytes_max};
 use crate::delta::{self, delta_bytes};
@@ -106,6 +107,8 @@ pub struct PageCounts {
     pub raw: u64,
     /// Sent as a difference to what was sent before.
     pub delta: u64,
+    /// Sent as a reference to a page with the same content.
+    pub duplicate: u64,
     /// Reported written, but with the content that was sent before: not sent.
     pub unchanged: u64,
     /// Left out of the round because they were written again before it came to them.
@@ -136,6 +139,7 @@ impl PageCounts {
         self.zero += other.zero;
         self.raw += other.raw;
         self.delta += other.delta;
+        self.duplicate += other.duplicate;
         self.unchanged += other.unchanged;
         self.left_out += other.left_out;
         self.resent += other.resent;
@@ -158,7 +162,7 @@ impl PageCounts {
 
     /// Pages that travelled in some form.
     pub fn sent(&self) -> u64 {
-        self.zero + self.raw + self.delta
+        self.zero + self.raw + self.delta + self.duplicate
     }
 }
 
@@ -183,7 +187,8 @@ impl BatchBuilder {
     }
 
     /// Reads `pages` consecutive pages from `first` on with `read` into a private buffer, judges
-    /// each against `table` and keeps what must travel.
+    /// each against `table` and keeps what must travel. `read` copies pages from the one named on; it
+    /// is also asked for single pages of the same lane, to compare them.
     ///
     /// At most [`Self::room_pages`] pages may be asked for.
     ///
@@ -195,10 +200,16 @@ impl BatchBuilder {
         first: PageIndex,
         pages: usize,
         reason: Reason,
-        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        read: impl Fn(PageIndex, &mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let sent_before = self.counts.sent();
-        self.fill(first, pages, reason, read, |page, content| table.judge(page, content))?;
+        let judge = |page, content: &[u8]| {
+            table.judge(page, content, |other| {
+                let mut now = [0; PAGE_BYTES];
+                read(other, &mut now).is_ok() && now == content
+            })
+        };
+        self.fill(first, pages, reason, |buffer| read(first, buffer), judge)?;
         if reason == Reason::Look {
             self.counts.looked_sent += self.counts.sent() - sent_before;
         }
@@ -271,6 +282,15 @@ impl BatchBuilder {
                     self.counts.delta += 1;
                     (RunKind::Delta, version)
                 }
+                PageVerdict::Same(version, of) => {
+                    let place = memory.get_mut(keep_end..).and_then(<[u8]>::first_chunk_mut);
+                    if let Some(place) = place {
+                        *place = of.0.to_le_bytes();
+                    }
+                    keep_end += REFERENCE_BYTES;
+                    self.counts.duplicate += 1;
+                    (RunKind::Same, version)
+                }
             };
             self.counts.resent += u64::from((2..LAST_VERSION).contains(&version));
             extend_run(&mut self.batch.runs, page, kind, version);
@@ -334,15 +354,18 @@ fn extend_run(runs: &mut Vec<PageRun>, page: u64, kind: RunKind, version: u32) {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::{Cell, RefCell};
+    use std::collections::BTreeSet;
     use std::convert::Infallible;
 
     use proptest::prelude::*;
 
     use super::*;
+    use crate::batch::{CHUNK_PAGES, lane_of};
     use crate::delta::{LINE_BYTES, LINES, MASK_BYTES, changed_ranges};
 
     /// A page whose lines hold `value`, one of them perhaps another.
-    fn page((value, patch): (u8, Option<(usize, u8)>)) -> Vec<u8> {
+    fn page((value, patch): Content) -> Vec<u8> {
         let mut page = vec![value; PAGE_BYTES];
         if let Some((line, value)) = patch {
             page[line * LINE_BYTES..][..LINE_BYTES].fill(value);
@@ -350,43 +373,147 @@ mod tests {
         page
     }
 
-    fn any_page() -> impl Strategy<Value = (u8, Option<(usize, u8)>)> {
-        (0u8..3, prop::option::of((0..LINES, any::<u8>())))
+    fn any_page() -> impl Strategy<Value = Content> {
+        (0u8..3, prop::option::weighted(0.3, (0..LINES, any::<u8>())))
     }
 
-    proptest! {
-        /// Whatever mixture of pages goes in, runs and contents agree and limits hold.
-        #[test]
-        fn runs_and_contents_agree(
-            pushes in prop::collection::vec((0u64..200, prop::collection::vec(any_page(), 1..20)), 1..30),
-            deltas in any::<bool>(),
+    /// The model: a guest of two chunks a lane whose contents repeat.
+    #[derive(Debug, Clone)]
+    enum Op {
+        /// The guest writes pages. If they are not seen, the tracking learns of it later.
+        Write { first: u64, pages: Vec<Content>, seen: bool },
+        /// Written pages of a chunk are read; then, before anything is compared, the guest writes.
+        Push { chunk: u64, pages: usize, meanwhile: Vec<(u64, Content)> },
+        /// What a lane has collected is applied.
+        Apply { lane: usize },
+    }
+
+    type Content = (u8, Option<(usize, u8)>);
+
+    const PAGES: u64 = 4 * CHUNK_PAGES;
+
+    fn op() -> impl Strategy<Value = Op> {
+        // Some pages are written again and again.
+        let place = || {
+            let within = prop_oneof![4 => 0u64..4, 1 => 0..CHUNK_PAGES];
+            (0..PAGES / CHUNK_PAGES, within).prop_map(|(chunk, at)| chunk * CHUNK_PAGES + at)
+        };
+        let write = (place(), prop::collection::vec(any_page(), 1..12), any::<bool>());
+        let write = write.prop_map(|(first, pages, seen)| Op::Write { first, pages, seen });
+        let meanwhile = prop::collection::vec((place(), any_page()), 0..4);
+        let push = (0..PAGES / CHUNK_PAGES, 1usize..20, meanwhile);
+        let push = push.prop_map(|(chunk, pages, meanwhile)| Op::Push { chunk, pages, meanwhile });
+        prop_oneof![3 => write, 4 => push, 1 => (0usize..2).prop_map(|lane| Op::Apply { lane })]
+    }
+
+    struct Guest {
+        memory: RefCell<Vec<Vec<u8>>>,
+        /// Pages that were written and not read since.
+        dirty: RefCell<BTreeSet<u64>>,
+    }
+
+    impl Guest {
+        fn write(&self, number: u64, content: Content) {
+            if let Some(slot) = self.memory.borrow_mut().get_mut(number as usize) {
+                *slot = page(content);
+                self.dirty.borrow_mut().insert(number);
+            }
+        }
+
+        /// Reads dirty pages from `first` on into the builder.
+        fn push(
+            &self,
+            builder: &mut BatchBuilder,
+            table: &SourcePages,
+            (first, pages): (u64, usize),
+            meanwhile: &[(u64, Content)],
         ) {
-            let mut table = SourcePages::new(256, !deltas, 7);
-            if deltas {
-                table = table.with_deltas(1, 1 << 20);
-            }
-            let mut builder = BatchBuilder::new();
-            let mut sent = vec![vec![0u8; PAGE_BYTES]; 256];
-            let mut guest = sent.clone();
-            for (first, pages) in pushes {
-                let pages: Vec<_> = pages.into_iter().map(page).collect();
-                builder.push(&table, PageIndex(first), pages.len(), Reason::Dirty, |buffer| {
-                    buffer.copy_from_slice(&pages.concat());
-                    Ok::<(), Infallible>(())
-                }).unwrap();
-                for (number, page) in pages.into_iter().enumerate() {
-                    guest[first as usize + number] = page;
+            self.dirty.borrow_mut().retain(|page| !(first..first + pages as u64).contains(page));
+            let read_the_pages = Cell::new(false);
+            let read = |from: PageIndex, buffer: &mut [u8]| {
+                let memory = self.memory.borrow();
+                let content = memory.iter().skip(from.0 as usize).flatten();
+                buffer.iter_mut().zip(content).for_each(|(to, from)| *to = *from);
+                drop(memory);
+                if !read_the_pages.replace(true) {
+                    meanwhile.iter().for_each(|(page, content)| self.write(*page, *content));
                 }
-                if builder.is_full(20) {
-                    apply(builder.take(), &mut sent);
-                }
-            }
-            apply(builder.take(), &mut sent);
-            prop_assert!(guest == sent);
+                Ok::<(), Infallible>(())
+            };
+            builder.push(table, PageIndex(first), pages, Reason::Dirty, read).unwrap();
+        }
+
+        /// The first dirty pages of a chunk, without a gap.
+        fn next(&self, chunk: u64, pages: usize) -> Option<(u64, usize)> {
+            let dirty = self.dirty.borrow();
+            let chunk = chunk * CHUNK_PAGES..(chunk + 1) * CHUNK_PAGES;
+            let first = *dirty.range(chunk.clone()).next()?;
+            let run = (first..chunk.end).take_while(|page| dirty.contains(page));
+            Some((first, run.take(pages).count()))
         }
     }
 
-    fn apply(batch: Option<EncodedBatch>, sent: &mut [Vec<u8>]) {
+    proptest! {
+        /// Whatever is written and read, and however far one lane is ahead of the other: what the
+        /// batches bring is what was read last, and limits hold.
+        #[test]
+        fn batches_bring_what_was_read(
+            ops in prop::collection::vec(op(), 1..120),
+            deltas in any::<bool>(),
+            duplicates in any::<bool>(),
+        ) {
+            let mut table = SourcePages::new(PAGES, !deltas, 7);
+            if deltas {
+                table = table.with_deltas(2, 1 << 20);
+            }
+            if duplicates {
+                table = table.with_duplicates(2);
+            }
+            let mut sent = vec![vec![0u8; PAGE_BYTES]; PAGES as usize];
+            let guest = Guest { memory: RefCell::new(sent.clone()), dirty: RefCell::default() };
+            let mut builders = [BatchBuilder::new(), BatchBuilder::new()];
+            let mut unseen = vec![];
+            let end = (0..PAGES / CHUNK_PAGES).flat_map(|chunk| {
+                let push = Op::Push { chunk, pages: CHUNK_PAGES as usize, meanwhile: vec![] };
+                std::iter::repeat_n(push, CHUNK_PAGES as usize)
+            });
+            let see = Op::Write { first: PAGES, pages: vec![], seen: true };
+            for op in ops.into_iter().chain([see]).chain(end) {
+                match op {
+                    Op::Write { first, pages, seen } => {
+                        for (number, content) in (first..).zip(pages) {
+                            guest.write(number, content);
+                            if !seen {
+                                guest.dirty.borrow_mut().remove(&number);
+                                unseen.push(number);
+                            }
+                        }
+                        if seen {
+                            let late = unseen.drain(..).filter(|page| *page < PAGES);
+                            guest.dirty.borrow_mut().extend(late);
+                        }
+                    }
+                    Op::Push { chunk, pages, meanwhile } => {
+                        let Some(run) = guest.next(chunk, pages) else { continue };
+                        let lane = lane_of(PageIndex(run.0), 2);
+                        let builder = &mut builders[lane];
+                        guest.push(builder, &table, run, &meanwhile);
+                        if builder.is_full(CHUNK_PAGES as usize) {
+                            apply(builder.take(), lane, &mut sent);
+                        }
+                    }
+                    Op::Apply { lane } => apply(builders[lane].take(), lane, &mut sent),
+                }
+            }
+            for (lane, builder) in builders.iter_mut().enumerate() {
+                apply(builder.take(), lane, &mut sent);
+            }
+            prop_assert!(*guest.memory.borrow() == sent);
+        }
+    }
+
+    /// Does what the destination does with a batch of one of two lanes.
+    fn apply(batch: Option<EncodedBatch>, lane: usize, sent: &mut [Vec<u8>]) {
         let Some(batch) = batch else { return };
         assert!(batch.runs.len() <= BATCH_RUNS_MAX);
         assert!(batch.content.len() <= BATCH_PAYLOAD_BYTES_MAX);
@@ -398,7 +525,8 @@ mod tests {
         };
         for run in &batch.runs {
             for page in run.first.0..run.first.0 + u64::from(run.pages) {
-                let page = &mut sent[page as usize];
+                assert_eq!(lane_of(PageIndex(page), 2), lane);
+                let (number, mut page) = (page, sent[page as usize].clone());
                 match run.kind {
                     RunKind::Raw => page.copy_from_slice(take(PAGE_BYTES)),
                     RunKind::Zero => page.fill(0),
@@ -409,17 +537,51 @@ mod tests {
                             page[range].copy_from_slice(lines);
                         }
                     }
+                    RunKind::Same => {
+                        let of = u64::from_le_bytes(take(REFERENCE_BYTES).try_into().unwrap());
+                        assert!(of != number && lane_of(PageIndex(of), 2) == lane);
+                        page.copy_from_slice(&sent[of as usize]);
+                    }
                 }
+                sent[number as usize] = page;
             }
         }
         assert!(rest.is_empty());
     }
 
     #[test]
+    fn equal_pages_travel_as_references_in_order() {
+        let table = SourcePages::new(PAGES, false, 7).with_duplicates(2);
+        let mut builder = BatchBuilder::new();
+        let read = |from: PageIndex, buffer: &mut [u8]| {
+            // Page 3 is another one, all others are equal.
+            for (number, page) in (from.0..).zip(buffer.chunks_mut(PAGE_BYTES)) {
+                page.fill(if number == 3 { 9 } else { 5 });
+            }
+            Ok::<(), Infallible>(())
+        };
+        builder.push(&table, PageIndex(0), 6, Reason::Dirty, read).unwrap();
+        let batch = builder.take().unwrap();
+        let kinds: Vec<_> =
+            batch.runs.iter().map(|run| (run.first.0, run.pages, run.kind)).collect();
+        let (raw, same) = (RunKind::Raw, RunKind::Same);
+        assert_eq!(kinds, [(0, 1, raw), (1, 2, same), (3, 1, raw), (4, 2, same)]);
+        assert_eq!(batch.content.len(), 2 * PAGE_BYTES + 4 * REFERENCE_BYTES);
+        let counts = builder.take_counts();
+        assert_eq!((counts.raw, counts.duplicate, counts.sent()), (2, 4, 6));
+        // Another lane knows nothing of them.
+        builder.push(&table, PageIndex(CHUNK_PAGES), 2, Reason::Dirty, read).unwrap();
+        assert_eq!((builder.take_counts().raw, builder.take().unwrap().runs.len()), (1, 2));
+    }
+
+    #[test]
     fn a_failed_read_leaves_the_batch_as_it_was() {
         let table = SourcePages::new(4, false, 0);
         let mut builder = BatchBuilder::new();
-        assert_eq!(builder.push(&table, PageIndex(0), 2, Reason::Dirty, |_| Err("no")), Err("no"));
+        assert_eq!(
+            builder.push(&table, PageIndex(0), 2, Reason::Dirty, |_, _| Err("no")),
+            Err("no")
+        );
         assert!(builder.take().is_none());
     }
 }
