@@ -45,15 +45,17 @@ fn judge(c: &mut Criterion) {
         ("versions", table()),
         ("versions-and-hashes", SourcePages::new(1 << 14, true, 7)),
         ("versions-and-deltas", table().with_deltas(1, 1 << 30)),
+        ("versions-and-duplicates", table().with_duplicates(1)),
     ];
     for (name, table) in tables {
-        let mut next = 0;
+        let mut next = 0u64;
         group.bench_function(name, |b| {
             b.iter(|| {
                 next = (next + 1) % (1 << 14);
-                // Every page comes back with one line changed.
+                page[200..208].copy_from_slice(&next.to_le_bytes());
+                // Every page is another one, and comes back with one line changed.
                 page[100] = page[100].wrapping_add(u8::from(next == 0));
-                table.judge(PageIndex(next), black_box(&page))
+                table.judge(PageIndex(next), black_box(&page), |_| false)
             });
         });
     }
@@ -97,7 +99,7 @@ fn batches(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter(|| {
                 let mut builder = BatchBuilder::new();
-                let read = |buffer: &mut [u8]| {
+                let read = |_, buffer: &mut [u8]| {
                     buffer.copy_from_slice(&content);
                     Ok::<(), Infallible>(())
                 };

@@ -129,7 +129,7 @@ fn run(group: &mut BenchmarkGroup<'_, CpuTime>, case: &str, versions: &Versions)
         cache.replace(PageIndex(number as u64), new, sending, encode)
     };
     let table = SourcePages::new(pages, false, 7).with_deltas(1, 1 << 30);
-    let judge = |number: usize, new: &Page| table.judge(PageIndex(number as u64), new);
+    let judge = |number: usize, new: &Page| table.judge(PageIndex(number as u64), new, |_| false);
     for (number, page) in versions.old.iter().enumerate() {
         assert_eq!(cached(number, page, &mut out), None);
         judge(number, page);

@@ -155,6 +155,15 @@ pub enum PageOrder {
     Number,
 }
 
+/// Whether something is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
 /// What carries pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Lanes {
@@ -239,6 +248,9 @@ pub struct SendArgs {
     /// 512 bytes a page, 0 for none. Suffixes K, M and G.
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_bytes)]
     pub delta_cache: u64,
+    /// Whether a page that is equal to one already sent travels as a reference to it.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub duplicates: Switch,
     /// Compare every page of both sides while both are stopped. Lengthens the downtime.
     #[arg(long)]
     pub verify: bool,

@@ -105,6 +105,7 @@ impl PageReport {
         self.zero += counts.zero;
         self.raw += counts.raw;
         self.delta += counts.delta;
+        self.duplicate += counts.duplicate;
         self.unchanged += counts.unchanged;
         self.deferred += counts.left_out;
         self.resent += counts.resent;

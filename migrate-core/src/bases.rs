@@ -132,6 +132,22 @@ impl Bases {
         known.then_some(changed)
     }
 
+    /// A hash of the whole content that is remembered of a page: far cheaper than one of the
+    /// content itself.
+    pub fn digest(&self, page: PageIndex) -> Option<u64> {
+        let shard = self.shard(page)?;
+        let chunk = usize::try_from(page.0 / CHUNK_PAGES).ok()? / self.shards.len();
+        let number = *shard.slot_of.get(chunk)? as usize;
+        let slot = shard.slots.get(number.checked_sub(1)?)?;
+        let within = page.0 % CHUNK_PAGES;
+        let hashes = slot.hashes.get(within as usize).filter(|_| slot.known >> within & 1 == 1)?;
+        let mut bytes = [0; LINES * size_of::<u64>()];
+        for (bytes, hash) in bytes.as_chunks_mut().0.iter_mut().zip(hashes) {
+            *bytes = hash.to_le_bytes();
+        }
+        Some(xxh3_64_with_seed(&bytes, self.seed))
+    }
+
     /// Bytes of memory in use.
     pub fn memory_bytes(&self) -> u64 {
         let shards = self.shards.iter().map(lock);
@@ -199,6 +215,22 @@ mod tests {
         assert_eq!((send(2, true), send(0, true)), (Some(0), Some(0)));
         assert_eq!(send(1, false), None, "has lost its slot");
         assert_eq!((send(2, true), send(0, true)), (Some(0), Some(0)), "which it did not get back");
+    }
+
+    #[test]
+    fn equal_contents_have_one_digest() {
+        let bases = Bases::new(256, 2, 2 * SLOT_BYTES, 5);
+        let digest = |page, lines: &[u8]| {
+            bases.replace(PageIndex(page), &content(lines), false);
+            bases.digest(PageIndex(page))
+        };
+        assert_eq!(bases.digest(PageIndex(0)), None, "never sent");
+        let one = digest(0, &[1, 2]);
+        assert!(one.is_some() && digest(1, &[1, 2]) == one && digest(64, &[1, 2]) == one);
+        assert_ne!(digest(1, &[2, 1]), one);
+        assert_eq!(bases.digest(PageIndex(2)), None, "its neighbours were sent");
+        assert_eq!(digest(128, &[1, 2]), None, "no slot is left");
+        assert_eq!(bases.digest(PageIndex(1 << 40)), None);
     }
 
     #[test]

@@ -22,6 +22,9 @@ pub const BATCH_PAYLOAD_BYTES_MAX: usize = 1 << 20;
 /// Most pages that one run may cover.
 pub const RUN_PAGES_MAX: u16 = 1 << 15;
 
+/// Bytes of a reference: the number of a page, little-endian.
+pub const REFERENCE_BYTES: usize = size_of::<u64>();
+
 /// Version of a page that left after the guest stopped for good (post-copy): whoever brings it, there
 /// is no later one.
 pub const LAST_VERSION: u32 = u32::MAX;
@@ -50,6 +53,9 @@ pub enum RunKind {
     Zero,
     /// Deltas against the version before follow, one a page ([`crate::delta`]).
     Delta,
+    /// References follow, [`REFERENCE_BYTES`] a page: the page takes the content that the page named,
+    /// another one of the same lane, has at this point of the lane ([`crate::duplicates`]).
+    Same,
 }
 
 /// Consecutive pages of one kind and version.
@@ -74,6 +80,7 @@ impl PageRun {
             RunKind::Raw => (pages * PAGE_BYTES, pages * PAGE_BYTES),
             RunKind::Zero => (0, 0),
             RunKind::Delta => (pages * delta_bytes(1), pages * delta_bytes(u64::MAX)),
+            RunKind::Same => (pages * REFERENCE_BYTES, pages * REFERENCE_BYTES),
         }
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! A [`BatchBuilder`] lets the caller read guest memory straight into the batch's contents and then
 //! judges the pages in place, so that contents are copied once. Pages that need not travel are
-//! squeezed out, deltas take the place of their pages.
+//! squeezed out, deltas and references take the place of their pages.
 
 use serde::Serialize;
 
 use crate::batch::{
-    BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LAST_VERSION, PageRun, RUN_PAGES_MAX, RunKind,
+    BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX, LAST_VERSION, PageRun, REFERENCE_BYTES, RUN_PAGES_MAX,
+    RunKind,
 };
 use crate::codec::{Codec, CodecError, Packer, packed_bytes_max};
 use crate::delta::{self, delta_bytes};
@@ -106,6 +107,8 @@ pub struct PageCounts {
     pub raw: u64,
     /// Sent as a difference to what was sent before.
     pub delta: u64,
+    /// Sent as a reference to a page with the same content.
+    pub duplicate: u64,
     /// Reported written, but with the content that was sent before: not sent.
     pub unchanged: u64,
     /// Left out of the round because they were written again before it came to them.
@@ -136,6 +139,7 @@ impl PageCounts {
         self.zero += other.zero;
         self.raw += other.raw;
         self.delta += other.delta;
+        self.duplicate += other.duplicate;
         self.unchanged += other.unchanged;
         self.left_out += other.left_out;
         self.resent += other.resent;
@@ -158,7 +162,7 @@ impl PageCounts {
 
     /// Pages that travelled in some form.
     pub fn sent(&self) -> u64 {
-        self.zero + self.raw + self.delta
+        self.zero + self.raw + self.delta + self.duplicate
     }
 }
 
@@ -183,7 +187,8 @@ impl BatchBuilder {
     }
 
     /// Reads `pages` consecutive pages from `first` on with `read` into a private buffer, judges
-    /// each against `table` and keeps what must travel.
+    /// each against `table` and keeps what must travel. `read` copies pages from the one named on; it
+    /// is also asked for single pages of the same lane, to compare them.
     ///
     /// At most [`Self::room_pages`] pages may be asked for.
     ///
@@ -195,10 +200,16 @@ impl BatchBuilder {
         first: PageIndex,
         pages: usize,
         reason: Reason,
-        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+        read: impl Fn(PageIndex, &mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         let sent_before = self.counts.sent();
-        self.fill(first, pages, reason, read, |page, content| table.judge(page, content))?;
+        let judge = |page, content: &[u8]| {
+            table.judge(page, content, |other| {
+                let mut now = [0; PAGE_BYTES];
+                read(other, &mut now).is_ok() && now == content
+            })
+        };
+        self.fill(first, pages, reason, |buffer| read(first, buffer), judge)?;
         if reason == Reason::Look {
             self.counts.looked_sent += self.counts.sent() - sent_before;
         }
@@ -271,6 +282,15 @@ impl BatchBuilder {
                     self.counts.delta += 1;
                     (RunKind::Delta, version)
                 }
+                PageVerdict::Same(version, of) => {
+                    let place = memory.get_mut(keep_end..).and_then(<[u8]>::first_chunk_mut);
+                    if let Some(place) = place {
+                        *place = of.0.to_le_bytes();
+                    }
+                    keep_end += REFERENCE_BYTES;
+                    self.counts.duplicate += 1;
+                    (RunKind::Same, version)
+                }
             };
             self.counts.resent += u64::from((2..LAST_VERSION).contains(&version));
             extend_run(&mut self.batch.runs, page, kind, version);
@@ -333,93 +353,4 @@ fn extend_run(runs: &mut Vec<PageRun>, page: u64, kind: RunKind, version: u32) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::convert::Infallible;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::delta::{LINE_BYTES, LINES, MASK_BYTES, changed_ranges};
-
-    /// A page whose lines hold `value`, one of them perhaps another.
-    fn page((value, patch): (u8, Option<(usize, u8)>)) -> Vec<u8> {
-        let mut page = vec![value; PAGE_BYTES];
-        if let Some((line, value)) = patch {
-            page[line * LINE_BYTES..][..LINE_BYTES].fill(value);
-        }
-        page
-    }
-
-    fn any_page() -> impl Strategy<Value = (u8, Option<(usize, u8)>)> {
-        (0u8..3, prop::option::of((0..LINES, any::<u8>())))
-    }
-
-    proptest! {
-        /// Whatever mixture of pages goes in, runs and contents agree and limits hold.
-        #[test]
-        fn runs_and_contents_agree(
-            pushes in prop::collection::vec((0u64..200, prop::collection::vec(any_page(), 1..20)), 1..30),
-            deltas in any::<bool>(),
-        ) {
-            let mut table = SourcePages::new(256, !deltas, 7);
-            if deltas {
-                table = table.with_deltas(1, 1 << 20);
-            }
-            let mut builder = BatchBuilder::new();
-            let mut sent = vec![vec![0u8; PAGE_BYTES]; 256];
-            let mut guest = sent.clone();
-            for (first, pages) in pushes {
-                let pages: Vec<_> = pages.into_iter().map(page).collect();
-                builder.push(&table, PageIndex(first), pages.len(), Reason::Dirty, |buffer| {
-                    buffer.copy_from_slice(&pages.concat());
-                    Ok::<(), Infallible>(())
-                }).unwrap();
-                for (number, page) in pages.into_iter().enumerate() {
-                    guest[first as usize + number] = page;
-                }
-                if builder.is_full(20) {
-                    apply(builder.take(), &mut sent);
-                }
-            }
-            apply(builder.take(), &mut sent);
-            prop_assert!(guest == sent);
-        }
-    }
-
-    fn apply(batch: Option<EncodedBatch>, sent: &mut [Vec<u8>]) {
-        let Some(batch) = batch else { return };
-        assert!(batch.runs.len() <= BATCH_RUNS_MAX);
-        assert!(batch.content.len() <= BATCH_PAYLOAD_BYTES_MAX);
-        let mut rest = batch.content.as_ref();
-        let mut take = |bytes| {
-            let (taken, left) = rest.split_at(bytes);
-            rest = left;
-            taken
-        };
-        for run in &batch.runs {
-            for page in run.first.0..run.first.0 + u64::from(run.pages) {
-                let page = &mut sent[page as usize];
-                match run.kind {
-                    RunKind::Raw => page.copy_from_slice(take(PAGE_BYTES)),
-                    RunKind::Zero => page.fill(0),
-                    RunKind::Delta => {
-                        let mask = u64::from_le_bytes(take(MASK_BYTES).try_into().unwrap());
-                        for range in changed_ranges(mask) {
-                            let lines = take(range.len());
-                            page[range].copy_from_slice(lines);
-                        }
-                    }
-                }
-            }
-        }
-        assert!(rest.is_empty());
-    }
-
-    #[test]
-    fn a_failed_read_leaves_the_batch_as_it_was() {
-        let table = SourcePages::new(4, false, 0);
-        let mut builder = BatchBuilder::new();
-        assert_eq!(builder.push(&table, PageIndex(0), 2, Reason::Dirty, |_| Err("no")), Err("no"));
-        assert!(builder.take().is_none());
-    }
-}
+mod tests;

@@ -13,6 +13,7 @@
 //! | [`encode`] | private copies of pages into batches |
 //! | [`page_table`] | what each side knows of every page: version, hash |
 //! | [`bases`], [`delta`] | changed lines of a page, found by hashes of what was sent |
+//! | [`duplicates`] | which page was sent with a content, for references to it |
 //! | [`page_cache`], [`xbzrle`] | changed bytes of a page as QEMU tells them, found by copies |
 //! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
 //! | [`convergence`] | predictions of downtime and when to stop the guest |
@@ -32,6 +33,7 @@ pub mod codec;
 pub mod codec_choice;
 pub mod convergence;
 pub mod delta;
+pub mod duplicates;
 pub mod encode;
 pub mod error;
 pub mod fuzz;

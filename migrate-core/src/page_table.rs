@@ -2,7 +2,8 @@
 //!
 //! The source keeps a version (4 bytes) and, where direct I/O may write behind the tracking's back,
 //! a keyed content hash (8 bytes) of what it last sent; what it remembers for deltas is in
-//! [`crate::bases`]. The destination keeps a version (4 bytes).
+//! [`crate::bases`], for references to equal pages in [`crate::duplicates`]. The destination keeps a
+//! version (4 bytes).
 //! Both tables can be used by several threads at once; a page belongs to one lane and a lane to one
 //! thread at a time, so relaxed atomics suffice.
 //!
@@ -23,6 +24,7 @@ use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed};
 use crate::bases::Bases;
 use crate::batch::PageRun;
 use crate::delta::LINES_CHANGED_MAX;
+use crate::duplicates::Duplicates;
 use crate::error::{Classify, ErrorBin};
 use crate::layout::PageIndex;
 
@@ -39,7 +41,13 @@ pub enum PageVerdict {
     Raw(u32),
     /// Send the lines in the mask as this version.
     Delta(u32, u64),
+    /// Send a reference to this page as this version.
+    Same(u32, PageIndex),
 }
+
+/// Bytes a guest page that finding equal pages may take, and the same where every page has a hash:
+/// with all other tables of the source they stay below 16.
+const DUPLICATES_BYTES_A_PAGE: [u64; 2] = [8, 1];
 
 /// The source's knowledge of every page.
 #[derive(Debug)]
@@ -48,6 +56,7 @@ pub struct SourcePages {
     hashes: Option<Vec<AtomicU64>>,
     hash_seed: u64,
     bases: Option<Bases>,
+    duplicates: Option<Duplicates>,
 }
 
 impl SourcePages {
@@ -63,6 +72,7 @@ impl SourcePages {
             hashes: keep_hashes.then(|| (0..count).map(|_| AtomicU64::new(0)).collect()),
             hash_seed,
             bases: None,
+            duplicates: None,
         }
     }
 
@@ -75,9 +85,26 @@ impl SourcePages {
         Self { bases: Some(bases), ..self }
     }
 
+    /// The same, but pages that would travel whole do so as references if they are equal to a page
+    /// that was sent before on the same one of `lanes` lanes. Takes 8 bytes of memory a page, 1 if
+    /// every page has a hash, and at most [`DUPLICATES_BYTES_MAX`](crate::duplicates::DUPLICATES_BYTES_MAX).
+    #[must_use]
+    pub fn with_duplicates(self, lanes: usize) -> Self {
+        let [alone, beside_hashes] = DUPLICATES_BYTES_A_PAGE;
+        let a_page = if self.hashes.is_some() { beside_hashes } else { alone };
+        let duplicates = Duplicates::new(lanes, self.versions.len() as u64 * a_page);
+        Self { duplicates: Some(duplicates), ..self }
+    }
+
     /// Decides about a page from a private copy of its content (correctness rule 2) and records the
-    /// decision as sent. Pages outside the table are kept.
-    pub fn judge(&self, page: PageIndex, content: &[u8]) -> PageVerdict {
+    /// decision as sent. `is_equal` says whether another page has the same content now; it is asked
+    /// only if that page was sent with a content of the same hash. Pages outside the table are kept.
+    pub fn judge(
+        &self,
+        page: PageIndex,
+        content: &[u8],
+        is_equal: impl FnOnce(PageIndex) -> bool,
+    ) -> PageVerdict {
         let index = page.0 as usize;
         let Some(slot) = self.versions.get(index) else { return PageVerdict::Keep };
         let version = slot.load(Ordering::Relaxed);
@@ -87,7 +114,8 @@ impl SourcePages {
         }
         let sent = version > 0;
         let changed = self.bases.as_ref().and_then(|bases| bases.replace(page, content, sent));
-        let same_hash = self.replace_hash(index, content);
+        let hash = self.hashes.is_some().then(|| self.hash(content));
+        let same_hash = hash.is_some_and(|hash| self.replace_hash(index, hash));
         if sent && (same_hash || changed == Some(0)) {
             return PageVerdict::Unchanged;
         }
@@ -98,16 +126,46 @@ impl SourcePages {
             Some(mask) if sent && mask.count_ones() <= LINES_CHANGED_MAX => {
                 PageVerdict::Delta(next, mask)
             }
-            _ => PageVerdict::Raw(next),
+            _ => {
+                let hash = || hash.unwrap_or_else(|| self.digest_of(page, content));
+                let equal = self.find_equal(page, next, hash, is_equal);
+                equal.map_or(PageVerdict::Raw(next), |of| PageVerdict::Same(next, of))
+            }
         }
     }
 
+    /// A page that stands for `page`, which is sent as `version`, at the destination; if there is none,
+    /// `page` will for others.
+    fn find_equal(
+        &self,
+        page: PageIndex,
+        version: u32,
+        hash: impl FnOnce() -> u64,
+        is_equal: impl FnOnce(PageIndex) -> bool,
+    ) -> Option<PageIndex> {
+        let duplicates = self.duplicates.as_ref()?;
+        duplicates.find_or_keep(page, version, hash(), |of, sent_as| {
+            let held = self.versions.get(of.0 as usize).map(|slot| slot.load(Ordering::Relaxed));
+            held == Some(sent_as) && is_equal(of)
+        })
+    }
+
+    /// A hash of a page's content, made of those of its lines where there are any: equal pages of
+    /// which only one has them are not found.
+    fn digest_of(&self, page: PageIndex, content: &[u8]) -> u64 {
+        let digest = self.bases.as_ref().and_then(|bases| bases.digest(page));
+        digest.unwrap_or_else(|| self.hash(content))
+    }
+
+    fn hash(&self, content: &[u8]) -> u64 {
+        xxh3_64_with_seed(content, self.hash_seed)
+    }
+
     /// Keeps the hash of what is sent; says whether it is the one kept before.
-    fn replace_hash(&self, index: usize, content: &[u8]) -> bool {
+    fn replace_hash(&self, index: usize, hash: u64) -> bool {
         let Some(slot) = self.hashes.as_ref().and_then(|hashes| hashes.get(index)) else {
             return false;
         };
-        let hash = xxh3_64_with_seed(content, self.hash_seed);
         let before = slot.load(Ordering::Relaxed);
         slot.store(hash, Ordering::Relaxed);
         before == hash
@@ -127,6 +185,7 @@ impl SourcePages {
     pub fn memory_bytes(&self) -> usize {
         self.versions.len() * size_of::<AtomicU32>()
             + self.hashes.as_ref().map_or(0, |hashes| hashes.len() * size_of::<AtomicU64>())
+            + self.duplicates.as_ref().map_or(0, Duplicates::memory_bytes)
     }
 }
 
@@ -193,6 +252,12 @@ impl DestinationPages {
         Ok(())
     }
 
+    /// The version held of a page: 0 if it never came, nothing if it lies outside the agreed RAM.
+    pub fn version(&self, page: PageIndex) -> Option<u32> {
+        let slot = usize::try_from(page.0).ok().and_then(|index| self.versions.get(index))?;
+        Some(slot.load(Ordering::Relaxed))
+    }
+
     /// Digest of all versions, comparable with [`SourcePages::digest`].
     pub fn digest(&self) -> u64 {
         digest(&self.versions)
@@ -224,15 +289,20 @@ mod tests {
 
     use super::*;
     use crate::bases::SLOT_BYTES;
-    use crate::batch::RunKind;
+    use crate::batch::{RunKind, lane_of};
     use crate::delta::{LINE_BYTES, LINES};
     use crate::layout::PAGE_BYTES;
+
+    /// Judges with the word that pages with the same hash are equal.
+    fn judge(table: &SourcePages, page: u64, content: &[u8]) -> PageVerdict {
+        table.judge(PageIndex(page), content, |_| true)
+    }
 
     #[test]
     fn never_sent_zero_pages_are_not_sent() {
         let table = SourcePages::new(1, true, 1);
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Keep);
-        assert_eq!(table.judge(PageIndex(9), &[1; PAGE_BYTES]), PageVerdict::Keep);
+        assert_eq!(judge(&table, 0, &[0; PAGE_BYTES]), PageVerdict::Keep);
+        assert_eq!(judge(&table, 9, &[1; PAGE_BYTES]), PageVerdict::Keep);
     }
 
     #[test]
@@ -240,33 +310,71 @@ mod tests {
         for table in
             [SourcePages::new(1, true, 1), SourcePages::new(1, false, 1).with_deltas(1, 1 << 20)]
         {
-            assert_eq!(table.judge(PageIndex(0), &[1; PAGE_BYTES]), PageVerdict::Raw(1));
-            assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(2));
-            assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Unchanged);
+            assert_eq!(judge(&table, 0, &[1; PAGE_BYTES]), PageVerdict::Raw(1));
+            assert_eq!(judge(&table, 0, &[0; PAGE_BYTES]), PageVerdict::Zero(2));
+            assert_eq!(judge(&table, 0, &[0; PAGE_BYTES]), PageVerdict::Unchanged);
         }
         // Without a memory of contents it is told again.
         let table = SourcePages::new(1, false, 1);
-        table.judge(PageIndex(0), &[1; PAGE_BYTES]);
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(2));
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(3));
+        judge(&table, 0, &[1; PAGE_BYTES]);
+        assert_eq!(judge(&table, 0, &[0; PAGE_BYTES]), PageVerdict::Zero(2));
+        assert_eq!(judge(&table, 0, &[0; PAGE_BYTES]), PageVerdict::Zero(3));
     }
 
     #[test]
     fn few_changed_lines_travel_alone() {
         let table = SourcePages::new(1, false, 1).with_deltas(1, 1 << 20);
         let mut content = [1; PAGE_BYTES];
-        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Raw(1));
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Raw(1));
         content[70] = 2;
         content[4095] = 2;
         let mask = 1 << 1 | 1 << 63;
-        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Delta(2, mask));
-        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Unchanged);
-        assert_eq!(table.judge(PageIndex(0), &[3; PAGE_BYTES]), PageVerdict::Raw(3));
-        assert_eq!(table.judge(PageIndex(0), &[0; PAGE_BYTES]), PageVerdict::Zero(4));
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Delta(2, mask));
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Unchanged);
+        assert_eq!(judge(&table, 0, &[3; PAGE_BYTES]), PageVerdict::Raw(3));
+        assert_eq!(judge(&table, 0, &[0; PAGE_BYTES]), PageVerdict::Zero(4));
         // The destination reads zeros, which is a base as any other.
         let mut content = [0; PAGE_BYTES];
         content[0] = 1;
-        assert_eq!(table.judge(PageIndex(0), &content), PageVerdict::Delta(5, 1));
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Delta(5, 1));
+    }
+
+    #[test]
+    fn a_reference_names_a_page_that_still_holds_the_content() {
+        for hashes in [false, true] {
+            let table = SourcePages::new(1 << 10, hashes, 1).with_duplicates(1);
+            let one = [1; PAGE_BYTES];
+            assert_eq!(judge(&table, 0, &one), PageVerdict::Raw(1));
+            assert_eq!(judge(&table, 1, &one), PageVerdict::Same(1, PageIndex(0)));
+            // The guest has written page 0 meanwhile: who knows what it holds there.
+            let written = table.judge(PageIndex(2), &one, |of| {
+                assert_eq!(of, PageIndex(0));
+                false
+            });
+            assert_eq!(written, PageVerdict::Raw(1), "it stands for the content from now on");
+            assert_eq!(judge(&table, 3, &one), PageVerdict::Same(1, PageIndex(2)));
+            // Page 2 was sent since, so nobody is asked.
+            assert_eq!(judge(&table, 2, &[2; PAGE_BYTES]), PageVerdict::Raw(2));
+            assert_eq!(judge(&table, 4, &one), PageVerdict::Raw(1));
+            assert_eq!(judge(&table, 4, &[0; PAGE_BYTES]), PageVerdict::Zero(2));
+            assert_eq!(judge(&table, 3, &[3; PAGE_BYTES]), PageVerdict::Raw(2));
+            // Its own entry is of an earlier version, and the zeros that it became are no entry.
+            assert_eq!(judge(&table, 4, &one), PageVerdict::Raw(3));
+            assert_eq!(judge(&table, 3, &[0; PAGE_BYTES]), PageVerdict::Zero(3));
+            assert_eq!(judge(&table, 5, &[2; PAGE_BYTES]), PageVerdict::Same(1, PageIndex(2)));
+        }
+    }
+
+    #[test]
+    fn tables_keep_within_sixteen_bytes_a_page() {
+        const PAGES: u64 = 1 << 16;
+        // Heat, and at most 15 sets of a bit a page, are kept elsewhere.
+        let elsewhere = 1.0 + 15.0 / 8.0;
+        for hashes in [false, true] {
+            let table = SourcePages::new(PAGES, hashes, 1).with_duplicates(4);
+            let bytes = table.memory_bytes() as f64 / PAGES as f64;
+            assert!(bytes + elsewhere <= 16.0 && bytes > 12.0 - 0.1, "{bytes} of {hashes}");
+        }
     }
 
     #[test]
@@ -278,6 +386,7 @@ mod tests {
         assert!(matches!(table.accept(&run(3)), Err(VersionError::OutOfOrder { .. })));
         let outside = PageRun { first: PageIndex(1), pages: 2, kind: RunKind::Zero, version: 2 };
         assert!(matches!(table.accept(&outside), Err(VersionError::OutOfRange { .. })));
+        assert_eq!([0, 1, 2].map(|page| table.version(PageIndex(page))), [Some(0), Some(2), None]);
     }
 
     /// The model: a guest of a few pages, of which each line holds one byte value; random writes,
@@ -314,12 +423,22 @@ mod tests {
     ) {
         let content: Vec<u8> = guest[page].iter().flat_map(|value| [*value; LINE_BYTES]).collect();
         let index = PageIndex(page as u64);
-        let (kind, version, mask) = match source.judge(index, &content) {
-            PageVerdict::Keep | PageVerdict::Unchanged => return,
-            PageVerdict::Zero(version) => (RunKind::Zero, version, u64::MAX),
-            PageVerdict::Raw(version) => (RunKind::Raw, version, u64::MAX),
-            PageVerdict::Delta(version, mask) => (RunKind::Delta, version, mask),
-        };
+        let (kind, version, mask) =
+            match source.judge(index, &content, |of| guest[of.0 as usize] == guest[page]) {
+                PageVerdict::Keep | PageVerdict::Unchanged => return,
+                PageVerdict::Zero(version) => (RunKind::Zero, version, u64::MAX),
+                PageVerdict::Raw(version) => (RunKind::Raw, version, u64::MAX),
+                PageVerdict::Delta(version, mask) => (RunKind::Delta, version, mask),
+                PageVerdict::Same(version, of) => {
+                    assert!(destination.version(of) > Some(0) && of != index);
+                    assert_eq!(lane_of(of, 2), lane_of(index, 2));
+                    destination
+                        .accept(&PageRun { first: index, pages: 1, kind: RunKind::Same, version })
+                        .unwrap();
+                    there[page] = there[of.0 as usize];
+                    return;
+                }
+            };
         destination.accept(&PageRun { first: index, pages: 1, kind, version }).unwrap();
         for line in (0..LINES).filter(|line| mask >> line & 1 == 1) {
             there[page][line] = if kind == RunKind::Zero { 0 } else { guest[page][line] };
@@ -332,8 +451,13 @@ mod tests {
             ops in prop::collection::vec(op(), 0..80),
             hashes in any::<bool>(),
             slots in 0u64..5,
+            duplicates in any::<bool>(),
         ) {
-            let source = SourcePages::new(PAGES as u64, hashes, 42).with_deltas(2, slots * SLOT_BYTES);
+            let source = SourcePages::new(PAGES as u64, hashes, 42);
+            let mut source = source.with_deltas(2, slots * SLOT_BYTES);
+            if duplicates {
+                source = source.with_duplicates(2);
+            }
             let destination = DestinationPages::new(PAGES as u64);
             let mut guest: Memory = vec![[0; LINES]; PAGES];
             let (mut there, mut dirty) = (guest.clone(), [false; PAGES]);

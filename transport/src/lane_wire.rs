@@ -57,6 +57,9 @@ pub const RUN_ZERO: u8 = 2;
 /// A run of deltas.
 pub const RUN_DELTA: u8 = 3;
 
+/// A run of references to pages with the same contents.
+pub const RUN_SAME: u8 = 4;
+
 /// Contents as they are.
 pub const CODEC_PLAIN: u8 = 0;
 
@@ -284,6 +287,7 @@ pub fn encode_head(batch: &Batch, sequence: u64) -> Result<Bytes, WireError> {
                 RunKind::Raw => RUN_RAW,
                 RunKind::Zero => RUN_ZERO,
                 RunKind::Delta => RUN_DELTA,
+                RunKind::Same => RUN_SAME,
             },
             reserved: 0,
             version: run.version.into(),
@@ -319,9 +323,10 @@ fn parse_run(raw: &RawRun) -> Result<PageRun, WireError> {
         RUN_RAW => RunKind::Raw,
         RUN_ZERO => RunKind::Zero,
         RUN_DELTA => RunKind::Delta,
+        RUN_SAME => RunKind::Same,
         found => {
             let value = u64::from(found);
-            return Err(WireError::Field { what, field: "kind", value, rule: "must be 1, 2 or 3" });
+            return Err(WireError::Field { what, field: "kind", value, rule: "must be 1 to 4" });
         }
     };
     field(raw.reserved == 0, what, "reserved", u64::from(raw.reserved), "must be 0")?;

@@ -52,10 +52,10 @@ fn line_hashes(bytes: u64) -> SourcePages {
 }
 
 fn judge(table: &SourcePages, page: PageIndex, content: &Page, out: &mut [u8]) -> Sent {
-    match table.judge(page, content) {
+    match table.judge(page, content, |_| false) {
         PageVerdict::Keep | PageVerdict::Unchanged => Sent::Unchanged,
         PageVerdict::Zero(_) => Sent::Delta(0),
-        PageVerdict::Raw(_) => Sent::Whole,
+        PageVerdict::Raw(_) | PageVerdict::Same(..) => Sent::Whole,
         PageVerdict::Delta(_, mask) => {
             let bytes = delta_bytes(mask);
             delta::encode(content, mask, out.get_mut(..bytes).unwrap_or_default());

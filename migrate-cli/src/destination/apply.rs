@@ -1,16 +1,18 @@
 //! Decoder threads: from the lanes into guest memory, or to the pager once the guest runs here.
 //!
 //! Invariants: batches of a lane are applied in the order in which they came, by one thread; a page
-//! is written only if its version is the next one (correctness rule 3); what waits is bounded by the
-//! queues, and QUIC's flow control holds the source back when they are full.
+//! is written only if its version is the next one (correctness rule 3); a reference is to a page that
+//! came before on the same lane, and takes what that page holds when its turn comes; what waits is
+//! bounded by the queues, and QUIC's flow control holds the source back when they are full.
 
 use std::collections::HashMap;
 use std::io::IoSlice;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use migrate_core::batch::{LAST_VERSION, PageRun, RunKind, wire_bytes};
+use migrate_core::batch::{LAST_VERSION, PageRun, REFERENCE_BYTES, RunKind, lane_of, wire_bytes};
 use migrate_core::codec::{Codec, CodecError, Unpacker};
 use migrate_core::delta::{MASK_BYTES, changed_ranges};
 use migrate_core::error::{Classify, ErrorBin};
@@ -45,6 +47,19 @@ pub enum ApplyError {
     /// A delta of a page that the destination does not hold.
     #[error("The source sent a delta of {0}, which is missing")]
     DeltaOfMissing(PageIndex),
+    /// A reference to a page whose content cannot be meant.
+    #[error("The source sent {page} as a reference to {of}, {why}")]
+    Reference {
+        /// The page that was to take the content.
+        page: PageIndex,
+        /// The page named.
+        of: PageIndex,
+        /// What is wrong with that one.
+        why: &'static str,
+    },
+    /// A reference for a page that was missing at the hand-over.
+    #[error("The source sent a reference for {0}, which is missing")]
+    ReferenceForMissing(PageIndex),
     /// The contents end within a run, or go on after the last one.
     #[error("A batch holds fewer or more bytes than its runs describe")]
     Length,
@@ -60,9 +75,11 @@ impl Classify for ApplyError {
             Self::Ram(error) => error.bin(),
             Self::Codec(error) => error.bin(),
             Self::Fetch(error) => error.bin(),
-            Self::EmptyDelta(_) | Self::DeltaOfMissing(_) | Self::Length => {
-                ErrorBin::PeerMisbehaved
-            }
+            Self::EmptyDelta(_)
+            | Self::DeltaOfMissing(_)
+            | Self::Reference { .. }
+            | Self::ReferenceForMissing(_)
+            | Self::Length => ErrorBin::PeerMisbehaved,
         }
     }
 }
@@ -157,7 +174,7 @@ impl Applier {
             shared,
             lane,
             batch,
-            unpack_and_apply(shared, batch, &mut Unpacker::default(), &mut vec![]),
+            unpack_and_apply(shared, lane, batch, &mut Unpacker::default(), &mut vec![]),
         )
     }
 
@@ -219,7 +236,7 @@ fn apply_all(shared: &Shared, mut inbox: mpsc::Receiver<(usize, Batch)>) {
     let mut unpacked = Vec::new();
     while let Some((lane, batch)) = inbox.blocking_recv() {
         let unpacker = unpackers.entry(lane).or_default();
-        let applied = unpack_and_apply(shared, &batch, unpacker, &mut unpacked);
+        let applied = unpack_and_apply(shared, lane, &batch, unpacker, &mut unpacked);
         if !finish(shared, lane, &batch, applied) {
             return;
         }
@@ -246,24 +263,26 @@ fn finish(shared: &Shared, lane: usize, batch: &Batch, applied: Result<(), Apply
 /// Applies a batch; `memory` is for unpacked contents and used again.
 fn unpack_and_apply(
     shared: &Shared,
+    lane: usize,
     batch: &Batch,
     unpacker: &mut Unpacker,
     memory: &mut Vec<u8>,
 ) -> Result<(), ApplyError> {
     let pieces = batch.payload.pieces().iter().map(|piece| &piece[..]);
     if batch.codec == Codec::Plain {
-        return apply(shared, batch, Contents::of(pieces));
+        return apply(shared, lane, batch, Contents::of(pieces));
     }
     if memory.len() < batch.content_bytes {
         memory.resize(batch.content_bytes, 0);
     }
     let content = memory.get_mut(..batch.content_bytes).unwrap_or_default();
     unpacker.unpack(batch.codec, pieces, content)?;
-    apply(shared, batch, Contents::of([&*content].into_iter()))
+    apply(shared, lane, batch, Contents::of([&*content].into_iter()))
 }
 
 fn apply<'a>(
     shared: &Shared,
+    lane: usize,
     batch: &Batch,
     mut contents: Contents<'a, impl Iterator<Item = &'a [u8]>>,
 ) -> Result<(), ApplyError> {
@@ -288,6 +307,12 @@ fn apply<'a>(
                         apply_delta(shared, PageIndex(page), &mut contents)?;
                     }
                 }
+                RunKind::Same => {
+                    let end = run.first.0 + u64::from(run.pages);
+                    for page in (first.0..).take(pages as usize) {
+                        apply_reference(shared, lane, page..end, &mut contents)?;
+                    }
+                }
             }
         }
     }
@@ -303,8 +328,9 @@ fn place<'a>(
     let pages = run.first.0..run.first.0 + u64::from(run.pages);
     let placed = match run.kind {
         RunKind::Zero => fetcher.place(&pages, None),
-        // There is nothing that a delta could be against.
+        // There is nothing that a delta could be against, nor anything on the lane to refer to.
         RunKind::Delta => return Err(ApplyError::DeltaOfMissing(run.first)),
+        RunKind::Same => return Err(ApplyError::ReferenceForMissing(run.first)),
         RunKind::Raw => {
             let bytes = usize::from(run.pages) * PAGE_BYTES;
             let pieces = contents.take(bytes).ok_or(ApplyError::Length)?;
@@ -328,9 +354,7 @@ fn apply_delta<'a>(
     page: PageIndex,
     contents: &mut Contents<'a, impl Iterator<Item = &'a [u8]>>,
 ) -> Result<(), ApplyError> {
-    let head = contents.take(MASK_BYTES).ok_or(ApplyError::Length)?;
-    let bytes = head.iter().flat_map(|piece| piece.iter());
-    let mask = bytes.rev().fold(0, |mask, byte| mask << 8 | u64::from(*byte));
+    let mask = contents.take_number(MASK_BYTES).ok_or(ApplyError::Length)?;
     if mask == 0 {
         return Err(ApplyError::EmptyDelta(page));
     }
@@ -339,6 +363,40 @@ fn apply_delta<'a>(
         shared.ram.write_part(page, range.start, &mut lines)?;
     }
     Ok(())
+}
+
+/// Gives the first page of what is left of a run the content that the page named has now.
+fn apply_reference<'a>(
+    shared: &Shared,
+    lane: usize,
+    left: Range<u64>,
+    contents: &mut Contents<'a, impl Iterator<Item = &'a [u8]>>,
+) -> Result<(), ApplyError> {
+    let of = PageIndex(contents.take_number(REFERENCE_BYTES).ok_or(ApplyError::Length)?);
+    let page = PageIndex(left.start);
+    let bad = |why| Err(ApplyError::Reference { page, of, why });
+    match shared.pages.version(of) {
+        None => return bad("which lies outside the guest's RAM"),
+        _ if of == page => return bad("which is itself"),
+        _ if !travel_on(lane, [page, of], shared.batches.len()) => {
+            return bad("which does not travel on the same lane");
+        }
+        // The run's versions count already, its contents do not.
+        Some(0) => return bad("which never came"),
+        Some(_) if left.contains(&of.0) => return bad("which comes later"),
+        Some(_) => {}
+    }
+    let mut content = [0; PAGE_BYTES];
+    shared.ram.read(of, &mut content)?;
+    Ok(shared.ram.write(page, &content)?)
+}
+
+/// Whether both pages belong to this one of `lanes` lanes, the last of which may be kept for pages
+/// that the guest waits for.
+fn travel_on(lane: usize, pages: [PageIndex; 2], lanes: usize) -> bool {
+    [lanes, lanes.saturating_sub(1)]
+        .iter()
+        .any(|lanes| pages.iter().all(|page| lane_of(*page, *lanes) == lane))
 }
 
 /// What is left of a batch's contents, front to back.
@@ -368,29 +426,17 @@ impl<'a, I: Iterator<Item = &'a [u8]>> Contents<'a, I> {
         Some(taken)
     }
 
+    /// The next `bytes` bytes, at most 8, as a little-endian number.
+    fn take_number(&mut self, bytes: usize) -> Option<u64> {
+        let pieces = self.take(bytes)?;
+        let bytes = pieces.iter().flat_map(|piece| piece.iter());
+        Some(bytes.rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
+    }
+
     fn ended(mut self) -> bool {
         self.begun.is_empty() && self.pieces.all(<[u8]>::is_empty)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn contents_are_taken_front_to_back_across_pieces() {
-        let pieces: [&[u8]; 3] = [&[1, 2, 3], &[4], &[5, 6]];
-        let mut contents = Contents::of(pieces.into_iter());
-        let mut take = |bytes| {
-            let pieces = contents.take(bytes)?;
-            Some(pieces.iter().map(|piece| piece.to_vec()).collect::<Vec<_>>())
-        };
-        assert_eq!(take(2), Some(vec![vec![1, 2]]));
-        assert_eq!(take(0), Some(vec![]));
-        assert_eq!(take(3), Some(vec![vec![3], vec![4], vec![5]]));
-        assert_eq!(take(1), Some(vec![vec![6]]));
-        assert_eq!(take(1), None, "fewer bytes than asked for");
-        assert!(contents.ended());
-        assert!(!Contents::of([&[][..], &[1]].into_iter()).ended());
-    }
-}
+mod tests;

@@ -63,7 +63,7 @@ mod tests {
         let mut address = None;
         for fill in 1u8..4 {
             builder.reuse(buffers.take());
-            let read = |buffer: &mut [u8]| {
+            let read = |_, buffer: &mut [u8]| {
                 buffer.fill(fill);
                 Ok::<(), Infallible>(())
             };

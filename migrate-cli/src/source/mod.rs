@@ -50,7 +50,7 @@ use self::prepare::{Accepted, Guest};
 use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
-use crate::args::{Mode, PageOrder, SendArgs};
+use crate::args::{Mode, PageOrder, SendArgs, Switch};
 use crate::blocking::{on_thread, worker_threads};
 use crate::error::EngineError;
 use crate::journal::Journal;
@@ -331,7 +331,11 @@ impl Migration<'_> {
         let queues = self.lanes.queues();
         let pages =
             SourcePages::new(ram.layout().pages(), precopy.needs_hashes(), random::number()?);
-        let pages = Arc::new(pages.with_deltas(queues.len(), self.args.delta_cache));
+        let pages = pages.with_deltas(queues.len(), self.args.delta_cache);
+        let pages = Arc::new(match self.args.duplicates {
+            Switch::On => pages.with_duplicates(queues.len()),
+            Switch::Off => pages,
+        });
         describe_memory(report, &pages, precopy.order_memory_bytes(), &data);
         let mover = Mover {
             pump: Arc::new(Pump::start(

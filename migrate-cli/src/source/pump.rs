@@ -336,7 +336,9 @@ fn push_within_blocks(
 ) -> Result<(), RamError> {
     for (part, count) in shared.ram.layout().split(PageIndex(first), pages) {
         let count = usize::try_from(count).unwrap_or(usize::MAX);
-        builder.push(&shared.pages, part, count, reason, |buffer| shared.ram.read(part, buffer))?;
+        builder.push(&shared.pages, part, count, reason, |page, buffer| {
+            shared.ram.read(page, buffer)
+        })?;
     }
     Ok(())
 }

@@ -349,8 +349,9 @@ async fn wrong_contents(target: &mut Target) -> Result<()> {
     // A mask of two lines with room for one, and a mask of none.
     let (short, empty) = ([3u8, 0, 0, 0, 0, 0, 0, 0], [0; 8]);
     let delta = |mask: [u8; 8]| [&mask[..], &[7; 64]].concat();
+    let page = |page: u64| page.to_le_bytes().to_vec();
     type Case = (&'static str, RunKind, Codec, Vec<u8>, usize, &'static str);
-    let cases: [Case; 6] = [
+    let cases: [Case; 9] = [
         (
             "a delta cut short",
             RunKind::Delta,
@@ -364,6 +365,9 @@ async fn wrong_contents(target: &mut Target) -> Result<()> {
         ("no stream", RunKind::Raw, Codec::Zstd, vec![0xff; 40], PAGE_BYTES, "do not unpack"),
         ("nothing", RunKind::Raw, Codec::Zstd, vec![], PAGE_BYTES, "another length"),
         ("too short", RunKind::Raw, Codec::Lz4, vec![0x10, 7], PAGE_BYTES, "another length"),
+        ("itself", RunKind::Same, Codec::Plain, page(9), 8, "which is itself"),
+        ("a page that never came", RunKind::Same, Codec::Plain, page(10), 8, "which never came"),
+        ("no page", RunKind::Same, Codec::Plain, page(PAGES), 8, "outside the guest's RAM"),
     ];
     for (number, (what, kind, codec, payload, content_bytes, word)) in (40..).zip(cases) {
         let mut rogue = Rogue::accepted(target, number).await.context(what)?;

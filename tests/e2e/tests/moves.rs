@@ -47,7 +47,7 @@ fn a_guest_moves_from_7_2_to_10_0() -> Result<()> {
 fn every_setting_moves_the_same_memory() -> Result<()> {
     let rig = Rig::new()?;
     let mut vm = Vm::boot(&rig.env, busy(QemuKind::V7_2))?;
-    let settings: [&[&str]; 10] = [
+    let settings: [&[&str]; 11] = [
         &[],
         &["--lanes", "quic"],
         &["--lanes", "tcp"],
@@ -58,6 +58,7 @@ fn every_setting_moves_the_same_memory() -> Result<()> {
         &["--delta-cache", "0", "--compression", "zstd"],
         &["--delta-cache", "1M"],
         &["--page-order", "number", "--delta-cache", "0", "--compression", "none"],
+        &["--duplicates", "off"],
     ];
     for words in settings {
         let moved = rig.migrate(vm, QemuKind::V7_2, &[words, &["--verify"]].concat())?;
@@ -66,7 +67,9 @@ fn every_setting_moves_the_same_memory() -> Result<()> {
             .map(|codec| report["codecs"][codec]["content"].as_u64().context("no such codec"))
             .collect::<Result<_>>()?;
         let deltas = report["pages"]["delta"].as_u64().context("no deltas")?;
-        println!("{words:?}: {packed:?} bytes packed, {deltas} deltas");
+        let references = report["pages"]["duplicate"].as_u64().context("no references")?;
+        println!("{words:?}: {packed:?} bytes packed, {deltas} deltas, {references} references");
+        ensure!((references > 0) != words.contains(&"off"), "{report}");
         // A cache too small for what is written may have nothing when it is asked.
         ensure!(words.contains(&"1M") || (deltas > 0) != words.contains(&"0"), "{report}");
         if let Some(at) = words.iter().position(|word| *word == "--lanes") {

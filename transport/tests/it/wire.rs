@@ -107,6 +107,13 @@ fn sample_deltas() -> Batch {
     Batch { runs: vec![run], payload, codec: Codec::Zstd, content_bytes, round: 6 }
 }
 
+/// References, behind zeros.
+fn sample_references() -> Batch {
+    let run = |first, kind| PageRun { first: PageIndex(first), pages: 2, kind, version: 1 };
+    let content = [70u64, (1 << 34) - 1].map(u64::to_le_bytes).concat();
+    Batch::plain(vec![run(64, RunKind::Zero), run(66, RunKind::Same)], content, 7)
+}
+
 fn lane_frame(batch: &Batch, sequence: u64) -> Vec<u8> {
     [&lane_wire::encode_head(batch, sequence).unwrap()[..], &batch.payload.to_vec()[..]].concat()
 }
@@ -160,6 +167,11 @@ fn golden_lane_frames_do_not_change() {
         &lane_frame(&sample_deltas(), 1),
     );
     check_golden(&corpus.join("good-deltas"), &lane_frame(&sample_deltas(), 1));
+    let references = sample_references();
+    let frame = lane_frame(&references, 1);
+    check_golden(&folder("tests/golden").join("v3-lane-references.bin"), &frame);
+    check_golden(&corpus.join("good-references"), &frame);
+    assert_eq!(lane_wire::decode(&frame, 1).unwrap(), (references, frame.len()));
     let zeros = Batch::plain(vec![batch.runs[1]], Payload::default(), 0);
     check_golden(&corpus.join("good-zeros"), &lane_frame(&zeros, 1));
 }
@@ -372,7 +384,8 @@ fn a_migration_id_reads_as_it_prints() {
 
 /// Batches that keep all rules.
 fn batches() -> impl Strategy<Value = Batch> {
-    let kind = prop::sample::select(&[RunKind::Raw, RunKind::Zero, RunKind::Delta][..]);
+    const KINDS: [RunKind; 4] = [RunKind::Raw, RunKind::Zero, RunKind::Delta, RunKind::Same];
+    let kind = prop::sample::select(&KINDS[..]);
     let run = (0u64..1 << 34, 1u16..=8, kind, 1u32..).prop_map(|(first, pages, kind, version)| {
         PageRun { first: PageIndex(first.min((1 << 34) - 8)), pages, kind, version }
     });
