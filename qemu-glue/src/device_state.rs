@@ -13,7 +13,7 @@
 //! ```
 //!
 //! QEMU begins to write while the guest still runs: what takes it long, its tables of all RAM, is
-//! done before the stop. It cannot go on because nobody reads ([`save`]).
+//! done before the stop. It cannot go on because nobody reads ([`begin_save`]).
 //!
 //! Invariants:
 //! - Neither saving nor loading starts a guest. The source's state `paused` travels along and

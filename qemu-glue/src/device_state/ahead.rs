@@ -206,7 +206,7 @@ mod tests {
         let private_bytes = (pages.len() * PAGE_BYTES) as u64;
         bytes.extend([SECTION_START, 0, 0, 0, 2, 3]);
         bytes.extend(b"ram\0\0\0\0\0\0\0\x04");
-        bytes.extend((SHARED_BYTES + private_bytes | FLAG_MEM_SIZE).to_be_bytes());
+        bytes.extend(((SHARED_BYTES + private_bytes) | FLAG_MEM_SIZE).to_be_bytes());
         for (name, length) in [("m0", SHARED_BYTES), ("rom", private_bytes)] {
             bytes.push(name.len() as u8);
             bytes.extend(name.bytes());
@@ -266,10 +266,10 @@ mod tests {
         }
 
         #[test]
-        fn damage_never_panics(pages in 0usize..60, at in any::<prop::sample::Index>(), bit in 0..8) {
+        fn damage_never_panics(pages in 0usize..60, at in any::<prop::sample::Index>(), bit in 0u8..8) {
             let (mut bytes, _) = stream(&vec![true; pages]);
             let at = at.index(bytes.len());
-            bytes[at] ^= 1 << bit;
+            bytes[at] ^= 1u8 << bit;
             read(&bytes);
         }
     }

@@ -426,10 +426,13 @@ async fn a_peer_that_drops_its_session_is_noticed_at_once() {
 
 async fn notices_that_it_left(pki: &Pki, kind: LaneKind) {
     let (mut source, destination, _listener) = pair_of(pki, kind).await;
-    let begin = Instant::now();
     drop(destination);
     let error = source.control_receiver.recv().await.unwrap_err();
-    assert!(begin.elapsed() < Duration::from_millis(300), "{:?}: {error}", begin.elapsed());
+    // It was told; of silence it would have learned later, and as another error.
+    let was_told = |error: &TransportError| {
+        matches!(error, TransportError::Ended { .. } | TransportError::Closed { code: 0, .. })
+    };
+    assert!(was_told(&error), "{error}");
     // So do its lanes, and say the same.
     let error = loop {
         match source.lanes[0].send(batch(0, 200, 1)).await {
