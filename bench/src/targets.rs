@@ -218,7 +218,8 @@ mod tests {
             .collect();
         let met = met("idle", &runs);
         assert_eq!(met[..4], [Some(true), Some(false), Some(false), Some(true)]);
-        assert_eq!(met[4..], [None, None, None]);
+        assert_eq!(met[4..7], [None, None, None]);
+        assert_eq!(met[7..9], [Some(false), Some(true)], "outage in the median and at worst");
     }
 
     #[test]

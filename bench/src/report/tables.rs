@@ -258,6 +258,14 @@ pub(super) fn attach(attached: &[&Attach]) -> Vec<Block> {
     ]
 }
 
+/// What the report says of faults, and its names for it.
+const FAULT_FIELDS: [(&str, &str); 4] = [
+    ("faults that waited for a page", "count"),
+    ("fault to wake, us: median", "p50_us"),
+    ("fault to wake, us: 99 %", "p99_us"),
+    ("fault to wake, us: longest", "max_us"),
+];
+
 /// Downtime by its parts, rounds and pages, by Godwit's own reports; a column a setting.
 pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
     let own: Vec<&Migration> =
@@ -292,9 +300,18 @@ pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
     row("outage less downtime, ms".into(), &|one| Some(one.outage_ms? - one.reported_downtime_ms?));
     row("total, ms".into(), &|one| one.reported_total_ms);
     row("rounds".into(), &|one| one.report["rounds"].as_array().map(|all| all.len() as f64));
-    for name in ["hole", "zero", "raw", "delta", "unchanged", "deferred", "resent"] {
+    for name in ["hole", "zero", "raw", "delta", "duplicate", "unchanged", "deferred", "resent"] {
         row(format!("pages {name}"), &|one| one.report["pages"][name].as_f64());
     }
+    for name in ["missing", "urgent", "prefetched"] {
+        row(format!("pages {name}"), &|one| {
+            one.report["pages"][name].as_f64().filter(|_| !one.report["faults"].is_null())
+        });
+    }
+    for (what, field) in FAULT_FIELDS {
+        row(what.into(), &|one| one.report["faults"][field].as_f64());
+    }
+    row("prefetched pages that were used".into(), &|one| one.report["prefetch_hit_rate"].as_f64());
     row("UDP payload, MiB".into(), &|one| Some(one.report["bytes"]["wire"].as_f64()? / MIB));
     row("device state, KiB".into(), &|one| {
         Some(one.report["bytes"]["device_state"].as_f64()? / 1024.0)

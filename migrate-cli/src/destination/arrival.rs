@@ -277,7 +277,6 @@ impl Arrival {
         asks: &mut mpsc::Receiver<DestinationSession>,
     ) -> Result<Outcome, EngineError> {
         let loaded = self.receive(journal).await;
-        // A guest that lacks pages takes them in until it has them all.
         if let Some(mut intake) = self.intake.take() {
             intake.stop().await;
         }
@@ -483,8 +482,16 @@ impl Arrival {
             Some(loading) => loading,
             None => device_state::prepare_load(&self.place.client).await?,
         };
+        // A guest that lacks pages goes on taking them in; for all others this is the end.
+        let intake = self.intake.take();
+        let taken_in = async {
+            if let Some(mut intake) = intake {
+                intake.stop().await;
+            }
+        };
+        let loaded = async { tokio::join!(loading.load(state), taken_in).0 };
         let (status, settling) = tokio::select! {
-            loaded = loading.load(state) => loaded?,
+            loaded = loaded => loaded?,
             // Loading may wait for a page that nobody sends any more.
             lost = self.closer.closed(), if self.paging.is_some() => return Err(lost.into()),
         };

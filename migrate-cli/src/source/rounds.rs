@@ -66,6 +66,11 @@ impl Mover {
     /// # Errors
     /// If the kernel refuses: QEMU is gone or changed its memory.
     pub fn scan(&self) -> Result<PageSet, EngineError> {
+        // Milliseconds, for which what this thread has just queued would wait otherwise.
+        tokio::task::block_in_place(|| self.scan_here())
+    }
+
+    fn scan_here(&self) -> Result<PageSet, EngineError> {
         let pages = self.ram.layout().pages();
         let mut dirty = PageSet::new(pages);
         let Some(tracker) = &self.tracker else { return Ok(dirty) };

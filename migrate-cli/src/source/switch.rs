@@ -89,9 +89,7 @@ pub async fn switch(
 
     let began = Instant::now();
     let tail = precopy.tail(mover.scan()?)?;
-    let report_tail = Mutex::new(&mut *report);
-    let tail = mover.last_round(tail, link, &report_tail);
-    tokio::try_join!(tail, prepare::check_ram_unchanged(guest))?;
+    mover.last_round(tail, link, &Mutex::new(&mut *report)).await?;
     part(report, "tail", began);
     failpoint::hit("source-state-saved").await;
 
@@ -106,11 +104,14 @@ pub async fn switch(
     }
     // The destination does one after the other; the answer to the first need not be waited for.
     load(link, digest, &state.bytes).await?;
-    if !verify {
-        synced(link, digest).await?;
-    }
-    failpoint::hit("source-state-sent").await;
-    ready(link, digest, report).await?;
+    let answers = async {
+        if !verify {
+            synced(link, digest).await?;
+        }
+        failpoint::hit("source-state-sent").await;
+        ready(link, digest, report).await
+    };
+    tokio::try_join!(answers, prepare::check_ram_unchanged(guest))?;
     settling.settled().await?;
     part(report, "transfer_and_load", began);
     Ok(())
