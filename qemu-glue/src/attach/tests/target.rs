@@ -22,6 +22,8 @@ static SHORT_SLEEPS: AtomicU64 = AtomicU64::new(0);
 /// Signals handled and sent, per receiving thread.
 static HANDLED: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 static SENT: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
+/// Whether the receivers may end: one that ends takes its pending signals with it.
+static DRAINED: AtomicBool = AtomicBool::new(false);
 static RECEIVERS: [AtomicI32; 3] = [const { AtomicI32::new(0) }; 3];
 
 const SPIN: usize = 0;
@@ -300,7 +302,7 @@ fn receiver(number: usize, base: u64) {
     RECEIVERS[number].store(i32::try_from(tid).unwrap(), SeqCst);
     let (reader, _writer) = std::io::pipe().unwrap();
     let fd = std::os::fd::AsRawFd::as_raw_fd(&reader);
-    while running() {
+    while !DRAINED.load(SeqCst) {
         let before = HANDLED[number].load(SeqCst);
         let result = match number {
             0 => {
@@ -356,6 +358,14 @@ fn sender() {
     }
 }
 
+/// What is pending and blocked in a thread of this process, as the kernel says.
+fn signals_of(tid: i32) -> String {
+    let status = std::fs::read_to_string(format!("/proc/self/task/{tid}/status"));
+    let status = status.unwrap_or_else(|error| error.to_string());
+    let lines = status.lines().filter(|line| line.starts_with("Sig") || line.starts_with("State"));
+    lines.collect::<Vec<_>>().join(", ")
+}
+
 /// Lets the receivers handle what is pending and return from their calls.
 fn drain() {
     let pid = i32::try_from(std::process::id()).unwrap();
@@ -367,13 +377,19 @@ fn drain() {
     for number in 0..3 {
         let (sent, handled) = (SENT[number].load(SeqCst), HANDLED[number].load(SeqCst));
         if sent != handled {
-            violation(format!("signals to receiver {number}: {sent} sent, {handled} handled"));
+            violation(format!(
+                "signals to receiver {number}: {sent} sent, {handled} handled; {}",
+                signals_of(RECEIVERS[number].load(SeqCst))
+            ));
         }
         if handled == 0 {
             violation(format!("receiver {number} never got a signal"));
         }
+    }
+    DRAINED.store(true, SeqCst);
+    for number in 0..3 {
         let tid = RECEIVERS[number].load(SeqCst);
-        // SAFETY: plain numbers. Wakes the receiver so that it sees STOP.
+        // SAFETY: plain numbers. Wakes the receiver so that it sees that it may end.
         unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal(number)) };
     }
 }
