@@ -7,8 +7,8 @@
 //! ```
 //!
 //! A migration of QEMU walks all RAM when it starts, shared or not (migration/ram.c,
-//! `ram_init_bitmaps`); with 2 GiB that is half of the time that saving takes. The guest's run state
-//! is written after that and after the RAM that is not shared, so it says `paused` if the guest was
+//! `ram_init_bitmaps`), which takes longer the larger the guest is. The guest's run state is written
+//! after that and after the RAM that is not shared, so it says `paused` if the guest was
 //! stopped in between. That RAM, most of the stream, is read before ([`super::ahead`]) but for a page
 //! that does not fit the socket. Where there is no such page, QEMU begins after the stop.
 
