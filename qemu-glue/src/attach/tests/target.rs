@@ -387,8 +387,8 @@ fn drain() {
         }
     }
     DRAINED.store(true, SeqCst);
-    for number in 0..3 {
-        let tid = RECEIVERS[number].load(SeqCst);
+    for (number, tid) in RECEIVERS.iter().enumerate() {
+        let tid = tid.load(SeqCst);
         // SAFETY: plain numbers. Wakes the receiver so that it sees that it may end.
         unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal(number)) };
     }
