@@ -8,7 +8,7 @@ use framework::{Pulse, Vm};
 use serde_json::Value;
 
 use crate::mode::Mode;
-use crate::record::{Cpu, Dirty, Migration, Outcome, unix_s};
+use crate::record::{Cpu, Dirty, EngineMemory, Migration, Outcome, unix_s};
 use crate::relay::Relay;
 use crate::sample::Sampler;
 use crate::scenario::ModePlan;
@@ -41,6 +41,8 @@ pub(crate) struct Driven {
     pub(crate) to_us: u64,
     /// CPU seconds of (`migrate send`, `migrate receive`).
     pub(crate) engine_s: (f64, f64),
+    /// Memory of both.
+    pub(crate) engine_memory: EngineMemory,
     /// How it ended by the driver's account, and why.
     pub(crate) outcome: Result<(), (Outcome, String)>,
     /// The mode's own downtime and total in milliseconds.
@@ -159,6 +161,7 @@ pub(crate) fn measure(
         compulsory,
         relay,
         cpu,
+        engine_memory: driven.engine_memory,
         writer_pages_per_s,
         application_per_s,
         report: driven.report,

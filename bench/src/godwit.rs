@@ -9,7 +9,7 @@ use framework::{Engine, EngineOutput};
 use serde_json::{Value, json};
 
 use crate::driver::{DriveOptions, Driven};
-use crate::record::{Dirty, Outcome};
+use crate::record::{Dirty, EngineMemory, Outcome};
 use crate::scenario::ModePlan;
 use crate::testbed::{Bed, Guests, Link};
 
@@ -65,12 +65,13 @@ pub(crate) fn migrate(
     words.extend(mode.send.iter().chain(&options.send_args).map(String::as_str));
     let from_us = monotonic_us();
     let send = Engine::start(&bed.migrate, &words, Some(link.source()))?;
-    let sent = send.wait(options.limit);
+    let sent = send.wait_beside(options.limit, Some(&mut receive));
     let to_us = monotonic_us();
     let mut driven = Driven {
         from_us,
         to_us,
         engine_s: (0.0, 0.0),
+        engine_memory: EngineMemory::default(),
         outcome: Ok(()),
         reported_ms: (None, None),
         dirty: vec![],
@@ -92,6 +93,8 @@ pub(crate) fn migrate(
     };
     driven.engine_s =
         (sent.cpu_seconds.unwrap_or_default(), received.cpu_seconds.unwrap_or_default());
+    driven.engine_memory =
+        EngineMemory { source_bytes: sent.peak_bytes, destination_bytes: received.peak_bytes };
     driven.report = sent.json.clone().unwrap_or(json!(null));
     driven.reported_ms =
         (driven.report["downtime_ms"].as_f64(), driven.report["total_ms"].as_f64());

@@ -99,8 +99,18 @@ pub(crate) fn migrate(
     if outcome.is_ok() {
         dirty.push(Dirty { ms: to_us.saturating_sub(from_us) as f64 / 1e3, bytes: 0 });
     }
-    let engine_s = (0.0, 0.0);
-    Ok(Driven { from_us, to_us, engine_s, outcome, reported_ms, dirty, relay, report })
+    let (engine_s, engine_memory) = Default::default();
+    Ok(Driven {
+        from_us,
+        to_us,
+        engine_s,
+        engine_memory,
+        outcome,
+        reported_ms,
+        dirty,
+        relay,
+        report,
+    })
 }
 
 /// Notes what is left when passes begin.

@@ -69,6 +69,15 @@ impl Cpu {
     }
 }
 
+/// The most memory that Godwit's engines had resident.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct EngineMemory {
+    /// `migrate send`, in bytes; nothing for QEMU's modes.
+    pub(crate) source_bytes: Option<u64>,
+    /// `migrate receive`, in bytes.
+    pub(crate) destination_bytes: Option<u64>,
+}
+
 /// One migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Migration {
@@ -134,6 +143,9 @@ pub(crate) struct Migration {
     pub(crate) relay: Option<Value>,
     /// CPU time.
     pub(crate) cpu: Cpu,
+    /// Memory of the engines.
+    #[serde(default)]
+    pub(crate) engine_memory: EngineMemory,
     /// Pages a second that the guest wrote before the migration.
     pub(crate) writer_pages_per_s: Option<f64>,
     /// Operations a second of the guest's application before the migration.
@@ -372,6 +384,7 @@ pub(crate) mod samples {
             }),
             relay: None,
             cpu: Cpu { machine_s: 3.0, qemu_source_s: 1.0, ..Cpu::default() },
+            engine_memory: EngineMemory { source_bytes: Some(50 << 20), destination_bytes: None },
             writer_pages_per_s: None,
             application_per_s: None,
             report: serde_json::json!({ "downtime_parts_ms": { "load": 4.0 } }),

@@ -38,12 +38,11 @@ mod error;
 mod page_cache;
 mod place;
 mod register;
-mod waiting;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 
 use migrate_core::layout::{PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::pageset::PageSet;
@@ -51,7 +50,6 @@ use userfaultfd::{Event, EventBuffer, FaultKind, ReadWrite};
 
 pub use self::error::PagerError;
 pub use self::place::Placement;
-pub use self::waiting::FaultStream;
 use crate::mapped;
 use crate::procfs::Identity;
 use crate::ram::{self, Backing, RamRegion};
@@ -101,8 +99,7 @@ const _: () = {
 
 impl Pager {
     /// Reads the faults that wait now and adds them to `out`, never blocking. Returns whether it
-    /// stopped at its own limit, so that more may wait: with an edge-triggered poll (tokio's
-    /// `AsyncFd`), call until it does not.
+    /// stopped at its own limit, so that more may wait.
     ///
     /// # Errors
     /// [`PagerError::Descriptor`].
@@ -216,13 +213,6 @@ impl Pager {
 impl AsFd for Pager {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
-    }
-}
-
-/// As [`AsFd`], which tokio's `AsyncFd` does not take.
-impl AsRawFd for Pager {
-    fn as_raw_fd(&self) -> RawFd {
-        self.uffd.as_raw_fd()
     }
 }
 

@@ -12,12 +12,15 @@
 //! Neither [`LaneSender::send`] nor [`LaneReceiver::recv`] may be cancelled and continued: half a
 //! batch would be under way. Each lane belongs into a task of its own.
 
+use std::io;
+
 use crate::closer::Closer;
 use crate::control::StreamError;
 use crate::error::TransportError;
 use crate::lane_stream::{Inlet, Outlet};
 use crate::lane_wire::{Batch, LANE_HEADER_BYTES, LaneHeader, encode_head};
 use crate::tcp::{TcpIn, TcpOut};
+use crate::urgent::{UrgentReceiver, UrgentSender};
 
 /// Sends batches on a lane.
 #[derive(Debug)]
@@ -93,6 +96,32 @@ impl LaneSender {
         }
         self.stream = Outlet::Tcp(next);
         self.closer.went_over();
+    }
+
+    /// Whether it has a TCP connection.
+    pub fn has_tcp(&self) -> bool {
+        self.next.is_some() || matches!(self.stream, Outlet::Tcp(_))
+    }
+
+    /// Makes this the lane of what the destination asks for. To be called before anything was sent, in
+    /// a session whose other end does the same.
+    ///
+    /// # Errors
+    /// [`TransportError::LaneKind`] if it has no TCP connection, or [`TransportError::LaneBroken`] if
+    /// that has ended meanwhile.
+    pub fn into_urgent(self) -> Result<UrgentSender, TransportError> {
+        let Self { stream, next, index, closer, .. } = self;
+        let (peer, place) = (closer.peer(), place(index));
+        let tcp = match (stream, next) {
+            (_, Some(tcp)) | (Outlet::Tcp(tcp), None) => tcp,
+            (Outlet::Quic(_), None) => return Err(TransportError::LaneKind { peer }),
+        };
+        let pipe = match tcp.is_open() {
+            true => tcp.into_pipe(),
+            false => Err(io::ErrorKind::NotConnected.into()),
+        };
+        let pipe = pipe.map_err(|source| TransportError::LaneBroken { peer, place, source })?;
+        Ok(UrgentSender::new(pipe, index, closer))
     }
 
     /// Ends the lane and waits until the peer has everything that was sent: its transport, or, over
@@ -187,6 +216,32 @@ impl LaneReceiver {
         self.sequence = sequence;
         self.receiving = false;
         Ok(header.batch(runs, payload))
+    }
+
+    /// Whether it has a TCP connection.
+    pub fn has_tcp(&self) -> bool {
+        self.next.is_some() || matches!(self.stream, Inlet::Tcp(_))
+    }
+
+    /// Makes this the lane of what the source is asked for. A [`Self::recv`] that waited for the first
+    /// batch may have been cancelled.
+    ///
+    /// # Errors
+    /// [`TransportError::LaneKind`] if it has no TCP connection, [`TransportError::LaneBroken`] if that
+    /// has ended meanwhile, or [`TransportError::Interrupted`] if batches came already.
+    pub fn into_urgent(self) -> Result<UrgentReceiver, TransportError> {
+        let Self { stream, next, index, sequence, closer, .. } = self;
+        let (peer, place) = (closer.peer(), place(index));
+        if sequence > 0 {
+            return Err(TransportError::Interrupted { place });
+        }
+        let tcp = match (stream, next) {
+            (_, Some(tcp)) | (Inlet::Tcp(tcp), None) => tcp,
+            (Inlet::Quic(_), None) => return Err(TransportError::LaneKind { peer }),
+        };
+        let pipe = tcp.into_pipe();
+        let pipe = pipe.map_err(|source| TransportError::LaneBroken { peer, place, source })?;
+        Ok(UrgentReceiver::new(pipe, index, closer))
     }
 
     async fn read_header(

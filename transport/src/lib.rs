@@ -16,6 +16,7 @@
 //! | [`auto`] | when lanes leave QUIC for TCP |
 //! | [`options`] | what can be tuned, with the reasons |
 //! | [`control`], [`lane`] | the two kinds of streams of a session |
+//! | [`urgent`] | a lane that threads serve, with requests on the way back |
 //! | [`session`] | the session, and connecting as a client |
 //! | [`listener`] | accepting sessions |
 //! | [`error`] | everything that can go wrong, in four bins |
@@ -41,6 +42,7 @@ pub mod options;
 pub mod payload;
 pub mod pki;
 pub mod session;
+pub mod urgent;
 pub mod wire;
 
 mod closer;
@@ -62,3 +64,4 @@ pub use messages::{Message, MigrationId, Offer};
 pub use options::{LaneKind, Options};
 pub use payload::Payload;
 pub use session::{DestinationSession, PeerInfo, Selection, Session, SourceSession, connect};
+pub use urgent::{UrgentReceiver, UrgentSender, UrgentStop};

@@ -6,11 +6,13 @@
 //!                          TcpHandle (of the session's Closer): closes, tells the bytes
 //! ```
 //!
-//! Only the client sends. Its end is TLS's close_notify, which the server answers with its own; a
+//! Only the client sends, but on the lane that requests come back on ([`pipe`]). Its end is TLS's close_notify, which the server answers with its own; a
 //! connection that ends without one was cut, and reading or finishing it is an error.
 //!
 //! Death of the peer is noticed by the control connection. The kernel's own timers are for a path
 //! that carries QUIC and no longer TCP.
+
+mod pipe;
 
 use std::collections::VecDeque;
 use std::fs;
@@ -36,6 +38,8 @@ use crate::error::{TransportError, WireError, tls_alert};
 use crate::options::Options;
 use crate::payload::{Collector, Payload};
 use crate::tls::{ANY_NAME, LANE_ALPN};
+
+pub(crate) use self::pipe::Pipe;
 
 /// Connections that the kernel keeps for a listener that has not accepted them yet.
 const BACKLOG: i32 = 128;
@@ -80,6 +84,11 @@ impl TcpHandle {
         // Errors say that it has ended already.
         let _discard_what_is_unsent = self.socket.set_linger(Some(Duration::ZERO));
         let _ended = self.socket.shutdown(Shutdown::Both);
+    }
+
+    /// Reads nothing more; who waits for something is let go.
+    pub(crate) fn stop_reading(&self) {
+        let _ended_already = self.socket.shutdown(Shutdown::Read);
     }
 
     /// Bytes sent and received.

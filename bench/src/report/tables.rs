@@ -266,6 +266,12 @@ const FAULT_FIELDS: [(&str, &str); 4] = [
     ("fault to wake, us: longest", "max_us"),
 ];
 
+/// The downtime predicted last before the guest was stopped.
+fn predicted_ms(one: &Migration) -> Option<f64> {
+    let rounds = one.report["rounds"].as_array()?;
+    rounds.iter().rev().find_map(|round| round["predicted"]["now_ms"].as_f64())
+}
+
 /// Downtime by its parts, rounds and pages, by Godwit's own reports; a column a setting.
 pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
     let own: Vec<&Migration> =
@@ -294,6 +300,7 @@ pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
         }
     };
     row("downtime, ms".into(), &|one| one.reported_downtime_ms);
+    row("- predicted before the stop, ms".into(), &predicted_ms);
     for name in parts {
         row(format!("- {name}, ms"), &|one| one.report["downtime_parts_ms"][name].as_f64());
     }
@@ -320,6 +327,12 @@ pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
         one.report["attach_stopped_us"].as_f64()
     });
     row("tables, bytes a page".into(), &|one| one.report["table_bytes_per_page"].as_f64());
+    row("memory of `migrate send`, MiB".into(), &|one| {
+        Some(one.engine_memory.source_bytes? as f64 / MIB)
+    });
+    row("memory of `migrate receive`, MiB".into(), &|one| {
+        Some(one.engine_memory.destination_bytes? as f64 / MIB)
+    });
     vec![Block::Heading("Inside Godwit's migrations: median (min-max)".into()), Block::Table(table)]
 }
 

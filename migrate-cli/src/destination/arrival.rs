@@ -436,10 +436,10 @@ impl Arrival {
             parts.ok_or_else(|| EngineError::Internal("there is nothing to page with".into()))?;
         let (ram, seed) = (Arc::clone(&self.ram), self.verify_seed);
         match Paging::start(uffd, remote_fd, ram, missing, seed, intake).await {
-            Ok(paging) => {
-                paging.fetcher().connect(self.control.clone()).await;
+            Ok(mut paging) => {
+                let connected = paging.connect(self.control.clone()).await;
                 self.paging = Some(paging);
-                Ok(())
+                connected
             }
             Err((error, intake)) => {
                 self.intake = Some(intake);

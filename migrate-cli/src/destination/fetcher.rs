@@ -1,29 +1,27 @@
-//! Post-copy at the destination: serves the page faults of a guest that runs while pages of it are
-//! still at the source.
+//! Post-copy at the destination: what becomes of the page faults of a guest that runs while pages of it
+//! are still at the source.
 //!
 //! ```text
-//!   userfaultfd ──► serve ── missing ──► Request to the source
+//!   fault thread ── fault ── missing ──► to be asked for
 //!                     └───── zeros ────► placed here
-//!   lanes ──► decoder threads ─────────► placed, who waits is woken
+//!   lanes ─────────────────────────────► placed, who waits is woken
 //! ```
 //!
 //! What to do is decided by [`migrate_core::postcopy::Fetch`]. Invariant: a page counts as arrived and is
 //! placed under one lock, so that a fault on it is never answered with zeros before its content is there.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use migrate_core::layout::{PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::pageset::PageSet;
 use migrate_core::postcopy::{FaultAction, Fetch, FetchStats, PostcopyError};
+use parking_lot::{Mutex, MutexGuard};
 use qemu_glue::attach;
-use qemu_glue::pager::{Fault, FaultStream, Pager};
+use qemu_glue::pager::{Fault, Pager};
 use tokio::sync::Notify;
-use transport::ControlSender;
-use transport::messages::{FaultStats, Message, Request};
+use transport::messages::FaultStats;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::error::EngineError;
@@ -41,11 +39,9 @@ struct State {
     parts: HashMap<u64, Vec<u8>>,
     /// Seed and digests of what arrived, if the source wants them.
     digests: Option<(u64, BTreeMap<u64, u64>)>,
-    /// Where to ask.
-    control: Option<ControlSender>,
 }
 
-/// Serves faults, whatever session the pages come over.
+/// Decides about faults and places pages, whatever session they come over.
 #[derive(Debug)]
 pub struct Fetcher {
     layout: RamLayout,
@@ -75,32 +71,21 @@ impl Fetcher {
             early: vec![],
             parts: HashMap::new(),
             digests: verify_seed.map(|seed| (seed, BTreeMap::new())),
-            control: None,
         };
         let (began, changed) = (Instant::now(), Notify::new());
         Ok(Self { layout, pager, remote_fd, began, state: Mutex::new(state), changed })
     }
 
-    /// Serves faults for ever.
-    ///
-    /// # Errors
-    /// What ended it: then threads of the guest wait for pages that nobody asks for.
-    pub async fn serve(self: Arc<Self>) -> Result<(), EngineError> {
-        let failed = |error: io::Error| EngineError::Internal(format!("page faults: {error}"));
-        let stream = FaultStream::of(&self.pager).map_err(failed)?;
-        let mut faults = vec![];
-        loop {
-            stream.next(&self.pager, &mut faults).await?;
-            for fault in faults.drain(..) {
-                if let Some(page) = self.fault(fault)? {
-                    self.ask(page).await;
-                }
-            }
-        }
+    /// The guest's memory, and where its faults are read.
+    pub fn pager(&self) -> &Pager {
+        &self.pager
     }
 
     /// Decides about a fault; returns the page to ask for.
-    fn fault(&self, fault: Fault) -> Result<Option<PageIndex>, EngineError> {
+    ///
+    /// # Errors
+    /// If the page is none of the guest's, or the pager's.
+    pub fn fault(&self, fault: Fault) -> Result<Option<PageIndex>, EngineError> {
         let now = self.began.elapsed();
         let mut state = self.lock();
         let Some(fetch) = &mut state.fetch else {
@@ -117,16 +102,6 @@ impl Fetcher {
         Ok(None)
     }
 
-    /// What cannot be asked now is asked when the source is back.
-    async fn ask(&self, page: PageIndex) {
-        let control = self.lock().control.clone();
-        if let Some(control) = control
-            && let Err(error) = control.send(&Message::Request(Request { page: page.0 })).await
-        {
-            tracing::debug!(%page, %error, "not asked for");
-        }
-    }
-
     /// The pages in place, of a guest whose pager was taken over.
     ///
     /// # Errors
@@ -140,11 +115,12 @@ impl Fetcher {
         self.lock().fetch.is_some()
     }
 
-    /// From now on it is known that these pages are `missing`.
+    /// From now on it is known that these pages are `missing`. What is to be asked for
+    /// [`Self::reconnected`] tells.
     ///
     /// # Errors
     /// [`EngineError::Postcopy`] if the set does not fit the guest.
-    pub async fn set_missing(&self, missing: PageSet) -> Result<(), EngineError> {
+    pub fn set_missing(&self, missing: PageSet) -> Result<(), EngineError> {
         let fetch = Fetch::new(&self.layout, missing)?;
         let early = {
             let mut state = self.lock();
@@ -152,9 +128,7 @@ impl Fetcher {
             std::mem::take(&mut state.early)
         };
         for page in early {
-            if let Some(page) = self.fault(Fault { page, pages: 1, is_write: false })? {
-                self.ask(page).await;
-            }
+            let _asked_on_the_next_route = self.fault(Fault { page, pages: 1, is_write: false })?;
         }
         self.changed.notify_waiters();
         Ok(())
@@ -165,17 +139,11 @@ impl Fetcher {
         self.lock().fetch.as_ref().map(|fetch| fetch.still_missing().clone())
     }
 
-    /// Asks over this session from now on, also for what was asked for before.
-    pub async fn connect(&self, control: ControlSender) {
-        let again = {
-            let mut state = self.lock();
-            state.parts.clear();
-            state.control = Some(control);
-            state.fetch.as_mut().map(Fetch::reconnected).unwrap_or_default()
-        };
-        for page in again {
-            self.ask(page).await;
-        }
+    /// There is another session: what to ask for in it that was asked for before.
+    pub fn reconnected(&self) -> Vec<PageIndex> {
+        let mut state = self.lock();
+        state.parts.clear();
+        state.fetch.as_mut().map(Fetch::reconnected).unwrap_or_default()
     }
 
     /// Puts pages in place that came from the source: their contents, or zeros.
@@ -222,7 +190,7 @@ impl Fetcher {
         }
         if host.end - host.start > 1 {
             let lacks = fetch.still_missing().contains(host.start);
-            let arrival = fetch.arrived(run.clone(), self.began.elapsed())?;
+            let arrival = fetch.arrived(run.clone())?;
             if !lacks {
                 return Ok(());
             }
@@ -233,16 +201,17 @@ impl Fetcher {
             for (place, byte) in place.iter_mut().zip(content.unwrap_or_default()) {
                 *place = *byte;
             }
-            for host in arrival.complete {
+            for host in &arrival.complete {
                 let content = parts.remove(&host.start).unwrap_or_default();
                 self.pager.place(PageIndex(host.start), &content)?;
             }
+            fetch.woken(&arrival, self.began.elapsed());
             return Ok(());
         }
         // Asked before they count as arrived, and only where it matters.
         let waits = content.is_none() && run.clone().any(|page| fetch.waits_for(PageIndex(page)));
-        let arrival = fetch.arrived(run.clone(), self.began.elapsed())?;
-        for done in arrival.complete {
+        let arrival = fetch.arrived(run.clone())?;
+        for done in &arrival.complete {
             match content {
                 Some(content) => {
                     let at = |page: u64| (page - run.start) as usize * PAGE_BYTES;
@@ -256,6 +225,9 @@ impl Fetcher {
                 }
             }
         }
+        fetch.woken(&arrival, self.began.elapsed());
+        // Who serves a fault need not wait for all that comes in the background.
+        MutexGuard::unlock_fair(state);
         Ok(())
     }
 
@@ -300,8 +272,8 @@ impl Fetcher {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
     }
 }
 

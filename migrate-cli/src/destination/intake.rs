@@ -7,9 +7,12 @@ use std::time::Duration;
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::page_table::DestinationPages;
 use qemu_glue::ram::GuestRam;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use transport::messages::{Message, Progress};
-use transport::{Closer, ControlSender, LaneReceiver, close_code};
+use transport::{
+    Closer, ControlSender, LaneKind, LaneReceiver, TransportError, UrgentReceiver, close_code,
+};
 
 use super::apply::{Applier, LaneInlet};
 use crate::blocking::worker_threads;
@@ -26,6 +29,15 @@ const PROGRESS_EVERY_FETCHING: Duration = Duration::from_millis(1);
 pub struct Intake {
     applier: Arc<Applier>,
     tasks: Vec<JoinHandle<()>>,
+    /// The lane that may be kept for what the guest waits for, while a task reads it.
+    last: Option<Last>,
+    closer: Closer,
+}
+
+#[derive(Debug)]
+struct Last {
+    give: oneshot::Sender<()>,
+    task: JoinHandle<Result<UrgentReceiver, TransportError>>,
 }
 
 impl Intake {
@@ -39,14 +51,34 @@ impl Intake {
     ) -> Self {
         let (applier, inlets) = Applier::start(ram, pages, lanes.len(), worker_threads());
         let applier = Arc::new(applier);
-        let last = lanes.len().saturating_sub(1);
-        let drains = lanes.into_iter().zip(inlets).map(|(lane, inlet)| {
-            let urgent = (lane.index() == last).then(|| Arc::clone(&applier));
-            tokio::spawn(drain(lane, inlet, urgent, closer.clone()))
+        let mut lanes: Vec<_> = lanes.into_iter().zip(inlets).collect();
+        let last = lanes.pop().map(|(lane, inlet)| {
+            let (give, given) = oneshot::channel();
+            let (applier, closer) = (Arc::clone(&applier), closer.clone());
+            let task = tokio::spawn(drain_last(lane, inlet, applier, closer, given));
+            Last { give, task }
+        });
+        let drains = lanes.into_iter().map(|(mut lane, inlet)| {
+            let closer = closer.clone();
+            tokio::spawn(async move { drain(&mut lane, inlet, None, closer).await })
         });
         let mut tasks: Vec<_> = drains.collect();
         tasks.push(tokio::spawn(tell_progress(control, Arc::clone(&applier))));
-        Self { applier, tasks }
+        Self { applier, tasks, last, closer: closer.clone() }
+    }
+
+    /// The lane on which the source is asked, if the session has one; to be called once.
+    ///
+    /// # Errors
+    /// If its connection has ended.
+    pub async fn urgent(&mut self) -> Result<Option<UrgentReceiver>, EngineError> {
+        if self.closer.lane_kind() == LaneKind::Quic {
+            return Ok(None);
+        }
+        let Some(Last { give, task }) = self.last.take() else { return Ok(None) };
+        let _waits_for_it = give.send(());
+        let given = task.await.map_err(|error| EngineError::Internal(error.to_string()))?;
+        Ok(Some(given?))
     }
 
     /// The decoder threads.
@@ -60,15 +92,39 @@ impl Intake {
             task.abort();
             let _aborted = task.await;
         }
+        if let Some(Last { task, .. }) = self.last.take() {
+            task.abort();
+            let _aborted = task.await;
+        }
         let applier = Arc::clone(&self.applier);
         let _joined = tokio::task::spawn_blocking(move || applier.join()).await;
     }
 }
 
-/// Hands a lane's batches to its thread; those that the guest waits for (`urgent`, once there is a
-/// fetcher) are applied here, since waking a thread takes longer.
-async fn drain(
+/// As [`drain`], until the lane is wanted for something else.
+async fn drain_last(
     mut lane: LaneReceiver,
+    inlet: LaneInlet,
+    applier: Arc<Applier>,
+    closer: Closer,
+    given: oneshot::Receiver<()>,
+) -> Result<UrgentReceiver, TransportError> {
+    let wanted = async {
+        if given.await.is_err() {
+            pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        () = wanted => {}
+        () = drain(&mut lane, inlet, Some(applier), closer) => {}
+    }
+    lane.into_urgent()
+}
+
+/// Hands a lane's batches to its thread; those that the guest waits for (`urgent`, once there is a
+/// fetcher) are applied here, since waking a thread takes longer. Never returns.
+async fn drain(
+    lane: &mut LaneReceiver,
     inlet: LaneInlet,
     urgent: Option<Arc<Applier>>,
     closer: Closer,

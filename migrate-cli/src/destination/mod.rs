@@ -5,7 +5,7 @@
 //!                └─────► Ask: what the journal says
 //! ```
 //!
-//! A guest that was handed over before its pages runs while they come in ([`paging`], [`fetcher`]); if
+//! A guest that was handed over before its pages runs while they come in ([`paging`], [`faults`], [`fetcher`]); if
 //! the engine dies meanwhile, the next one goes on ([`rescue`]).
 //!
 //! Invariant: this process runs a guest only after `owned` is durable in its journal, which needs the
@@ -14,6 +14,7 @@
 pub mod answer;
 pub mod apply;
 pub mod arrival;
+pub mod faults;
 pub mod fetcher;
 pub mod intake;
 pub mod owner;
@@ -74,10 +75,13 @@ pub struct Place {
 pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
     let journal_dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
     let identity = Identity::load(&args.common.identity)?;
+    let default = Options::default();
     let options = Options {
+        // One more for pages that a guest waits for, as the source has it.
+        lanes: default.lanes + 1,
         dead_peer: Duration::from_secs(args.common.dead_peer_s),
         expected_peer: args.common.peer.clone(),
-        ..Options::default()
+        ..default
     };
     let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
     archive.release_abandoned().await;

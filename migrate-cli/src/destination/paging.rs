@@ -9,9 +9,9 @@ use migrate_core::pageset::PageSet;
 use qemu_glue::attach;
 use qemu_glue::pager::{Pager, PagerError};
 use qemu_glue::ram::GuestRam;
-use tokio::task::JoinHandle;
-use transport::DestinationSession;
+use transport::{ControlSender, DestinationSession};
 
+use super::faults::{FaultThread, Route};
 use super::fetcher::Fetcher;
 use super::intake::Intake;
 use super::owner::Voice;
@@ -25,8 +25,8 @@ use crate::missing;
 pub struct Paging {
     fetcher: Arc<Fetcher>,
     ram: Arc<GuestRam>,
-    /// Serves faults; ends only with an error, and is gone then.
-    serving: Option<JoinHandle<Result<(), EngineError>>>,
+    /// Serves faults; gone once it has failed.
+    faults: Option<FaultThread>,
     intake: Option<Intake>,
 }
 
@@ -49,15 +49,15 @@ impl Paging {
             let ram = Arc::clone(&ram);
             on_thread(move || {
                 let pager = Pager::start(pid, uffd, &ram)?;
-                Fetcher::new(pager, remote_fd, Some(missing), verify_seed)
+                let fetcher = Fetcher::new(pager, remote_fd, Some(missing), verify_seed)?;
+                let fetcher = Arc::new(fetcher);
+                Ok((FaultThread::start(Arc::clone(&fetcher))?, fetcher))
             })
         };
         match started.await.and_then(|started| started) {
-            Ok(fetcher) => {
-                let fetcher = Arc::new(fetcher);
+            Ok((faults, fetcher)) => {
                 intake.applier().fetch(Arc::clone(&fetcher));
-                let serving = Some(tokio::spawn(Arc::clone(&fetcher).serve()));
-                Ok(Self { fetcher, ram, serving, intake: Some(intake) })
+                Ok(Self { fetcher, ram, faults: Some(faults), intake: Some(intake) })
             }
             Err(error) => Err((error, intake)),
         }
@@ -84,8 +84,23 @@ impl Paging {
             Err(error) => return Err(error.into()),
         };
         let fetcher = Arc::new(Fetcher::new(pager, remote_fd, None, None)?);
-        let serving = Some(tokio::spawn(Arc::clone(&fetcher).serve()));
-        Ok(Some(Self { fetcher, ram, serving, intake: None }))
+        let faults = Some(FaultThread::start(Arc::clone(&fetcher))?);
+        Ok(Some(Self { fetcher, ram, faults, intake: None }))
+    }
+
+    /// Asks in the session whose lanes are taken in, over its control stream if there is no better way.
+    ///
+    /// # Errors
+    /// If the lane for that has ended.
+    pub async fn connect(&mut self, control: ControlSender) -> Result<(), EngineError> {
+        let (Some(faults), Some(intake)) = (&mut self.faults, &mut self.intake) else {
+            return Err(EngineError::Internal("there is nothing to ask for".into()));
+        };
+        faults.connect(match intake.urgent().await? {
+            Some(lane) => Route::Lane(lane, Arc::clone(intake.applier())),
+            None => Route::Control(control),
+        });
+        Ok(())
     }
 
     /// Who serves the faults.
@@ -108,7 +123,7 @@ impl Paging {
             let present = on_thread(move || fetcher.present()).await??;
             let mut missing = may_lack;
             missing.subtract(&present);
-            self.fetcher.set_missing(missing).await?;
+            self.fetcher.set_missing(missing)?;
         }
         let wanted = self.fetcher.still_missing().unwrap_or_else(|| PageSet::new(0));
         eprintln!("the source is back; {} pages are missing", wanted.len());
@@ -120,13 +135,13 @@ impl Paging {
         let intake = Intake::start(ram, none, session.lanes, control.clone(), &session.closer);
         intake.applier().fetch(Arc::clone(&self.fetcher));
         self.intake = Some(intake);
-        self.fetcher.connect(control.clone()).await;
+        self.connect(control.clone()).await?;
         Ok(Voice { control, receiver, closer: session.closer })
     }
 
     /// Returns when pages can no longer be taken in or faults not be served. Cancel-safe.
     pub async fn failed(&mut self) -> EngineError {
-        let Self { serving, intake, .. } = self;
+        let Self { faults, intake, .. } = self;
         let taking = async {
             match intake {
                 Some(intake) => intake.applier().failed().await,
@@ -134,20 +149,16 @@ impl Paging {
             }
         };
         let served = async {
-            match serving {
-                Some(serving) => serving.await,
+            match faults {
+                Some(faults) => faults.failed().await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
             error = taking => error.into(),
-            ended = served => {
-                self.serving = None;
-                match ended {
-                    Ok(Err(error)) => error,
-                    Ok(Ok(())) => EngineError::Internal("faults are not served".into()),
-                    Err(error) => EngineError::Internal(error.to_string()),
-                }
+            error = served => {
+                self.faults = None;
+                error
             }
         }
     }
@@ -159,6 +170,9 @@ impl Paging {
 
     /// Takes nothing in until the source is back.
     pub async fn stop_intake(&mut self) {
+        if let Some(faults) = &self.faults {
+            faults.disconnect();
+        }
         if let Some(mut intake) = self.intake.take() {
             intake.stop().await;
         }
@@ -167,11 +181,12 @@ impl Paging {
     /// Ends paging: every page is here, or the guest is not wanted.
     pub async fn end(mut self) {
         self.stop_intake().await;
-        if let Some(serving) = self.serving.take() {
-            serving.abort();
-        }
-        let fetcher = Arc::clone(&self.fetcher);
-        let _ended = on_thread(move || fetcher.end()).await;
+        let Self { fetcher, faults, .. } = self;
+        let ended = on_thread(move || {
+            drop(faults);
+            fetcher.end();
+        });
+        let _ended = ended.await;
     }
 }
 

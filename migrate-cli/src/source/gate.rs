@@ -78,13 +78,25 @@ impl Gate {
                 inner = wait.unwrap_or_else(PoisonError::into_inner).0;
                 continue;
             }
-            if let Some(rate) = self.bytes_per_s_max {
-                let cost = Duration::from_secs_f64(bytes as f64 / rate);
-                inner.paid_until = inner.paid_until.max(now) + cost;
-            }
+            inner.paid_until = inner.paid_until.max(now) + self.cost(bytes);
             break;
         }
         inner.entered_bytes += bytes;
+    }
+
+    /// What entered as `entered_bytes` turns out to be `bytes`.
+    pub fn correct(&self, entered_bytes: u64, bytes: u64) {
+        let mut inner = self.lock();
+        inner.entered_bytes = inner.entered_bytes + bytes - entered_bytes;
+        let paid = inner.paid_until + self.cost(bytes);
+        inner.paid_until = paid.checked_sub(self.cost(entered_bytes)).unwrap_or(paid);
+        self.changed.notify_all();
+    }
+
+    /// Time in which the user's limit allows `bytes`.
+    fn cost(&self, bytes: u64) -> Duration {
+        let seconds = self.bytes_per_s_max.map(|rate| bytes as f64 / rate);
+        Duration::from_secs_f64(seconds.unwrap_or_default())
     }
 
     /// Counts bytes that leave at once, whatever is under way: a guest waits for them.
@@ -169,6 +181,21 @@ mod tests {
         thread.join().unwrap();
         assert!(passed.load(Ordering::SeqCst));
         assert_eq!(gate.applied(u64::MAX), None, "more applied than sent");
+    }
+
+    #[test]
+    fn what_entered_can_be_corrected() {
+        let gate = Gate::new(Some(80_000_000));
+        let start = Instant::now();
+        gate.enter(WINDOW_BYTES_MIN);
+        gate.correct(WINDOW_BYTES_MIN, 1000);
+        assert_eq!(gate.bytes(), (1000, 1000));
+        gate.enter(1000);
+        gate.correct(1000, 3000);
+        assert_eq!(gate.bytes(), (4000, 4000));
+        // 2 MiB at 10 MB/s would be 200 ms.
+        gate.enter(1000);
+        assert!(start.elapsed() < Duration::from_millis(150), "{:?}", start.elapsed());
     }
 
     #[test]

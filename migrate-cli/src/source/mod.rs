@@ -9,6 +9,7 @@
 //! With post-copy the guest is handed over while pages are missing, which are served afterwards
 //! ([`early`], [`serve`]).
 
+pub mod answering;
 pub mod buffers;
 pub mod contact;
 pub mod early;
@@ -39,6 +40,7 @@ use qemu_glue::qmp::Client;
 use qemu_glue::track::DirtyTracker;
 use transport::{Closer, Identity, LaneSender, MigrationId};
 
+use self::answering::UrgentLane;
 use self::contact::Contact;
 use self::early::Stopped;
 use self::feed::Feed;
@@ -426,8 +428,9 @@ impl Migration<'_> {
         };
         let mut session = self.contact.session.take();
         let parts = session.as_mut().zip(self.urgent.take());
-        let ((link, _), urgent) = parts
+        let ((link, closer), urgent) = parts
             .ok_or_else(|| EngineError::Internal("there is no lane for missing pages".into()))?;
+        let urgent = UrgentLane::of(urgent)?;
         early::prepare(mover, known, link).await?;
         let saving = switch::begin(mover, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
@@ -444,7 +447,7 @@ impl Migration<'_> {
                 .requests()
                 .ok_or_else(|| EngineError::Internal("somebody else answers requests".into()))?;
             let (pump, gate) = (Arc::clone(&mover.pump), Arc::clone(&mover.gate));
-            server.begin(pump, gate, urgent, requests);
+            server.begin(pump, gate, urgent, requests, closer.clone());
             early::load(mover, guest, (&state.bytes, ahead_bytes), link, report).await?;
             settling.settled().await?;
             Ok(server)

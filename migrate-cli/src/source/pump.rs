@@ -252,13 +252,16 @@ impl Share {
         Ok(counts)
     }
 
-    /// The worker's lanes take turns, since every page leaves once.
+    /// The worker's lanes take turns, since every page leaves once. A page is taken only when it may
+    /// leave: the guest would wait for it.
     fn send_rest(&mut self, shared: &Shared, feed: &Feed) -> Result<PageCounts, PumpError> {
         let mut counts = PageCounts::default();
         let mut more = true;
         while more {
             for lane in &mut self.lanes {
                 let batch_bytes = feed.batch_bytes();
+                shared.gate.limit_window(feed.window_bytes());
+                shared.gate.enter(batch_bytes as u64);
                 let builder = &mut lane.builder;
                 while builder.content_bytes() < batch_bytes && !builder.is_full(REST_PAGES) {
                     let Some((first, pages)) = feed.next(REST_PAGES) else {
@@ -267,8 +270,12 @@ impl Share {
                     };
                     builder.push_last(first, pages, |buffer| shared.ram.read(first, buffer))?;
                 }
-                shared.gate.limit_window(feed.window_bytes());
-                lane.flush(shared, &mut self.choice, 0, &mut counts)?;
+                let packed = lane.packed(shared, &mut self.choice, 0, &mut counts)?;
+                let bytes = packed.as_ref().map_or(0, |(_, bytes)| *bytes);
+                shared.gate.correct(batch_bytes as u64, bytes);
+                if let Some((batch, _)) = packed {
+                    lane.send(shared, batch)?;
+                }
                 counts.add(&lane.builder.take_counts());
             }
         }
@@ -344,7 +351,7 @@ fn push_within_blocks(
 }
 
 impl Lane {
-    /// Packs what the builder holds and hands it to the lane's task.
+    /// Packs what the builder holds and sends it when the gate lets it through.
     fn flush(
         &mut self,
         shared: &Shared,
@@ -352,19 +359,37 @@ impl Lane {
         round: u32,
         counts: &mut PageCounts,
     ) -> Result<(), PumpError> {
-        let Some(batch) = self.builder.take() else { return Ok(()) };
+        let Some((batch, bytes)) = self.packed(shared, choice, round, counts)? else {
+            return Ok(());
+        };
+        shared.gate.enter(bytes);
+        self.send(shared, batch)
+    }
+
+    /// What the builder holds as a batch, and its bytes on the wire.
+    fn packed(
+        &mut self,
+        shared: &Shared,
+        choice: &mut CodecChoice,
+        round: u32,
+        counts: &mut PageCounts,
+    ) -> Result<Option<(Batch, u64)>, PumpError> {
+        let Some(batch) = self.builder.take() else { return Ok(None) };
         self.builder.reuse(shared.buffers.take());
         let content_bytes = batch.content.len();
         let (codec, payload) = self.pack(shared, choice, batch.content)?;
         let bytes = wire_bytes(batch.runs.len(), payload.len());
         counts.wire_bytes += bytes;
         counts.note_packed(codec, content_bytes, payload.len());
-        shared.gate.enter(bytes);
+        let payload = shared.buffers.lend(payload).into();
+        Ok(Some((Batch { runs: batch.runs, payload, codec, content_bytes, round }, bytes)))
+    }
+
+    /// Hands a batch to the lane's task.
+    fn send(&self, shared: &Shared, batch: Batch) -> Result<(), PumpError> {
         if let Some(count) = shared.batches.get(self.number) {
             count.fetch_add(1, Ordering::Release);
         }
-        let payload = shared.buffers.lend(payload).into();
-        let batch = Batch { runs: batch.runs, payload, codec, content_bytes, round };
         self.queue.blocking_send(batch).map_err(|_| PumpError::LaneClosed)
     }
 

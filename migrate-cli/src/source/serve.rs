@@ -1,7 +1,7 @@
 //! Post-copy at the source: the memory of a guest that runs at the destination already.
 //!
 //! ```text
-//!   Request ──► answer ── reads, packs ──► urgent lane ─┐
+//!   requests ─► answering ───────────────► urgent lane ─┐
 //!   plan ─────► encoder threads ─────────► other lanes ─┴─► destination
 //! ```
 //!
@@ -9,23 +9,20 @@
 //! sent twice is sent alike. A session that ends costs nothing: [`Server::resume`] opens another, in
 //! which the destination says what it lacks.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use migrate_core::batch::{CHUNK_PAGES, wire_bytes};
-use migrate_core::codec::{Codec, Packer};
 use migrate_core::codec_choice::Wanted;
-use migrate_core::encode::{BatchBuilder, PageBuffer, PageCounts};
+use migrate_core::encode::PageCounts;
 use migrate_core::layout::PageIndex;
 use migrate_core::pageset::PageSet;
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::messages::{Intent, VerifyChunk};
-use transport::{Batch, LaneSender, Offer};
+use transport::{Closer, LaneSender, Offer, close_code};
 
-use super::buffers::Buffers;
+use super::answering::{Answering, Answers, UrgentLane};
 use super::contact::Contact;
 use super::feed::Feed;
 use super::gate::Gate;
@@ -60,16 +57,17 @@ pub struct Server {
 struct Session {
     gate: Arc<Gate>,
     pump: Arc<Pump>,
+    closer: Closer,
     /// The lanes' tasks, where this session has its own.
     lanes: Option<LaneTasks>,
-    answering: JoinHandle<()>,
+    /// Ends when it is dropped, which may take a moment.
+    _answering: Answering,
     pushing: Option<JoinHandle<PageCounts>>,
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
         self.gate.close();
-        self.answering.abort();
     }
 }
 
@@ -92,11 +90,25 @@ impl Server {
         &mut self,
         pump: Arc<Pump>,
         gate: Arc<Gate>,
-        urgent: LaneSender,
+        urgent: UrgentLane,
         requests: mpsc::Receiver<PageIndex>,
+        closer: Closer,
     ) {
-        let answering = Answering::new(self, &gate, urgent).start(requests);
-        self.session = Some(Session { gate, pump, lanes: None, answering, pushing: None });
+        let _answering = self.answer(&gate, urgent, requests, closer.clone());
+        let (lanes, pushing) = (None, None);
+        self.session = Some(Session { gate, pump, closer, lanes, _answering, pushing });
+    }
+
+    fn answer(
+        &self,
+        gate: &Arc<Gate>,
+        urgent: UrgentLane,
+        requests: mpsc::Receiver<PageIndex>,
+        closer: Closer,
+    ) -> Answering {
+        let (ram, feed) = (Arc::clone(&self.ram), Arc::clone(&self.feed));
+        let answers = Answers::new(ram, feed, Arc::clone(gate), self.compression);
+        Answering::start(answers, urgent, requests, closer)
     }
 
     /// Sends the rest in the background, from now on. Says whether there is a session for it.
@@ -106,13 +118,15 @@ impl Server {
             return true;
         }
         let (pump, feed) = (Arc::clone(&session.pump), Arc::clone(&self.feed));
+        let closer = session.closer.clone();
         session.pushing = Some(tokio::task::spawn_blocking(move || match pump.send_rest(feed) {
             Ok(counts) => counts,
             Err(error) => {
-                // The session's end says why a lane was closed.
+                // The session's end says why a lane was closed, if it has ended.
                 if !matches!(error, PumpError::LaneClosed) {
                     tracing::error!(%error, "missing pages are not sent");
                 }
+                closer.close_now(close_code::INTERNAL, &error.to_string());
                 PageCounts::default()
             }
         }));
@@ -131,6 +145,7 @@ impl Server {
             transport::connect(contact.addr, &contact.identity, options, offer).await?;
         let urgent = session.lanes.pop().filter(|_| !session.lanes.is_empty());
         let urgent = urgent.ok_or_else(|| EngineError::Contradiction("one lane only".into()))?;
+        let urgent = UrgentLane::of(urgent)?;
         let gate = Arc::new(Gate::new(self.max_bandwidth));
         let closer = session.closer.clone();
         let mut link = Link::start(
@@ -149,7 +164,7 @@ impl Server {
         let requests = link.requests();
         let requests =
             requests.ok_or_else(|| EngineError::Internal("requests are taken".into()))?;
-        self.restart(wanted, gate, session.lanes, urgent, requests);
+        self.restart(wanted, gate, session.lanes, (urgent, requests), closer.clone());
         contact.session = Some((link, closer));
         Ok(())
     }
@@ -159,8 +174,8 @@ impl Server {
         wanted: PageSet,
         gate: Arc<Gate>,
         lanes: Vec<LaneSender>,
-        urgent: LaneSender,
-        requests: mpsc::Receiver<PageIndex>,
+        (urgent, requests): (UrgentLane, mpsc::Receiver<PageIndex>),
+        closer: Closer,
     ) {
         self.feed.restart(wanted);
         let mut lanes = LaneTasks::start(lanes);
@@ -170,9 +185,9 @@ impl Server {
             lanes.queues(),
             self.compression,
         ));
-        let answering = Answering::new(self, &gate, urgent).start(requests);
-        let lanes = Some(lanes);
-        self.session = Some(Session { gate, pump, lanes, answering, pushing: None });
+        let _answering = self.answer(&gate, urgent, requests, closer.clone());
+        let (lanes, pushing) = (Some(lanes), None);
+        self.session = Some(Session { gate, pump, closer, lanes, _answering, pushing });
     }
 
     /// Compares digests that the destination made of pages as they arrived.
@@ -211,7 +226,6 @@ impl Server {
         self.feed.close();
         let Some(mut session) = self.session.take() else { return };
         session.gate.close();
-        session.answering.abort();
         if let Some(lanes) = &mut session.lanes {
             lanes.stop().await;
         }
@@ -221,91 +235,5 @@ impl Server {
             self.pushed.add(&counts);
         }
         let _dropped = on_thread(move || drop(session)).await;
-    }
-}
-
-/// Answers requests, one after the other.
-struct Answering {
-    ram: Arc<GuestRam>,
-    feed: Arc<Feed>,
-    gate: Arc<Gate>,
-    lane: LaneSender,
-    is_packed: bool,
-    builder: BatchBuilder,
-    packer: Packer,
-    buffers: Buffers,
-}
-
-impl Answering {
-    fn new(server: &Server, gate: &Arc<Gate>, lane: LaneSender) -> Self {
-        Self {
-            ram: Arc::clone(&server.ram),
-            feed: Arc::clone(&server.feed),
-            gate: Arc::clone(gate),
-            lane,
-            is_packed: server.compression != Wanted::Always(Codec::Plain),
-            builder: BatchBuilder::new(),
-            packer: Packer::default(),
-            buffers: Buffers::default(),
-        }
-    }
-
-    fn start(mut self, mut requests: mpsc::Receiver<PageIndex>) -> JoinHandle<()> {
-        tokio::spawn(async move {
-            while let Some(page) = requests.recv().await {
-                if let Err(error) = self.answer(page).await {
-                    tracing::warn!(error = %error.tell(), "requests are not answered");
-                    break;
-                }
-            }
-        })
-    }
-
-    /// Reads on the runtime's thread: a page is some microseconds, and the guest waits.
-    async fn answer(&mut self, page: PageIndex) -> Result<(), EngineError> {
-        let Some(answer) = self.feed.requested(page)? else { return Ok(()) };
-        self.send(answer.page).await?;
-        self.flush().await?;
-        for neighbours in answer.neighbours {
-            self.send(neighbours).await?;
-        }
-        self.flush().await
-    }
-
-    async fn send(&mut self, run: Range<u64>) -> Result<(), EngineError> {
-        for first in run.clone().step_by(CHUNK_PAGES as usize) {
-            let pages = (run.end - first).min(CHUNK_PAGES) as usize;
-            let first = PageIndex(first);
-            let read = |buffer: &mut [u8]| self.ram.read(first, buffer);
-            self.builder.push_last(first, pages, read).map_err(PumpError::from)?;
-            if self.builder.is_full(CHUNK_PAGES as usize) {
-                self.flush().await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn flush(&mut self) -> Result<(), EngineError> {
-        let Some(batch) = self.builder.take() else { return Ok(()) };
-        self.builder.reuse(self.buffers.take());
-        let content_bytes = batch.content.len();
-        let (codec, payload) = self.pack(batch.content)?;
-        self.gate.pass(wire_bytes(batch.runs.len(), payload.len()));
-        let payload = self.buffers.lend(payload).into();
-        let batch = Batch { runs: batch.runs, payload, codec, content_bytes, round: 0 };
-        Ok(self.lane.send(batch).await?)
-    }
-
-    fn pack(&mut self, content: PageBuffer) -> Result<(Codec, PageBuffer), PumpError> {
-        if !self.is_packed || content.is_empty() {
-            return Ok((Codec::Plain, content));
-        }
-        let packed = content.pack(&mut self.packer, Codec::Lz4, self.buffers.take())?;
-        let (codec, kept, spare) = match packed.len() < content.len() {
-            true => (Codec::Lz4, packed, content),
-            false => (Codec::Plain, content, packed),
-        };
-        self.buffers.put(spare);
-        Ok((codec, kept))
     }
 }

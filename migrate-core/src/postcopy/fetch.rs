@@ -31,6 +31,8 @@ pub struct Arrival {
     pub complete: Vec<Range<u64>>,
     /// Pages of the run that had arrived before; their content is the same.
     pub duplicate_pages: u64,
+    /// Since when the guest waited for those in `complete` that it waited for.
+    pub waited_since: Vec<Duration>,
 }
 
 /// What the destination waits for.
@@ -106,12 +108,12 @@ impl Fetch {
         host.is_some_and(|host| self.waiting.contains_key(&host.pages.start))
     }
 
-    /// The pages `run` arrived at `now`. Parts of a host page are to be kept until
-    /// [`Arrival::complete`] names it.
+    /// The pages `run` arrived. Parts of a host page are to be kept until [`Arrival::complete`] names
+    /// it; [`Self::woken`] is to be told when those are in place.
     ///
     /// # Errors
     /// [`PostcopyError::UnexpectedPage`] if one of them was not missing; then none counts.
-    pub fn arrived(&mut self, run: Range<u64>, now: Duration) -> Result<Arrival, PostcopyError> {
+    pub fn arrived(&mut self, run: Range<u64>) -> Result<Arrival, PostcopyError> {
         if let Some(page) = run.clone().find(|page| !self.missing.contains(*page)) {
             return Err(PostcopyError::UnexpectedPage(PageIndex(page)));
         }
@@ -122,7 +124,7 @@ impl Fetch {
             let part = next..run.end.min(host.pages.end);
             next = part.end;
             if self.lacking.contains(host.pages.start) {
-                self.part_arrived(host.pages, part, now, &mut arrival);
+                self.part_arrived(host.pages, part, &mut arrival);
             } else {
                 arrival.duplicate_pages += part.end - part.start;
             }
@@ -131,14 +133,15 @@ impl Fetch {
         Ok(arrival)
     }
 
+    /// What arrived is in place at `now`, and who waited for it goes on.
+    pub fn woken(&mut self, arrival: &Arrival, now: Duration) {
+        for since in &arrival.waited_since {
+            self.stalls.ended(*since, now);
+        }
+    }
+
     /// Notes a part of a host page that is lacking.
-    fn part_arrived(
-        &mut self,
-        host: Range<u64>,
-        part: Range<u64>,
-        now: Duration,
-        arrival: &mut Arrival,
-    ) {
+    fn part_arrived(&mut self, host: Range<u64>, part: Range<u64>, arrival: &mut Arrival) {
         arrival.duplicate_pages += self.parts.iter_range(part.clone()).count() as u64;
         self.parts.insert_range(part);
         if host.clone().any(|page| !self.parts.contains(page)) {
@@ -148,7 +151,7 @@ impl Fetch {
         self.lacking.remove_range(host.clone());
         self.lacking_pages -= host.end - host.start;
         if let Some(since) = self.waiting.remove(&host.start) {
-            self.stalls.ended(since, now);
+            arrival.waited_since.push(since);
         }
         append(&mut arrival.complete, host);
     }

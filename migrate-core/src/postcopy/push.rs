@@ -2,7 +2,9 @@
 //!
 //! The push bubbles outwards from the latest faults (pivots), forward and backward by turns, up to
 //! [`REACH_PAGES`] on either side; the latest pivot comes first. What no pivot reaches follows in
-//! order. Every page is sent once; see [`PushPlan::wanted`] for what a lost link changes.
+//! order. Every page is sent once, but for small pages that the guest waits for while they are on their way
+//! in the background: those follow on the urgent lane, which is faster. See [`PushPlan::wanted`] for
+//! what a lost link changes.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -77,6 +79,8 @@ pub struct PushCounts {
     pub requests_late: u64,
     /// Pages sent because they were asked for.
     pub urgent_pages: u64,
+    /// Of those, pages that had left in the background, too.
+    pub repeated_pages: u64,
     /// Pages sent as their neighbours.
     pub prefetched_pages: u64,
     /// Of those, pages of windows that were continued: see [`Self::prefetch_hit_rate`].
@@ -122,6 +126,8 @@ pub struct PushPlan {
     missing: PageSet,
     unsent: PageSet,
     unsent_pages: u64,
+    /// What left in the background alone.
+    pushed: PageSet,
     windows: Windows,
     /// The most recent one is the first.
     pivots: VecDeque<Pivot>,
@@ -140,6 +146,7 @@ impl PushPlan {
         Self {
             unsent: missing.clone(),
             unsent_pages: missing.len(),
+            pushed: PageSet::new(missing.size()),
             missing,
             hosts,
             windows: Windows::new(config.window_pages_max),
@@ -162,13 +169,14 @@ impl PushPlan {
         self.unsent = self.hosts.round_up(wanted);
         self.unsent.intersect(&self.missing);
         self.unsent_pages = self.unsent.len();
+        self.pushed.clear();
         self.cursor = 0;
         self.pivots.clear();
         self.windows.forget();
     }
 
     /// The destination's guest faulted on `page`: what to answer with. Nothing if the page is under
-    /// way already.
+    /// way already and will not come sooner for being sent again.
     ///
     /// # Errors
     /// [`PostcopyError::UnexpectedRequest`] if the page is not missing there.
@@ -185,7 +193,7 @@ impl PushPlan {
         if !self.unsent.contains(fault.pages.start) {
             self.counts.requests_late += 1;
             self.windows.late(&fault, &self.unsent);
-            return Ok(None);
+            return Ok(self.again(fault));
         }
         let window = self.windows.fault(&fault, &self.unsent);
         self.send(fault.pages.clone());
@@ -199,11 +207,23 @@ impl PushPlan {
         Ok(Some(Answer { page: fault.pages, neighbours }))
     }
 
+    /// Once more what the background may bring only after a while: a small page.
+    fn again(&mut self, fault: HostPage) -> Option<Answer> {
+        if fault.len() > 1 || !self.pushed.contains(fault.pages.start) {
+            return None;
+        }
+        self.pushed.remove_range(fault.pages.clone());
+        self.counts.urgent_pages += 1;
+        self.counts.repeated_pages += 1;
+        Some(Answer { page: fault.pages, neighbours: vec![] })
+    }
+
     /// The next run to push, of at most `pages_max` pages or one host page if that is more. Nothing
     /// if all is sent.
     pub fn next(&mut self, pages_max: u64) -> Option<Range<u64>> {
         let run = self.next_at_pivot(pages_max).or_else(|| self.next_in_order(pages_max))?;
         self.send(run.clone());
+        self.pushed.insert_range(run.clone());
         self.counts.pushed_pages += run.end - run.start;
         Some(run)
     }
@@ -231,7 +251,7 @@ impl PushPlan {
 
     /// Bytes of memory in use.
     pub fn memory_bytes(&self) -> usize {
-        self.missing.memory_bytes() + self.unsent.memory_bytes()
+        [&self.missing, &self.unsent, &self.pushed].map(PageSet::memory_bytes).iter().sum()
     }
 
     /// Marks a run of unsent pages as sent.
@@ -438,11 +458,13 @@ mod tests {
             page += fault(&mut plan, page);
             let pushed = plan.next(16).unwrap();
             assert_eq!(pushed.start, page, "right behind the window");
-            assert_eq!(fault(&mut plan, page + 3), 0, "under way");
+            assert_eq!(fault(&mut plan, page + 3), 1, "under way in the background");
+            assert_eq!(fault(&mut plan, page + 3), 0, "and on the urgent lane");
             page = pushed.end;
         }
         assert_eq!(fault(&mut plan, page), 64);
-        assert_eq!(plan.counts().requests_late, 8);
+        let counts = plan.counts();
+        assert_eq!((counts.requests_late, counts.repeated_pages), (16, 8));
     }
 
     #[test]
@@ -456,7 +478,7 @@ mod tests {
         assert_eq!(pushed, [page..1277, 1277..2277], "as far as the pivot reaches, then in order");
         assert!(2277 - page > REACH_PAGES);
         for late in [1200, 2100] {
-            assert_eq!(fault(&mut plan, late), 0);
+            assert_eq!(fault(&mut plan, late), 1);
         }
         assert_eq!(fault(&mut plan, 2277), 64);
     }
@@ -511,6 +533,8 @@ mod tests {
         assert_eq!(plan.next(10), Some(8192 + 1024..8192 + 1536));
         assert_eq!(plan.next(10), Some(8192 + 1536..8192 + 2048));
         assert_eq!(plan.unsent_pages(), 0);
+        let late = plan.requested(PageIndex(8192 + 1600), NOW);
+        assert_eq!(late, Ok(None), "as long again on its way");
     }
 
     #[test]
@@ -541,6 +565,8 @@ mod tests {
     fn after_a_lost_link_only_what_is_wanted_is_sent() {
         let mut plan = plan_of(&[0..100]);
         while plan.next(7).is_some() {}
+        let again = Answer { page: 50..51, neighbours: vec![] };
+        assert_eq!(plan.requested(PageIndex(50), NOW), Ok(Some(again)));
         assert_eq!(plan.requested(PageIndex(50), NOW), Ok(None));
         let mut wanted = PageSet::new(1 << 20);
         wanted.insert_range(40..60);

@@ -80,6 +80,8 @@ struct World {
     asked: BTreeSet<u64>,
     /// Sent over this link.
     sent: PageSet,
+    /// Of those, pages that were sent again since the guest waited for them.
+    repeated: PageSet,
     to_source: VecDeque<ToSource>,
     urgent: VecDeque<Range<u64>>,
     bulk: [VecDeque<Range<u64>>; 2],
@@ -106,6 +108,7 @@ impl World {
             waiting: BTreeSet::new(),
             asked: BTreeSet::new(),
             sent: PageSet::new(PAGES),
+            repeated: PageSet::new(PAGES),
             to_source: VecDeque::new(),
             urgent: VecDeque::new(),
             bulk: [VecDeque::new(), VecDeque::new()],
@@ -183,6 +186,12 @@ impl World {
                     return assert!(self.sent.contains(page.0), "neither sent nor answered");
                 };
                 assert_eq!(answer.page, host(page.0));
+                if self.sent.contains(page.0) {
+                    assert!(answer.page == (page.0..page.0 + 1) && answer.neighbours.is_empty());
+                    assert!(!self.repeated.contains(page.0), "{page} sent three times");
+                    self.repeated.insert(page.0);
+                    return self.urgent.push_back(answer.page);
+                }
                 let pages: u64 = answer.neighbours.iter().map(|run| run.end - run.start).sum();
                 assert!(pages < 64);
                 for run in std::iter::once(answer.page).chain(answer.neighbours) {
@@ -196,7 +205,8 @@ impl World {
 
     fn arrive(&mut self, run: Option<Range<u64>>) {
         let Some(run) = run else { return };
-        let arrival = self.fetch.arrived(run.clone(), self.now).unwrap();
+        let arrival = self.fetch.arrived(run.clone()).unwrap();
+        self.fetch.woken(&arrival, self.now);
         let mut duplicates = 0;
         for page in run {
             let gathered = self.memory.contains_key(&page)
@@ -215,7 +225,7 @@ impl World {
     fn hostile(&mut self, start: u64, pages: u64) {
         let run = start..start + pages;
         if run.clone().any(|page| !self.missing.contains(page)) {
-            let error = self.fetch.arrived(run, self.now).unwrap_err();
+            let error = self.fetch.arrived(run).unwrap_err();
             assert!(matches!(error, PostcopyError::UnexpectedPage(_)), "{error}");
         }
         if !self.missing.contains(start) {
@@ -239,6 +249,7 @@ impl World {
         }
         self.up = true;
         self.sent.clear();
+        self.repeated.clear();
         let again = self.fetch.reconnected();
         self.gathered.clear();
         assert!(again.iter().map(|page| page.0).eq(self.waiting.iter().copied()));
@@ -303,10 +314,11 @@ impl World {
         let stats = self.fetch.stats();
         assert!(stats.served <= stats.faults && stats.p50_us <= stats.p99_us);
         if self.lossless {
-            assert_eq!(stats.duplicate_pages, 0);
             let counts = self.plan.counts();
+            assert_eq!(counts.repeated_pages, self.repeated.len());
+            assert_eq!(stats.duplicate_pages, self.repeated.len());
             let sent = counts.urgent_pages + counts.prefetched_pages + counts.pushed_pages;
-            assert_eq!(sent, self.missing.len());
+            assert_eq!(sent, self.missing.len() + self.repeated.len());
         }
     }
 }
@@ -350,9 +362,9 @@ proptest! {
         world.finish();
     }
 
-    /// Without a lost link or a repeated batch each page travels once.
+    /// Without a lost link or a repeated batch each page travels once, or twice if it is waited for.
     #[test]
-    fn every_missing_page_is_sent_once(
+    fn no_page_is_sent_again_in_vain(
         missing in missing(),
         ops in prop::collection::vec(op(), 0..250),
     ) {
@@ -380,17 +392,18 @@ fn a_host_page_is_complete_with_its_last_part() {
     let first = PageIndex(SMALL);
     assert_eq!(fetch.fault(PageIndex(SMALL + 9), at(10)), Ok(FaultAction::Ask(first)));
     assert_eq!(fetch.fault(first, at(20)), Ok(FaultAction::Wait));
-    let part = fetch.arrived(SMALL + 100..SMALL + 512, at(30)).unwrap();
+    let part = fetch.arrived(SMALL + 100..SMALL + 512).unwrap();
     assert_eq!(part, Arrival::default());
-    let rest = fetch.arrived(SMALL..SMALL + 101, at(40)).unwrap();
-    let complete = vec![SMALL..SMALL + 512];
-    assert_eq!(rest, Arrival { complete, duplicate_pages: 1 });
+    let rest = fetch.arrived(SMALL..SMALL + 101).unwrap();
+    let (complete, waited_since) = (vec![SMALL..SMALL + 512], vec![at(10)]);
+    assert_eq!(rest, Arrival { complete, duplicate_pages: 1, waited_since });
+    fetch.woken(&rest, at(40));
     let present = FaultAction::Present(SMALL..SMALL + 512);
     assert_eq!(fetch.fault(first, at(50)), Ok(present));
     let zeros = FaultAction::Zeros(SMALL + 512..SMALL + 1024);
     assert_eq!(fetch.fault(PageIndex(SMALL + 600), at(50)), Ok(zeros));
-    let arrival = fetch.arrived(3..5, at(60)).unwrap();
-    assert_eq!(arrival, Arrival { complete: vec![3..5], duplicate_pages: 0 });
+    let arrival = fetch.arrived(3..5).unwrap();
+    assert_eq!(arrival, Arrival { complete: vec![3..5], ..Arrival::default() });
     let stats = fetch.stats();
     assert_eq!((stats.faults, stats.faults_under_way, stats.faults_zero), (2, 1, 1));
     assert_eq!((stats.served, stats.max_us, stats.blocked_us), (1, 30, 30));
@@ -401,13 +414,14 @@ fn a_host_page_is_complete_with_its_last_part() {
 fn a_stall_lasts_through_an_outage() {
     let mut fetch = Fetch::new(&layout(), set(&[SMALL..SMALL + 512, 3..5])).unwrap();
     fetch.fault(PageIndex(4), at(0)).unwrap();
-    fetch.arrived(SMALL..SMALL + 200, at(0)).unwrap();
+    fetch.arrived(SMALL..SMALL + 200).unwrap();
     // Part of it is there: no need to ask before the link is lost.
     assert_eq!(fetch.fault(PageIndex(SMALL + 1), at(5)), Ok(FaultAction::Wait));
     assert_eq!(fetch.reconnected(), [PageIndex(4), PageIndex(SMALL)]);
     assert_eq!(fetch.still_missing(), &set(&[SMALL..SMALL + 512, 3..5]));
-    assert_eq!(fetch.arrived(SMALL + 200..SMALL + 512, at(9)).unwrap().complete, []);
-    fetch.arrived(4..5, at(2_000_000)).unwrap();
+    assert_eq!(fetch.arrived(SMALL + 200..SMALL + 512).unwrap().complete, []);
+    let arrival = fetch.arrived(4..5).unwrap();
+    fetch.woken(&arrival, at(2_000_000));
     assert_eq!(fetch.stats().max_us, 2_000_000);
     assert_eq!(fetch.missing_pages(), 513);
 }
@@ -420,7 +434,7 @@ fn what_a_peer_must_not_say_is_refused() {
     assert_eq!(partial, PostcopyError::PartialPages);
     let mut fetch = Fetch::new(&layout(), set(&[3..5])).unwrap();
     for run in [2..4, 4..6, 0..u64::MAX, PAGES - 1..PAGES + 1, u64::MAX - 1..u64::MAX] {
-        let error = fetch.arrived(run, at(0)).unwrap_err();
+        let error = fetch.arrived(run).unwrap_err();
         assert_eq!(error.bin(), ErrorBin::PeerMisbehaved);
     }
     assert_eq!(fetch.missing_pages(), 2, "nothing of a refused run counts");

@@ -4,7 +4,7 @@ mod guest;
 mod load;
 mod qemu;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
 use migrate_core::error::{Classify, ErrorBin};
@@ -342,7 +342,7 @@ fn more_faults_than_one_read_takes() {
     let count = FAULTS_MAX as u64 + 44;
     let jobs: Vec<_> =
         (0..count).map(|page| guest.begin(&format!("sum 0 {} 4096", page * PAGE))).collect();
-    let path = format!("/proc/{}/fdinfo/{}", std::process::id(), pager.as_raw_fd());
+    let path = format!("/proc/{}/fdinfo/{}", std::process::id(), pager.as_fd().as_raw_fd());
     let deadline = Instant::now() + Duration::from_secs(60);
     let waiting = format!("pending:\t{count}\n");
     while !std::fs::read_to_string(&path).unwrap().contains(&waiting) {

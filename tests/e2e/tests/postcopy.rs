@@ -24,13 +24,15 @@ fn check_report(moved: &Moved, mode: &str) -> Result<()> {
     Ok(())
 }
 
-/// Moves a guest `times` times between QEMUs of the kinds given in turn, by both modes in turn.
+/// Moves a guest `times` times between QEMUs of the kinds given in turn, by both modes and all kinds of
+/// lanes in turn.
 fn back_and_forth(kinds: [QemuKind; 2], times: usize) -> Result<()> {
     let rig = Rig::new()?;
     let mut vm = Vm::boot(&rig.env, busy(kinds[0]))?;
     for turn in 1..=times {
-        let mode = ["hybrid", "post-copy"][turn % 2];
-        let moved = rig.migrate(vm, kinds[turn % 2], &["--verify", "--mode", mode])?;
+        let (mode, lanes) = (["hybrid", "post-copy"][turn % 2], ["auto", "quic", "tcp"][turn % 3]);
+        let words = ["--verify", "--mode", mode, "--lanes", lanes];
+        let moved = rig.migrate(vm, kinds[turn % 2], &words)?;
         check_report(&moved, mode)?;
         vm = moved.vm;
     }

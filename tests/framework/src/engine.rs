@@ -25,6 +25,8 @@ pub struct EngineOutput {
     pub stderr: String,
     /// CPU seconds are of interest to bench: of the process and its children, as far as known.
     pub cpu_seconds: Option<f64>,
+    /// The most memory that it had resident while it was waited for, in bytes, as far as known.
+    pub peak_bytes: Option<u64>,
 }
 
 impl EngineOutput {
@@ -58,6 +60,7 @@ pub struct Engine {
     folder: TempDir,
     name: String,
     cpu_seconds: Option<f64>,
+    peak_bytes: Option<u64>,
 }
 
 impl Engine {
@@ -95,7 +98,7 @@ impl Engine {
             .stderr(create("stderr")?);
         let name = format!("migrate {}", arguments.first().unwrap_or(&""));
         let process = Process::start(&name, command)?;
-        Ok(Self { process, folder, name, cpu_seconds: None })
+        Ok(Self { process, folder, name, cpu_seconds: None, peak_bytes: None })
     }
 
     /// Runs to the end.
@@ -168,6 +171,13 @@ impl Engine {
         self.process.signal(signal)
     }
 
+    /// Notes what it has used so far; the last values before its end are off by one poll interval at most.
+    fn look(&mut self) {
+        let pid = self.process.pid();
+        self.cpu_seconds = crate::cpu::seconds(pid).ok().or(self.cpu_seconds);
+        self.peak_bytes = crate::memory::peak_bytes(pid).ok().or(self.peak_bytes);
+    }
+
     /// Kills it with SIGKILL and returns what it wrote.
     ///
     /// # Errors
@@ -181,13 +191,24 @@ impl Engine {
     ///
     /// # Errors
     /// It still runs after `timeout` (it is killed then); the text has stderr.
-    pub fn wait(mut self, timeout: Duration) -> Result<EngineOutput> {
-        let pid = self.process.pid();
-        let what = format!("the end of {} (pid {pid})", self.name);
+    pub fn wait(self, timeout: Duration) -> Result<EngineOutput> {
+        self.wait_beside(timeout, None)
+    }
+
+    /// As [`Self::wait`], and looks meanwhile at what `other` uses, which may end at the same time.
+    ///
+    /// # Errors
+    /// As [`Self::wait`].
+    pub fn wait_beside(
+        mut self,
+        timeout: Duration,
+        mut other: Option<&mut Self>,
+    ) -> Result<EngineOutput> {
+        let what = format!("the end of {} (pid {})", self.name, self.process.pid());
         let ended = wait::until(&what, timeout, || {
-            // The last value before the end; off by one poll interval at most.
-            if let Ok(seconds) = crate::cpu::seconds(pid) {
-                self.cpu_seconds = Some(seconds);
+            self.look();
+            if let Some(other) = &mut other {
+                other.look();
             }
             self.process.exited()
         });
@@ -202,6 +223,7 @@ impl Engine {
             stderr: self.stderr(),
             stdout,
             cpu_seconds: self.cpu_seconds,
+            peak_bytes: self.peak_bytes,
         })
     }
 }

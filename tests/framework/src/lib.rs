@@ -17,6 +17,7 @@ pub mod env;
 pub mod guest;
 pub mod heartbeat;
 pub mod hugepages;
+pub mod memory;
 pub mod netns;
 pub mod process;
 pub mod pulse;

@@ -1,0 +1,239 @@
+//! Answers to the requests of a guest that runs at the destination and waits for a page.
+//!
+//! ```text
+//!   TCP:   UrgentSender ──► thread: plan, read, pack ──► UrgentSender
+//!   QUIC:  control stream ► task:   plan, read, pack ──► LaneSender
+//! ```
+//!
+//! Over TCP a thread does it all and nothing has to be handed on; over QUIC the connections' tasks lie in
+//! between. Answers leave whatever else is under way. What ends answering ends the session, in the place of
+//! which the destination gets another.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+
+use migrate_core::batch::{CHUNK_PAGES, wire_bytes};
+use migrate_core::codec::{Codec, Packer};
+use migrate_core::codec_choice::Wanted;
+use migrate_core::encode::{BatchBuilder, PageBuffer};
+use migrate_core::error::{Classify, ErrorBin};
+use migrate_core::layout::PageIndex;
+use qemu_glue::ram::GuestRam;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use transport::{Batch, Closer, LaneSender, TransportError, UrgentSender, UrgentStop, close_code};
+
+use super::buffers::Buffers;
+use super::feed::Feed;
+use super::gate::Gate;
+use super::pump::PumpError;
+use crate::blocking::{hurry, join};
+use crate::error::EngineError;
+
+/// The lane that was set aside for answers.
+#[derive(Debug)]
+pub enum UrgentLane {
+    /// Requests come on it.
+    Tcp(UrgentSender),
+    /// Requests come on the control stream.
+    Quic(LaneSender),
+}
+
+impl UrgentLane {
+    /// Readies a lane of a session whose destination does the same.
+    ///
+    /// # Errors
+    /// If its TCP connection has ended.
+    pub fn of(lane: LaneSender) -> Result<Self, EngineError> {
+        if lane.has_tcp() {
+            return Ok(Self::Tcp(lane.into_urgent()?));
+        }
+        Ok(Self::Quic(lane))
+    }
+}
+
+/// Who answers, until this is stopped or dropped.
+#[derive(Debug)]
+pub enum Answering {
+    /// A thread.
+    Tcp(UrgentStop, Option<thread::JoinHandle<()>>),
+    /// A task.
+    Quic(JoinHandle<()>),
+}
+
+impl Answering {
+    /// Begins to answer requests on `lane`, or those that come over `requests`.
+    pub fn start(
+        answers: Answers,
+        lane: UrgentLane,
+        requests: mpsc::Receiver<PageIndex>,
+        closer: Closer,
+    ) -> Self {
+        match lane {
+            UrgentLane::Tcp(lane) => {
+                let stop = lane.stop();
+                let answer = move || report(&closer, answer_on_thread(answers, lane));
+                Self::Tcp(stop, Some(thread::spawn(answer)))
+            }
+            UrgentLane::Quic(lane) => Self::Quic(tokio::spawn(async move {
+                report(&closer, answer_in_task(answers, lane, requests).await);
+            })),
+        }
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        match self {
+            Self::Quic(task) => task.abort(),
+            Self::Tcp(stop, thread) => {
+                stop.stop();
+                if let Some(thread) = thread.take() {
+                    join(thread, Some(stop));
+                }
+            }
+        }
+    }
+}
+
+fn report(closer: &Closer, answered: Result<(), EngineError>) {
+    let Err(error) = answered else { return };
+    // The destination has all it wants, or the session is given up here.
+    if let EngineError::Transport(TransportError::Ended { .. }) = error {
+        return;
+    }
+    tracing::info!(error = %error.tell(), "requests are not answered");
+    let code = match error.bin() {
+        ErrorBin::PeerMisbehaved => close_code::PROTOCOL,
+        _ => close_code::INTERNAL,
+    };
+    closer.close_now(code, &error.tell());
+}
+
+fn answer_on_thread(mut answers: Answers, mut lane: UrgentSender) -> Result<(), EngineError> {
+    hurry();
+    loop {
+        answers.requested(lane.requested()?)?;
+        while let Some(batch) = answers.next()? {
+            lane.send(batch)?;
+        }
+    }
+}
+
+/// Reads memory on the runtime's thread: a page is some microseconds, and the guest waits.
+async fn answer_in_task(
+    mut answers: Answers,
+    mut lane: LaneSender,
+    mut requests: mpsc::Receiver<PageIndex>,
+) -> Result<(), EngineError> {
+    while let Some(page) = requests.recv().await {
+        answers.requested(page)?;
+        while let Some(batch) = answers.next()? {
+            lane.send(batch).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the answers, batch by batch.
+#[derive(Debug)]
+pub struct Answers {
+    ram: Arc<GuestRam>,
+    feed: Arc<Feed>,
+    gate: Arc<Gate>,
+    is_packed: bool,
+    /// The page asked for; it travels alone.
+    page: Option<Range<u64>>,
+    /// What follows it.
+    neighbours: VecDeque<Range<u64>>,
+    builder: BatchBuilder,
+    packer: Packer,
+    buffers: Buffers,
+}
+
+impl Answers {
+    /// Answers with pages of `ram` as the feed plans it, packed unless raw contents are `wanted`.
+    pub fn new(ram: Arc<GuestRam>, feed: Arc<Feed>, gate: Arc<Gate>, wanted: Wanted) -> Self {
+        Self {
+            ram,
+            feed,
+            gate,
+            is_packed: wanted != Wanted::Always(Codec::Plain),
+            page: None,
+            neighbours: VecDeque::new(),
+            builder: BatchBuilder::new(),
+            packer: Packer::default(),
+            buffers: Buffers::default(),
+        }
+    }
+
+    fn requested(&mut self, page: PageIndex) -> Result<(), EngineError> {
+        if let Some(answer) = self.feed.requested(page)? {
+            self.page = Some(answer.page);
+            self.neighbours = answer.neighbours.into();
+        }
+        Ok(())
+    }
+
+    /// The next batch of the answer, or nothing at its end.
+    fn next(&mut self) -> Result<Option<Batch>, EngineError> {
+        if let Some(page) = &mut self.page {
+            let run = take(page);
+            if page.is_empty() {
+                self.page = None;
+            }
+            self.push(run)?;
+            return self.batch();
+        }
+        while let Some(run) = self.neighbours.front_mut() {
+            let part = take(run);
+            if run.is_empty() {
+                self.neighbours.pop_front();
+            }
+            self.push(part)?;
+            if self.builder.is_full(CHUNK_PAGES as usize) {
+                break;
+            }
+        }
+        self.batch()
+    }
+
+    fn push(&mut self, run: Range<u64>) -> Result<(), EngineError> {
+        let (first, pages) = (PageIndex(run.start), (run.end - run.start) as usize);
+        let read = |buffer: &mut [u8]| self.ram.read(first, buffer);
+        Ok(self.builder.push_last(first, pages, read).map_err(PumpError::from)?)
+    }
+
+    fn batch(&mut self) -> Result<Option<Batch>, EngineError> {
+        let Some(batch) = self.builder.take() else { return Ok(None) };
+        self.builder.reuse(self.buffers.take());
+        let content_bytes = batch.content.len();
+        let (codec, payload) = self.pack(batch.content)?;
+        self.gate.pass(wire_bytes(batch.runs.len(), payload.len()));
+        let payload = self.buffers.lend(payload).into();
+        Ok(Some(Batch { runs: batch.runs, payload, codec, content_bytes, round: 0 }))
+    }
+
+    fn pack(&mut self, content: PageBuffer) -> Result<(Codec, PageBuffer), PumpError> {
+        if !self.is_packed || content.is_empty() {
+            return Ok((Codec::Plain, content));
+        }
+        let packed = content.pack(&mut self.packer, Codec::Lz4, self.buffers.take())?;
+        let (codec, kept, spare) = match packed.len() < content.len() {
+            true => (Codec::Lz4, packed, content),
+            false => (Codec::Plain, content, packed),
+        };
+        self.buffers.put(spare);
+        Ok((codec, kept))
+    }
+}
+
+/// Takes what a batch may hold off the run's front.
+fn take(run: &mut Range<u64>) -> Range<u64> {
+    let end = run.end.min(run.start + CHUNK_PAGES);
+    let taken = run.start..end;
+    run.start = end;
+    taken
+}
