@@ -30,34 +30,43 @@ const NOISE_BITS: f64 = 7.5;
 /// Share of the time that a codec must save to be used.
 const WORTHWHILE: f64 = 0.97;
 
-/// Among codecs that are faster than sending as is, a tenth of the length counts as much as seven
-/// tenths of the time: what is measured varies by as much, and the link has other users.
-const SIZE_WEIGHT: f64 = 0.15;
+/// Among codecs that are faster than sending as is, half the length is worth a fifth of the time: what
+/// is measured varies by as much, and the link has other users.
+const SIZE_WEIGHT: f64 = 0.35;
 
 /// While packing takes less than this share of the time, the stream is fed although it gains nothing
 /// yet: what repeats it finds only among what went through it.
 const IDLE: f64 = 0.5;
 
-/// Weight of the latest measurement.
+/// Weight of the latest measurement, and of one that others of the kind were packed before.
 const WEIGHT: f64 = 0.25;
+const WEIGHT_AFTER_OTHERS: f64 = 0.7;
 
 /// Weight of the latest batch in what is known of the slowdown.
 const SLOWDOWN_WEIGHT: f64 = 0.03;
 
-/// Batches of a kind after which a codec is tried that was not measured meanwhile.
-const TRIAL_EVERY: u32 = 128;
+/// Batches of a kind after which a codec is tried that was not measured meanwhile; twice as many after
+/// every trial that did not show it to be the fastest, so that all trials of a long migration together take
+/// little of it.
+const TRIAL_AFTER: u32 = 64;
+const TRIALS_FAILED_MAX: u32 = 16;
 
-/// Share of the time that trials may take while contents travel as they are, and while packing saves
-/// more than that anyway.
-const TRIAL_SHARE: f64 = 0.02;
-const TRIAL_SHARE_PACKED: f64 = 0.08;
+/// Zstandard is tried with one batch, as long as its stream is ahead, when LZ4 packs to this share of
+/// the length that it had when Zstandard was last used: memory that packs badly is followed by memory
+/// of which the stream has seen the like.
+const EASIER: f64 = 0.7;
 
 /// Batches of a trial: what the stream gains shows only after some megabytes.
 const TRIAL_BATCHES: u32 = 40;
 
+/// A trial ends when a byte takes so many times as long to pack as it takes with the fastest: a stream
+/// that is ahead packs faster than one that is not, but not by so much.
+const HOPELESS: f64 = 4.0;
+
 /// Batches by which the stream has to be ahead before it is measured. Each batch that does not go
-/// through it takes it back by one.
-const WARM_BATCHES: u32 = 32;
+/// through it takes it back by one; it is never further ahead than the second number.
+const WARM_BATCHES: u32 = 16;
+const WARM_BATCHES_MAX: u32 = 64;
 
 /// What the user wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,20 +86,24 @@ struct Known {
     ratio: f64,
     /// Batches of the kind since it was measured.
     age: u32,
-    /// Seconds that they took, as far as is known.
-    age_s: f64,
+    /// Trials since it was last the fastest.
+    trials_failed: u32,
 }
 
 impl Known {
     fn assumed(s_per_byte: f64, ratio: f64) -> Self {
-        Self { s_per_byte, ratio, age: 0, age_s: 0.0 }
+        Self { s_per_byte, ratio, age: 0, trials_failed: 0 }
     }
 
     fn note(&mut self, s_per_byte: f64, ratio: f64) {
-        self.s_per_byte += (s_per_byte - self.s_per_byte) * WEIGHT;
-        self.ratio += (ratio - self.ratio) * WEIGHT;
+        let weight = if self.age > 1 { WEIGHT_AFTER_OTHERS } else { WEIGHT };
+        self.s_per_byte += (s_per_byte - self.s_per_byte) * weight;
+        self.ratio += (ratio - self.ratio) * weight;
         self.age = 0;
-        self.age_s = 0.0;
+    }
+
+    fn is_due(&self) -> bool {
+        self.age > TRIAL_AFTER << self.trials_failed
     }
 }
 
@@ -109,6 +122,10 @@ pub struct CodecChoice {
     warm: u32,
     /// Seconds by the clock that packing for a second of processor time takes.
     slowdown: f64,
+    /// Seconds that a byte takes with the fastest.
+    best_s: f64,
+    /// LZ4's ratio when Zstandard was last used, by kind.
+    lz4_ratio: [f64; 2],
 }
 
 impl CodecChoice {
@@ -126,6 +143,8 @@ impl CodecChoice {
             trial: None,
             warm: 0,
             slowdown: 1.0,
+            best_s: f64::INFINITY,
+            lz4_ratio: [1.0; 2],
         }
     }
 
@@ -136,10 +155,15 @@ impl CodecChoice {
         let codec = match self.wanted {
             Wanted::Always(codec) => codec,
             // Nothing is known of the link before something was sent: most are slow.
-            Wanted::Auto => self.decide(kind, content.len(), link_bytes_per_s.unwrap_or(50e6)),
+            Wanted::Auto => {
+                let link = link_bytes_per_s.unwrap_or(50e6);
+                let codec = self.decide(kind, link);
+                if self.is_easier(kind, codec) { Codec::Zstd } else { codec }
+            }
         };
+        self.note_use(kind, codec);
         self.warm = match codec {
-            Codec::Zstd => (self.warm + 1).min(2 * WARM_BATCHES),
+            Codec::Zstd => (self.warm + 1).min(WARM_BATCHES_MAX),
             _ => self.warm.saturating_sub(1),
         };
         self.last = (kind, codec);
@@ -159,6 +183,10 @@ impl CodecChoice {
         let processor_s = processor.as_secs_f64().max(1e-6);
         let slowdown = (took.as_secs_f64() / processor_s).clamp(1.0, 100.0);
         self.slowdown += (slowdown - self.slowdown) * SLOWDOWN_WEIGHT;
+        let s_per_byte = processor_s / bytes;
+        if s_per_byte * self.slowdown / self.threads > self.best_s * HOPELESS {
+            self.trial = None;
+        }
         let measurable = match codec {
             Codec::Plain => false,
             Codec::Lz4 => true,
@@ -166,32 +194,48 @@ impl CodecChoice {
         };
         let known = self.known.get_mut(kind).and_then(|kind| kind.get_mut(number(codec)));
         if let Some(known) = known.filter(|_| measurable) {
-            known.note(processor_s / bytes, packed_bytes as f64 / bytes);
+            known.note(s_per_byte, packed_bytes as f64 / bytes);
+        }
+    }
+
+    /// Whether contents have changed so that Zstandard, whose stream is ahead, may be better than LZ4.
+    fn is_easier(&self, kind: usize, codec: Codec) -> bool {
+        let (known, before) = (self.known.get(kind), self.lz4_ratio.get(kind));
+        let now = known.and_then(|known| known.get(number(Codec::Lz4)));
+        let eased = now.zip(before).is_some_and(|(now, before)| now.ratio < before * EASIER);
+        eased && codec == Codec::Lz4 && self.warm >= WARM_BATCHES
+    }
+
+    fn note_use(&mut self, kind: usize, codec: Codec) {
+        let known = self.known.get(kind).and_then(|known| known.get(number(Codec::Lz4)));
+        if let (Codec::Zstd, Some(now), Some(ratio)) = (codec, known, self.lz4_ratio.get_mut(kind))
+        {
+            *ratio = now.ratio;
         }
     }
 
     /// A trial if one is due or under way, else the fastest.
-    fn decide(&mut self, kind: usize, content_bytes: usize, link_bytes_per_s: f64) -> Codec {
+    fn decide(&mut self, kind: usize, link_bytes_per_s: f64) -> Codec {
         let threads = self.threads / self.slowdown;
         let Some(known) = self.known.get_mut(kind) else { return Codec::Plain };
-        let (fastest, s_per_byte) = fastest(known, threads, link_bytes_per_s);
-        let spent_s = s_per_byte * content_bytes as f64;
-        for known in known.iter_mut() {
+        let (fastest, best_s) = fastest(known, threads, link_bytes_per_s);
+        self.best_s = best_s;
+        for (codec, known) in Codec::ALL.into_iter().zip(known.iter_mut()) {
             known.age += 1;
-            known.age_s += spent_s;
+            if codec == fastest {
+                known.trials_failed = 0;
+            }
         }
         if let Some((_, codec, left)) = self.trial.take_if(|(of, ..)| *of == kind) {
             self.trial = (left > 1).then_some((kind, codec, left - 1));
             return codec;
         }
-        let share = if fastest == Codec::Plain { TRIAL_SHARE } else { TRIAL_SHARE_PACKED };
-        for codec in [Codec::Lz4, Codec::Zstd] {
-            let Some(known) = known.get_mut(number(codec)) else { continue };
-            let batches = if codec == Codec::Zstd { TRIAL_BATCHES } else { 1 };
-            let more_s = (known.s_per_byte / threads - s_per_byte).max(0.0);
-            let cost_s = more_s * content_bytes as f64 * f64::from(batches);
-            if known.age > TRIAL_EVERY && cost_s <= known.age_s * share {
-                (known.age, known.age_s) = (0, 0.0);
+        for (codec, batches) in [(Codec::Lz4, 1), (Codec::Zstd, TRIAL_BATCHES)] {
+            if let Some(known) = known.get_mut(number(codec))
+                && known.is_due()
+            {
+                known.age = 0;
+                known.trials_failed = (known.trials_failed + 1).min(TRIALS_FAILED_MAX);
                 self.trial = (batches > 1).then_some((kind, codec, batches - 1));
                 return codec;
             }
@@ -306,6 +350,30 @@ mod tests {
         // And if it is found, more time is spent.
         let [_, _, zstd] = run(&noise(BATCH), 300e6, (900e6, 1.0), (400e6, 0.1), 400);
         assert!(zstd > 190, "{zstd}");
+    }
+
+    /// Memory that packs badly by either codec is followed by some that the stream knows.
+    #[test]
+    fn what_gets_easier_goes_back_to_the_stream() {
+        let content = text(BATCH);
+        let mut choice = CodecChoice::new(Wanted::Auto, 2);
+        let mut late = [0; 3];
+        for batch in 0..250u32 {
+            let codec = choice.choose(&content, Some(147e6));
+            late[number(codec)] += u32::from(batch >= 120);
+            let dense = (40..65).contains(&batch);
+            let (ns_per_byte, ratio) = match (codec, dense) {
+                (Codec::Plain, _) => continue,
+                (Codec::Lz4, true) => (2.0, 0.6),
+                (Codec::Lz4, false) => (0.7, 0.24),
+                (Codec::Zstd, true) => (6.5, 0.55),
+                (Codec::Zstd, false) => (1.6, 0.03),
+            };
+            let processor = Duration::from_secs_f64(ns_per_byte * 1e-9 * BATCH as f64);
+            choice.packed(BATCH, (BATCH as f64 * ratio) as usize, processor * 2, processor);
+        }
+        let [plain, lz4, zstd] = late;
+        assert!(zstd > 110, "{plain} {lz4} {zstd}");
     }
 
     #[test]
