@@ -106,6 +106,10 @@ pub struct CommonArgs {
 
 /// `migrate receive`.
 #[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "Memory: some 40 MiB with two lanes, 8 MiB for every further lane, and 1 MiB for each GiB of the \
+        guest's RAM."
+)]
 pub struct ReceiveArgs {
     /// Address and port to listen on: UDP, and TCP for lanes that a source wants over it.
     #[arg(long, value_name = "ADDR")]
@@ -215,6 +219,10 @@ impl Compression {
 
 /// `migrate send`.
 #[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "Memory: some 60 MiB with two lanes, 10 MiB for every further lane, at most 4 MiB for each GiB of \
+        the guest's RAM, and what --delta-cache allows of 128 MiB for each GiB that was sent."
+)]
 pub struct SendArgs {
     /// Common options.
     #[command(flatten)]

@@ -5,6 +5,7 @@
 mod support;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use qemu_glue::qmp::RunState;
 use qemu_glue::vm::{VmInventory, inventory};
@@ -12,10 +13,29 @@ use support::{MACHINE, Program, Qemu, folder, programs, shared_file};
 
 const MIB: u64 = 1 << 20;
 
+/// The firmware makes RAM of the ROMs' place within this time.
+const SHADOWED_WITHIN: Duration = Duration::from_secs(20);
+
 async fn examine(program: &Program, folder: &Path, name: &str, arguments: &[&str]) -> VmInventory {
+    examine_when(program, folder, name, arguments, |_| true).await
+}
+
+/// Looks again until the VM `is_ready`, or no longer.
+async fn examine_when(
+    program: &Program,
+    folder: &Path,
+    name: &str,
+    arguments: &[&str],
+    is_ready: impl Fn(&VmInventory) -> bool,
+) -> VmInventory {
     let qemu = Qemu::start(program, folder, name, arguments);
     let client = qemu.client().await;
-    let found = inventory(&client).await.unwrap();
+    let deadline = Instant::now() + SHADOWED_WITHIN;
+    let mut found = inventory(&client).await.unwrap();
+    while !is_ready(&found) && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        found = inventory(&client).await.unwrap();
+    }
     assert_eq!(found.pid, qemu.pid());
     for region in &found.regions {
         let file = folder.join(format!("{name}.{}.ram", region.name));
@@ -51,15 +71,17 @@ async fn one_shared_file_is_all_that_is_needed() {
         let machine = format!("{MACHINE},memory-backend=ram0");
         let arguments =
             ["-m", "256", "-machine", &machine, "-object", &memory, "-name", "guest=one"];
-        let found = examine(&program, folder.path(), "vm", &arguments).await;
+        let seen =
+            |found: &VmInventory| found.guest_physical.iter().map(|range| range.bytes).sum::<u64>();
+        let shadowed = |found: &VmInventory| seen(found) == 256 * MIB;
+        let found = examine_when(&program, folder.path(), "vm", &arguments, shadowed).await;
         assert_eq!(blocks(&found), [("ram0", 256)]);
         assert_eq!(blockers(&found), "");
         assert_eq!(found.machine, MACHINE);
         assert_eq!(found.name.as_deref(), Some("one"));
         assert!(found.status.running);
         assert!(found.streamed_blocks.iter().any(|(name, _)| name == "pc.bios"));
-        let seen: u64 = found.guest_physical.iter().map(|range| range.bytes).sum();
-        assert_eq!(seen, 256 * MIB, "{:?}", found.guest_physical);
+        assert_eq!(seen(&found), 256 * MIB, "{:?}", found.guest_physical);
         assert_eq!(found.guest_physical.len(), 1, "adjacent parts are joined");
     }
 }
