@@ -237,6 +237,11 @@ fn finds_two_running_copies() -> Result<()> {
     Ok(())
 }
 
+/// Whether no beat comes for half a second; one may have been on its way when the guest was halted.
+fn falls_silent(vm: &Vm) -> bool {
+    (0..2).any(|_| !vm.heartbeat().beats_within(Duration::from_millis(500)))
+}
+
 #[test]
 fn freezes_thaws_and_kills() -> Result<()> {
     let _alone = alone();
@@ -244,7 +249,7 @@ fn freezes_thaws_and_kills() -> Result<()> {
     let mut vm = Vm::boot(&env, VmSpec::new("frozen", QemuKind::V7_2))?;
     let start_us = monotonic_us();
     vm.freeze()?;
-    ensure!(!vm.heartbeat().beats_within(Duration::from_millis(500)), "It beats while frozen");
+    ensure!(falls_silent(&vm), "It beats while frozen");
     vm.thaw()?;
     ensure!(vm.heartbeat().beats_within(second(10)), "It does not beat after the thaw");
     let record = vm.heartbeat().record();
@@ -255,7 +260,7 @@ fn freezes_thaws_and_kills() -> Result<()> {
     ensure!(cmdline.contains("qemu-system"), "The process id is not QEMU's: {cmdline}");
     ensure!(vm.cpu_seconds()? > 0.1, "QEMU used no CPU");
     vm.kill()?;
-    ensure!(vm.exited()?.is_some() && !vm.heartbeat().beats_within(second(1)), "Not dead");
+    ensure!(vm.exited()?.is_some() && falls_silent(&vm), "Not dead");
     vm.assert_clean()
 }
 
