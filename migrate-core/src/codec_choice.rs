@@ -64,8 +64,10 @@ const TRIAL_BATCHES: u32 = 40;
 const HOPELESS: f64 = 4.0;
 
 /// Batches by which the stream has to be ahead before it is measured. Each batch that does not go
-/// through it takes it back by one; it is never further ahead than the second number.
+/// through it takes it back by one.
 const WARM_BATCHES: u32 = 16;
+
+/// Batches by which it counts as ahead at most.
 const WARM_BATCHES_MAX: u32 = 64;
 
 /// What the user wants.
@@ -198,19 +200,22 @@ impl CodecChoice {
         }
     }
 
+    /// What LZ4 makes of contents of a kind, as a share of their length.
+    fn lz4_ratio_now(&self, kind: usize) -> Option<f64> {
+        Some(self.known.get(kind)?.get(number(Codec::Lz4))?.ratio)
+    }
+
     /// Whether contents have changed so that Zstandard, whose stream is ahead, may be better than LZ4.
     fn is_easier(&self, kind: usize, codec: Codec) -> bool {
-        let (known, before) = (self.known.get(kind), self.lz4_ratio.get(kind));
-        let now = known.and_then(|known| known.get(number(Codec::Lz4)));
-        let eased = now.zip(before).is_some_and(|(now, before)| now.ratio < before * EASIER);
+        let ratios = self.lz4_ratio_now(kind).zip(self.lz4_ratio.get(kind));
+        let eased = ratios.is_some_and(|(now, before)| now < before * EASIER);
         eased && codec == Codec::Lz4 && self.warm >= WARM_BATCHES
     }
 
     fn note_use(&mut self, kind: usize, codec: Codec) {
-        let known = self.known.get(kind).and_then(|known| known.get(number(Codec::Lz4)));
-        if let (Codec::Zstd, Some(now), Some(ratio)) = (codec, known, self.lz4_ratio.get_mut(kind))
-        {
-            *ratio = now.ratio;
+        let now = self.lz4_ratio_now(kind).filter(|_| codec == Codec::Zstd);
+        if let Some((now, ratio)) = now.zip(self.lz4_ratio.get_mut(kind)) {
+            *ratio = now;
         }
     }
 

@@ -6,8 +6,9 @@
 //!                          TcpHandle (of the session's Closer): closes, tells the bytes
 //! ```
 //!
-//! Only the client sends, but on the lane that requests come back on ([`pipe`]). Its end is TLS's close_notify, which the server answers with its own; a
-//! connection that ends without one was cut, and reading or finishing it is an error.
+//! Only the client sends, but on the lane that requests come back on ([`pipe`]). Its end is TLS's
+//! close_notify, which the server answers with its own; a connection that ends without one was cut,
+//! and reading or finishing it is an error.
 //!
 //! Death of the peer is noticed by the control connection. The kernel's own timers are for a path
 //! that carries QUIC and no longer TCP.

@@ -20,7 +20,7 @@ use rustix::io::{Errno, retry_on_intr};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 use transport::messages::{Message, Request};
-use transport::{Batch, ControlSender, UrgentReceiver, UrgentStop};
+use transport::{Batch, ControlSender, TransportError, UrgentReceiver, UrgentStop};
 
 use super::apply::Applier;
 use super::fetcher::Fetcher;
@@ -241,7 +241,7 @@ impl Serving {
     }
 
     /// The session has ended, and the source opens another; or the lane has, and the control stream says why.
-    fn lost(&mut self, error: &transport::TransportError) {
+    fn lost(&mut self, error: &TransportError) {
         tracing::info!(%error, "the lane of urgent pages ended");
         self.route = None;
     }

@@ -87,7 +87,7 @@ impl Fetcher {
     /// If the page is none of the guest's, or the pager's.
     pub fn fault(&self, fault: Fault) -> Result<Option<PageIndex>, EngineError> {
         let now = self.began.elapsed();
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let Some(fetch) = &mut state.fetch else {
             state.early.push(fault.page);
             return Ok(None);
@@ -112,7 +112,7 @@ impl Fetcher {
 
     /// Whether it is known what is missing.
     pub fn knows_missing(&self) -> bool {
-        self.lock().fetch.is_some()
+        self.state.lock().fetch.is_some()
     }
 
     /// From now on it is known that these pages are `missing`. What is to be asked for
@@ -123,7 +123,7 @@ impl Fetcher {
     pub fn set_missing(&self, missing: PageSet) -> Result<(), EngineError> {
         let fetch = Fetch::new(&self.layout, missing)?;
         let early = {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             state.fetch = Some(fetch);
             std::mem::take(&mut state.early)
         };
@@ -136,12 +136,12 @@ impl Fetcher {
 
     /// What is still missing.
     pub fn still_missing(&self) -> Option<PageSet> {
-        self.lock().fetch.as_ref().map(|fetch| fetch.still_missing().clone())
+        self.state.lock().fetch.as_ref().map(|fetch| fetch.still_missing().clone())
     }
 
     /// There is another session: what to ask for in it that was asked for before.
     pub fn reconnected(&self) -> Vec<PageIndex> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.parts.clear();
         state.fetch.as_mut().map(Fetch::reconnected).unwrap_or_default()
     }
@@ -180,7 +180,7 @@ impl Fetcher {
         host: &Range<u64>,
         content: Option<&[u8]>,
     ) -> Result<(), EngineError> {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let State { fetch, parts, digests, .. } = &mut *state;
         let fetch = fetch
             .as_mut()
@@ -233,7 +233,7 @@ impl Fetcher {
 
     /// Whether every page is here.
     pub fn is_complete(&self) -> bool {
-        self.lock().fetch.as_ref().is_some_and(Fetch::is_complete)
+        self.state.lock().fetch.as_ref().is_some_and(Fetch::is_complete)
     }
 
     /// Returns when every page is here.
@@ -249,14 +249,14 @@ impl Fetcher {
 
     /// Digests of what arrived, in order, if the source wants them.
     pub fn digests(&self) -> Option<Vec<(u64, u64)>> {
-        let state = self.lock();
+        let state = self.state.lock();
         let (_, digests) = state.digests.as_ref()?;
         Some(digests.iter().map(|(page, digest)| (*page, *digest)).collect())
     }
 
     /// What the guest's faults cost.
     pub fn stats(&self) -> Option<FaultStats> {
-        let stats = self.lock().fetch.as_ref().map(Fetch::stats)?;
+        let stats = self.state.lock().fetch.as_ref().map(Fetch::stats)?;
         tracing::info!(?stats, "faults");
         let FetchStats { faults, faults_under_way, p50_us, p99_us, max_us, .. } = stats;
         Some(FaultStats { count: faults, waited: faults_under_way, p50_us, p99_us, max_us })
@@ -270,10 +270,6 @@ impl Fetcher {
         if let Err(error) = attach::close_descriptor(self.pager.pid(), self.remote_fd) {
             tracing::warn!(%error, "QEMU keeps a descriptor that is of no use any more");
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock()
     }
 }
 

@@ -10,9 +10,7 @@ use qemu_glue::ram::GuestRam;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use transport::messages::{Message, Progress};
-use transport::{
-    Closer, ControlSender, LaneKind, LaneReceiver, TransportError, UrgentReceiver, close_code,
-};
+use transport::{Closer, ControlSender, LaneReceiver, TransportError, UrgentReceiver, close_code};
 
 use super::apply::{Applier, LaneInlet};
 use crate::blocking::worker_threads;
@@ -29,9 +27,8 @@ const PROGRESS_EVERY_FETCHING: Duration = Duration::from_millis(1);
 pub struct Intake {
     applier: Arc<Applier>,
     tasks: Vec<JoinHandle<()>>,
-    /// The lane that may be kept for what the guest waits for, while a task reads it.
+    /// The lane that may be kept for what the guest waits for, if it can be, while a task reads it.
     last: Option<Last>,
-    closer: Closer,
 }
 
 #[derive(Debug)]
@@ -52,19 +49,27 @@ impl Intake {
         let (applier, inlets) = Applier::start(ram, pages, lanes.len(), worker_threads());
         let applier = Arc::new(applier);
         let mut lanes: Vec<_> = lanes.into_iter().zip(inlets).collect();
-        let last = lanes.pop().map(|(lane, inlet)| {
-            let (give, given) = oneshot::channel();
-            let (applier, closer) = (Arc::clone(&applier), closer.clone());
-            let task = tokio::spawn(drain_last(lane, inlet, applier, closer, given));
-            Last { give, task }
-        });
+        let last = lanes.pop();
         let drains = lanes.into_iter().map(|(mut lane, inlet)| {
             let closer = closer.clone();
             tokio::spawn(async move { drain(&mut lane, inlet, None, closer).await })
         });
         let mut tasks: Vec<_> = drains.collect();
         tasks.push(tokio::spawn(tell_progress(control, Arc::clone(&applier))));
-        Self { applier, tasks, last, closer: closer.clone() }
+        let mut given_away = None;
+        if let Some((mut lane, inlet)) = last {
+            let (applier, closer) = (Arc::clone(&applier), closer.clone());
+            if lane.has_tcp() {
+                let (give, given) = oneshot::channel();
+                let task = tokio::spawn(drain_last(lane, inlet, applier, closer, given));
+                given_away = Some(Last { give, task });
+            } else {
+                tasks.push(tokio::spawn(async move {
+                    drain(&mut lane, inlet, Some(applier), closer).await;
+                }));
+            }
+        }
+        Self { applier, tasks, last: given_away }
     }
 
     /// The lane on which the source is asked, if the session has one; to be called once.
@@ -72,9 +77,6 @@ impl Intake {
     /// # Errors
     /// If its connection has ended.
     pub async fn urgent(&mut self) -> Result<Option<UrgentReceiver>, EngineError> {
-        if self.closer.lane_kind() == LaneKind::Quic {
-            return Ok(None);
-        }
         let Some(Last { give, task }) = self.last.take() else { return Ok(None) };
         let _waits_for_it = give.send(());
         let given = task.await.map_err(|error| EngineError::Internal(error.to_string()))?;

@@ -49,8 +49,7 @@ impl Paging {
             let ram = Arc::clone(&ram);
             on_thread(move || {
                 let pager = Pager::start(pid, uffd, &ram)?;
-                let fetcher = Fetcher::new(pager, remote_fd, Some(missing), verify_seed)?;
-                let fetcher = Arc::new(fetcher);
+                let fetcher = Arc::new(Fetcher::new(pager, remote_fd, Some(missing), verify_seed)?);
                 Ok((FaultThread::start(Arc::clone(&fetcher))?, fetcher))
             })
         };

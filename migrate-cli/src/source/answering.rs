@@ -54,7 +54,7 @@ impl UrgentLane {
     }
 }
 
-/// Who answers, until this is stopped or dropped.
+/// Who answers, until this is dropped.
 #[derive(Debug)]
 pub enum Answering {
     /// A thread.

@@ -447,7 +447,7 @@ impl Migration<'_> {
                 .requests()
                 .ok_or_else(|| EngineError::Internal("somebody else answers requests".into()))?;
             let (pump, gate) = (Arc::clone(&mover.pump), Arc::clone(&mover.gate));
-            server.begin(pump, gate, urgent, requests, closer.clone());
+            server.begin(pump, gate, None, urgent, requests, closer.clone());
             early::load(mover, guest, (&state.bytes, ahead_bytes), link, report).await?;
             settling.settled().await?;
             Ok(server)

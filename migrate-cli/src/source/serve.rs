@@ -15,12 +15,11 @@ use std::time::Instant;
 use migrate_core::codec_choice::Wanted;
 use migrate_core::encode::PageCounts;
 use migrate_core::layout::PageIndex;
-use migrate_core::pageset::PageSet;
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::messages::{Intent, VerifyChunk};
-use transport::{Closer, LaneSender, Offer, close_code};
+use transport::{Closer, Offer, close_code};
 
 use super::answering::{Answering, Answers, UrgentLane};
 use super::contact::Contact;
@@ -85,30 +84,21 @@ impl Server {
         Self { ram, feed, compression, max_bandwidth, verify_seed, verified, pushed, session: None }
     }
 
-    /// Answers requests over the session in which the guest is handed over.
+    /// Answers requests over a session, with its own `lanes` unless it is the one in which the guest is
+    /// handed over.
     pub fn begin(
         &mut self,
         pump: Arc<Pump>,
         gate: Arc<Gate>,
+        lanes: Option<LaneTasks>,
         urgent: UrgentLane,
         requests: mpsc::Receiver<PageIndex>,
         closer: Closer,
     ) {
-        let _answering = self.answer(&gate, urgent, requests, closer.clone());
-        let (lanes, pushing) = (None, None);
-        self.session = Some(Session { gate, pump, closer, lanes, _answering, pushing });
-    }
-
-    fn answer(
-        &self,
-        gate: &Arc<Gate>,
-        urgent: UrgentLane,
-        requests: mpsc::Receiver<PageIndex>,
-        closer: Closer,
-    ) -> Answering {
         let (ram, feed) = (Arc::clone(&self.ram), Arc::clone(&self.feed));
-        let answers = Answers::new(ram, feed, Arc::clone(gate), self.compression);
-        Answering::start(answers, urgent, requests, closer)
+        let answers = Answers::new(ram, feed, Arc::clone(&gate), self.compression);
+        let _answering = Answering::start(answers, urgent, requests, closer.clone());
+        self.session = Some(Session { gate, pump, closer, lanes, _answering, pushing: None });
     }
 
     /// Sends the rest in the background, from now on. Says whether there is a session for it.
@@ -164,30 +154,13 @@ impl Server {
         let requests = link.requests();
         let requests =
             requests.ok_or_else(|| EngineError::Internal("requests are taken".into()))?;
-        self.restart(wanted, gate, session.lanes, (urgent, requests), closer.clone());
+        self.feed.restart(wanted);
+        let mut lanes = LaneTasks::start(session.lanes);
+        let (ram, queues) = (Arc::clone(&self.ram), lanes.queues());
+        let pump = Arc::new(Pump::serve(ram, Arc::clone(&gate), queues, self.compression));
+        self.begin(pump, gate, Some(lanes), urgent, requests, closer.clone());
         contact.session = Some((link, closer));
         Ok(())
-    }
-
-    fn restart(
-        &mut self,
-        wanted: PageSet,
-        gate: Arc<Gate>,
-        lanes: Vec<LaneSender>,
-        (urgent, requests): (UrgentLane, mpsc::Receiver<PageIndex>),
-        closer: Closer,
-    ) {
-        self.feed.restart(wanted);
-        let mut lanes = LaneTasks::start(lanes);
-        let pump = Arc::new(Pump::serve(
-            Arc::clone(&self.ram),
-            Arc::clone(&gate),
-            lanes.queues(),
-            self.compression,
-        ));
-        let _answering = self.answer(&gate, urgent, requests, closer.clone());
-        let (lanes, pushing) = (Some(lanes), None);
-        self.session = Some(Session { gate, pump, closer, lanes, _answering, pushing });
     }
 
     /// Compares digests that the destination made of pages as they arrived.
