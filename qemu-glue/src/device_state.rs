@@ -18,8 +18,8 @@
 //! Invariants:
 //! - Neither saving nor loading starts a guest. The source's state `paused` travels along and
 //!   the destination takes it over; a destination that runs after loading is stopped and reported.
-//! - A [`Settling`] is over only when QEMU has left `finish-migrate`: a `cont` before would collide
-//!   with QEMU's own change of state.
+//! - A [`Settling`] is over only when QEMU has left `finish-migrate` and keeps nothing of its migration:
+//!   a `cont` or a migration before would collide with QEMU's own change of state.
 //! - Settings of QEMU that were changed are put back on every way out, also when the caller is
 //!   cancelled; [`restore_capabilities`] does it for an engine that was killed.
 //! - The destination's disks stay inactive until `cont` (`late-block-activate`), so that the

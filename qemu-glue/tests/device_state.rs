@@ -263,7 +263,7 @@ async fn a_state_beyond_the_limit_is_given_up_cleanly() {
         client.stop().await.unwrap();
         for limit_bytes in [0, 1, 100_000] {
             let error = save(&client, limit_bytes).await.unwrap_err();
-            assert!(matches!(error, DeviceStateError::TooLarge { .. }), "{error}");
+            assert!(matches!(error, DeviceStateError::TooLarge { .. }), "{error:?}");
             check_usable(&client, &before).await;
         }
         // What QEMU describes of it at its end counts, too, and is not kept. The firmware writes its

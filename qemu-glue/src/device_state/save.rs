@@ -130,8 +130,8 @@ struct Stream {
 }
 
 async fn save_task(client: Client, stream: Stream, caller: Caller) -> Result<(), DeviceStateError> {
-    let ((), status) =
-        tokio::try_join!(refuse_active(&client), async { Ok(client.query_status().await?) })?;
+    refuse_active(&client).await?;
+    let status = settle(&client).await?;
     if !status.running {
         check_savable(&status)?;
     }
@@ -322,12 +322,12 @@ async fn end_migration(client: &Client) {
     }
 }
 
-/// Waits until QEMU has left the transitional state at the end of a migration.
+/// Waits until QEMU has left the transitional state at the end of a migration and has cleaned up.
 async fn settle(client: &Client) -> Result<Status, DeviceStateError> {
     let until = Instant::now() + SETTLE_TIMEOUT;
     loop {
-        let status = client.query_status().await?;
-        if status.state != RunState::FinishMigrate {
+        let (kept, status) = tokio::try_join!(client.keeps_migration(), client.query_status())?;
+        if !kept && status.state != RunState::FinishMigrate {
             return Ok(status);
         }
         if Instant::now() > until {

@@ -70,6 +70,21 @@ impl Client {
         self.ask("query-migrate", Value::Null).await
     }
 
+    /// Whether QEMU still has something of a migration. It does for a moment after
+    /// [`Client::query_migrate`] says that one has failed, and refuses another meanwhile
+    /// (migration/migration.c, `migrate_fd_cleanup`).
+    ///
+    /// # Errors
+    /// As the module says.
+    pub async fn keeps_migration(&self) -> Result<bool, QmpError> {
+        #[derive(serde::Deserialize)]
+        struct Instance {
+            r#type: String,
+        }
+        let list: Vec<Instance> = self.ask("query-yank", Value::Null).await?;
+        Ok(list.iter().any(|instance| instance.r#type == "migration"))
+    }
+
     /// Switches capabilities; refused while a migration runs.
     ///
     /// # Errors
