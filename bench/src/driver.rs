@@ -103,7 +103,7 @@ pub(crate) fn measure(
     let sampler = Sampler::begin(guests.source.pid(), link.device());
     let mut driven = match mode.by {
         Mode::Godwit => godwit::migrate(bed, link, &mut guests, mode, turn, options)?,
-        by => qemu::migrate(link, &mut guests, by, turn, options)?,
+        by => qemu::migrate(bed, link, &mut guests, by, turn, options)?,
     };
     let machine_s = host::busy_seconds() - machine_before;
     let used = |vm: &Vm, before: f64| vm.cpu_seconds().map_or(0.0, |now| now - before);

@@ -23,6 +23,7 @@ mod host;
 mod interrupt;
 mod mode;
 mod qemu;
+mod qemu_tls;
 mod record;
 mod relay;
 mod report;

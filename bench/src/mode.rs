@@ -25,19 +25,22 @@ pub(crate) enum Mode {
     Xbzrle,
     /// QEMU's multifd with zstd.
     MultifdZstd,
+    /// QEMU's multifd over TLS, nothing packed.
+    MultifdTls,
     /// QEMU's post-copy, begun after the first pass.
     PostCopy,
 }
 
 impl Mode {
     /// All, in the order of their turns.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::Godwit,
         Self::PreCopy,
         Self::PreCopyDefault,
         Self::PreCopyPrivate,
         Self::Xbzrle,
         Self::MultifdZstd,
+        Self::MultifdTls,
         Self::PostCopy,
     ];
 
@@ -50,6 +53,7 @@ impl Mode {
             Self::PreCopyPrivate => "pre-copy-private",
             Self::Xbzrle => "xbzrle",
             Self::MultifdZstd => "multifd-zstd",
+            Self::MultifdTls => "multifd-tls",
             Self::PostCopy => "post-copy",
         }
     }
@@ -59,9 +63,14 @@ impl Mode {
         match self {
             Self::Godwit | Self::PreCopy | Self::PreCopyDefault | Self::PreCopyPrivate => &[],
             Self::Xbzrle => &["xbzrle"],
-            Self::MultifdZstd => &["multifd"],
+            Self::MultifdZstd | Self::MultifdTls => &["multifd"],
             Self::PostCopy => &["postcopy-ram"],
         }
+    }
+
+    /// Whether both ends encrypt.
+    pub(crate) fn is_encrypted(self) -> bool {
+        self == Self::MultifdTls
     }
 
     /// Where the guest's memory lies, at both ends.
@@ -86,6 +95,9 @@ impl Mode {
             Self::MultifdZstd => {
                 map.insert("multifd-channels".into(), json!(channels));
                 map.insert("multifd-compression".into(), json!("zstd"));
+            }
+            Self::MultifdTls => {
+                map.insert("multifd-channels".into(), json!(channels));
             }
             _ => {}
         }

@@ -14,8 +14,9 @@ use serde_json::{Value, json};
 use crate::driver::{DriveOptions, Driven};
 use crate::interrupt;
 use crate::mode::Mode;
+use crate::qemu_tls;
 use crate::record::{Dirty, Outcome};
-use crate::testbed::{Guests, Link};
+use crate::testbed::{Bed, Guests, Link};
 
 /// Where the destination's QEMU listens; the namespace is ours.
 const PORT: u16 = 4444;
@@ -62,6 +63,7 @@ fn status(event: &Value) -> &str {
 /// # Errors
 /// QEMU refuses the mode, or an interruption.
 pub(crate) fn migrate(
+    bed: &Bed,
     link: &Link,
     guests: &mut Guests,
     mode: Mode,
@@ -71,9 +73,12 @@ pub(crate) fn migrate(
     let listen = format!("tcp:{}:{PORT}", link.address());
     configure(guests.destination.qmp(), mode, options.channels)
         .with_context(|| format!("The destination cannot do {mode}"))?;
-    guests.destination.qmp().execute("migrate-incoming", json!({ "uri": listen }))?;
     configure(guests.source.qmp(), mode, options.channels)
         .with_context(|| format!("The source cannot do {mode}"))?;
+    if mode.is_encrypted() {
+        qemu_tls::switch_on(bed, guests)?;
+    }
+    guests.destination.qmp().execute("migrate-incoming", json!({ "uri": listen }))?;
     let (address, relay) = link.reach(PORT, turn)?;
     let uri = format!("tcp:{address}");
     guests.source.qmp().clear_events();

@@ -23,6 +23,9 @@ use crate::host::Host;
 use crate::relay::Relay;
 use crate::scenario::{LinkPart, Workload};
 
+/// The destination's name in its certificate.
+pub(crate) const DESTINATION_NAME: &str = "host-b";
+
 /// Time over which a workload's rate is measured before a migration.
 const RATE_WINDOW: Duration = Duration::from_secs(2);
 
@@ -55,7 +58,8 @@ impl Bed {
         let env = Env::load()?;
         let migrate = migrate()?;
         let authority = Pki::init(&migrate)?;
-        let (source, destination) = (authority.issue("host-a")?, authority.issue("host-b")?);
+        let (source, destination) =
+            (authority.issue("host-a")?, authority.issue(DESTINATION_NAME)?);
         let folder = tempfile::tempdir().context("Cannot create a folder for journals")?;
         let host = Host::look(&env, &migrate, qemu)?;
         Ok(Self { env, migrate, source, destination, host, folder, _authority: authority })
@@ -64,6 +68,16 @@ impl Bed {
     /// Journal folder of one end.
     pub(crate) fn journal(&self, end: &str) -> String {
         self.folder.path().join(end).display().to_string()
+    }
+
+    /// A folder of this run, made if it is missing.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub(crate) fn folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.folder.path().join(name);
+        std::fs::create_dir_all(&path).context("Cannot create a folder for certificates")?;
+        Ok(path)
     }
 }
 

@@ -111,9 +111,34 @@ impl UrgentSender {
     /// # Errors
     /// Why there will be none: [`TransportError::Ended`] if the lane was ended, else the session is over.
     pub fn requested(&mut self) -> Result<PageIndex, TransportError> {
-        match self.read_request().map_err(|error| self.0.fail(error))? {
-            Message::Request(request) => Ok(PageIndex(request.page)),
-            other => {
+        loop {
+            if let Some(page) = self.received_request()? {
+                return Ok(page);
+            }
+            self.0.pipe.read().map_err(|error| self.0.fail(error))?;
+        }
+    }
+
+    /// The next page that the destination has asked for, if it has. Does not block.
+    ///
+    /// # Errors
+    /// As [`Self::requested`].
+    pub fn requested_already(&mut self) -> Result<Option<PageIndex>, TransportError> {
+        if let Some(page) = self.received_request()? {
+            return Ok(Some(page));
+        }
+        if self.0.pipe.is_readable() {
+            self.0.pipe.read().map_err(|error| self.0.fail(error))?;
+        }
+        self.received_request()
+    }
+
+    /// The next request of what was read.
+    fn received_request(&mut self) -> Result<Option<PageIndex>, TransportError> {
+        match self.decode_request().map_err(|error| self.0.fail(error))? {
+            None => Ok(None),
+            Some(Message::Request(request)) => Ok(Some(PageIndex(request.page))),
+            Some(other) => {
                 let (peer, found) = (self.0.closer.peer(), other.name().into());
                 let error = TransportError::Unexpected { peer, expected: "Request", found };
                 self.0.closer.close_now(close_code::PROTOCOL, &error.to_string());
@@ -122,17 +147,15 @@ impl UrgentSender {
         }
     }
 
-    fn read_request(&mut self) -> Result<Message, StreamError> {
+    fn decode_request(&mut self) -> Result<Option<Message>, StreamError> {
         let End { pipe, requests, .. } = &mut *self.0;
         let next = next_sequence(*requests).map_err(StreamError::Wire)?;
-        loop {
-            if let Some((message, bytes)) = complete(wire::decode(pipe.received(), next))? {
-                pipe.received().advance(bytes);
-                *requests = next;
-                return Ok(message);
-            }
-            pipe.read()?;
-        }
+        let Some((message, bytes)) = complete(wire::decode(pipe.received(), next))? else {
+            return Ok(None);
+        };
+        pipe.received().advance(bytes);
+        *requests = next;
+        Ok(Some(message))
     }
 
     /// Sends a batch. Blocks while the peer does not read.

@@ -29,11 +29,13 @@ const COLUMNS: [(&str, Value); 9] = [
 ];
 
 /// CPU columns.
-const CPU_COLUMNS: [(&str, Value); 6] = [
+const CPU_COLUMNS: [(&str, Value); 8] = [
     ("send s", |one| Some(one.cpu.engine_source_s)),
     ("receive s", |one| Some(one.cpu.engine_destination_s)),
     ("source QEMU s", |one| Some(one.cpu.qemu_source_s)),
     ("destination QEMU s", |one| Some(one.cpu.qemu_destination_s)),
+    ("all four s", cpu_s),
+    ("all four s/GB", |one| Some(cpu_s(one)? / (one.wire_bytes() / 1e9))),
     ("all others s", |one| Some(one.cpu.others_s())),
     ("guest before, CPUs", |one| Some(one.cpu.guest_before_cpus)),
 ];
@@ -94,8 +96,8 @@ pub(super) fn modes(moved: &[&Migration]) -> Vec<Block> {
         Block::Heading("CPU time of a migration".into()),
         columns(moved, &CPU_COLUMNS),
         Block::Text(
-            "QEMU's includes the guest that it emulates; \"all others\" is the kernel's share outside \
-             of these processes and what ran beside them."
+            "QEMU's includes the guest that it emulates; s/GB is for 10^9 bytes on the wire; \"all \
+             others\" is the kernel's share outside of these processes and what ran beside them."
                 .into(),
         ),
     ];

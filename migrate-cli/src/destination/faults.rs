@@ -155,7 +155,7 @@ impl Serving {
                 self.serve(&mut faults)?;
             }
             if awake.batches {
-                self.take_in(&mut batches);
+                self.take_in(&mut batches, &mut faults)?;
             }
         }
     }
@@ -228,16 +228,26 @@ impl Serving {
         }
     }
 
-    fn take_in(&mut self, batches: &mut Vec<Batch>) {
-        let Some(Route::Lane(lane, applier)) = &mut self.route else { return };
+    /// Places what has come. Who faults meanwhile does not wait for neighbours of others.
+    fn take_in(
+        &mut self,
+        batches: &mut Vec<Batch>,
+        faults: &mut Vec<Fault>,
+    ) -> Result<(), EngineError> {
+        let Some(Route::Lane(lane, _)) = &mut self.route else { return Ok(()) };
         let received = lane.receive(batches);
-        // The applier keeps what is wrong with a batch, which ends the session.
-        let applied = batches.drain(..).all(|batch| applier.apply_urgent(lane.index(), &batch));
-        match received {
-            Err(error) => self.lost(&error),
-            Ok(()) if !applied => self.route = None,
-            Ok(()) => {}
+        for batch in batches.drain(..) {
+            let Some(Route::Lane(lane, applier)) = &self.route else { break };
+            // The applier keeps what is wrong with a batch, which ends the session.
+            if !applier.apply_urgent(lane.index(), &batch) {
+                self.route = None;
+            }
+            self.serve(faults)?;
         }
+        if let (Err(error), Some(_)) = (received, &self.route) {
+            self.lost(&error);
+        }
+        Ok(())
     }
 
     /// The session has ended, and the source opens another; or the lane has, and the control stream says why.

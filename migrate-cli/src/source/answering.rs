@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Over TCP a thread does it all and nothing has to be handed on; over QUIC the connections' tasks lie in
-//! between. Answers leave whatever else is under way. What ends answering ends the session, in the place of
-//! which the destination gets another.
+//! between. Answers leave whatever else is under way, and pages that the guest waits for go before neighbours
+//! that it did not ask for. What ends answering ends the session, in the place of which the destination gets
+//! another.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -20,6 +21,7 @@ use migrate_core::codec_choice::Wanted;
 use migrate_core::encode::{BatchBuilder, PageBuffer};
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::PageIndex;
+use migrate_core::postcopy::Answer;
 use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -31,6 +33,9 @@ use super::gate::Gate;
 use super::pump::PumpError;
 use crate::blocking::{hurry, join};
 use crate::error::EngineError;
+
+/// Neighbours in a batch: reading and packing one of 64 pages takes longer than a fault may.
+const NEIGHBOURS_AT_ONCE: u64 = 16;
 
 /// The lane that was set aside for answers.
 #[derive(Debug)]
@@ -118,6 +123,9 @@ fn answer_on_thread(mut answers: Answers, mut lane: UrgentSender) -> Result<(), 
         answers.requested(lane.requested()?)?;
         while let Some(batch) = answers.next()? {
             lane.send(batch)?;
+            while let Some(page) = lane.requested_already()? {
+                answers.requested(page)?;
+            }
         }
     }
 }
@@ -132,6 +140,9 @@ async fn answer_in_task(
         answers.requested(page)?;
         while let Some(batch) = answers.next()? {
             lane.send(batch).await?;
+            while let Ok(page) = requests.try_recv() {
+                answers.requested(page)?;
+            }
         }
     }
     Ok(())
@@ -144,10 +155,7 @@ pub struct Answers {
     feed: Arc<Feed>,
     gate: Arc<Gate>,
     is_packed: bool,
-    /// The page asked for; it travels alone.
-    page: Option<Range<u64>>,
-    /// What follows it.
-    neighbours: VecDeque<Range<u64>>,
+    queue: Queue,
     builder: BatchBuilder,
     packer: Packer,
     buffers: Buffers,
@@ -161,8 +169,7 @@ impl Answers {
             feed,
             gate,
             is_packed: wanted != Wanted::Always(Codec::Plain),
-            page: None,
-            neighbours: VecDeque::new(),
+            queue: Queue::default(),
             builder: BatchBuilder::new(),
             packer: Packer::default(),
             buffers: Buffers::default(),
@@ -170,32 +177,25 @@ impl Answers {
     }
 
     fn requested(&mut self, page: PageIndex) -> Result<(), EngineError> {
-        if let Some(answer) = self.feed.requested(page)? {
-            self.page = Some(answer.page);
-            self.neighbours = answer.neighbours.into();
+        match self.feed.requested(page)? {
+            Some(answer) => self.queue.add(answer),
+            None => self.queue.prefer(page.0),
         }
         Ok(())
     }
 
-    /// The next batch of the answer, or nothing at its end.
+    /// The next batch of the answers, or nothing at their end.
     fn next(&mut self) -> Result<Option<Batch>, EngineError> {
-        if let Some(page) = &mut self.page {
-            let run = take(page);
-            if page.is_empty() {
-                self.page = None;
-            }
+        if let Some(run) = self.queue.next_asked() {
             self.push(run)?;
             return self.batch();
         }
-        while let Some(run) = self.neighbours.front_mut() {
-            let part = take(run);
-            if run.is_empty() {
-                self.neighbours.pop_front();
-            }
-            self.push(part)?;
-            if self.builder.is_full(CHUNK_PAGES as usize) {
-                break;
-            }
+        let mut room = NEIGHBOURS_AT_ONCE;
+        while room > 0
+            && let Some(run) = self.queue.next_neighbours(room)
+        {
+            room -= run.end - run.start;
+            self.push(run)?;
         }
         self.batch()
     }
@@ -230,10 +230,75 @@ impl Answers {
     }
 }
 
-/// Takes what a batch may hold off the run's front.
-fn take(run: &mut Range<u64>) -> Range<u64> {
-    let end = run.end.min(run.start + CHUNK_PAGES);
-    let taken = run.start..end;
-    run.start = end;
-    taken
+/// What the destination asked for, and what goes with it. Every page comes out once.
+#[derive(Debug, Default)]
+struct Queue {
+    asked: VecDeque<Range<u64>>,
+    neighbours: VecDeque<Range<u64>>,
+}
+
+impl Queue {
+    fn add(&mut self, answer: Answer) {
+        self.asked.push_back(answer.page);
+        self.neighbours.extend(answer.neighbours);
+    }
+
+    /// The guest waits for a page that is under way: if it is still here, it goes before the others.
+    fn prefer(&mut self, page: u64) {
+        let Some(at) = self.neighbours.iter().position(|run| run.contains(&page)) else { return };
+        let run = self.neighbours.remove(at).unwrap_or_default();
+        for rest in [page + 1..run.end, run.start..page] {
+            if !rest.is_empty() {
+                self.neighbours.insert(at, rest);
+            }
+        }
+        self.asked.push_back(page..page + 1);
+    }
+
+    /// What the guest waits for, as far as it fits a batch, of which it is all.
+    fn next_asked(&mut self) -> Option<Range<u64>> {
+        take(&mut self.asked, CHUNK_PAGES)
+    }
+
+    fn next_neighbours(&mut self, pages_max: u64) -> Option<Range<u64>> {
+        take(&mut self.neighbours, pages_max)
+    }
+}
+
+/// Takes at most `pages_max` pages off the first run.
+fn take(runs: &mut VecDeque<Range<u64>>, pages_max: u64) -> Option<Range<u64>> {
+    let run = runs.front_mut()?;
+    let taken = run.start..run.end.min(run.start + pages_max);
+    run.start = taken.end;
+    if run.is_empty() {
+        runs.pop_front();
+    }
+    Some(taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All that is left, in the order in which it leaves.
+    fn rest(queue: &mut Queue) -> Vec<u64> {
+        std::iter::from_fn(|| queue.next_asked().or_else(|| queue.next_neighbours(3)))
+            .flatten()
+            .collect()
+    }
+
+    #[test]
+    fn neighbours_wait_for_pages_that_are_asked_for() {
+        let mut queue = Queue::default();
+        queue.add(Answer { page: 10..11, neighbours: vec![11..14, 20..24] });
+        assert_eq!((queue.next_asked(), queue.next_asked()), (Some(10..11), None));
+        assert_eq!(queue.next_neighbours(2), Some(11..13));
+        queue.add(Answer { page: 512..1024, neighbours: vec![] });
+        queue.prefer(22);
+        // On its way already.
+        queue.prefer(11);
+        assert_eq!(queue.next_asked(), Some(512..512 + CHUNK_PAGES));
+        let large = 512 + CHUNK_PAGES..1024;
+        assert_eq!(rest(&mut queue), large.chain([22, 13, 20, 21, 23]).collect::<Vec<_>>());
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::BytesMut;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::Connection;
 
 use super::{READ_AHEAD_BYTES, TcpHandle, TcpIn, TcpOut};
@@ -57,6 +58,12 @@ impl Pipe {
             self.tls.writer().write_all(piece.as_ref())?;
         }
         self.flush()
+    }
+
+    /// Whether [`Self::read`] would not block.
+    pub(crate) fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 
     /// Waits until something comes, unless there is something to be read already.

@@ -1,5 +1,6 @@
 //! Tests over real sessions; what a rogue would send goes past the checks of this end.
 
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::thread;
 use std::time::Duration;
@@ -67,13 +68,23 @@ async fn requests_and_batches_pass_each_other() {
         // From a page to an answer with all its neighbours.
         let sizes = |page: u64| [1, 16, 63].map(|pages| pages + (page % 2) as u16);
         let answering = thread::spawn(move || {
+            let mut asked = VecDeque::new();
+            let mut most = 0;
             for expected in 0..300u64 {
-                let page = sender.requested().unwrap();
+                if asked.is_empty() {
+                    asked.push_back(sender.requested().unwrap());
+                }
+                let page = asked.pop_front().unwrap();
                 assert_eq!(page, PageIndex(expected));
                 for pages in sizes(page.0) {
                     sender.send(content(page.0, pages)).unwrap();
+                    while let Some(page) = sender.requested_already().unwrap() {
+                        asked.push_back(page);
+                    }
+                    most = most.max(asked.len());
                 }
             }
+            assert!(most > 1, "requests are seen while answers are sent");
             let end = sender.requested();
             assert!(matches!(end, Err(TransportError::Ended { .. })), "{end:?}");
         });
