@@ -421,6 +421,11 @@ pub struct Abort {
     pub text: String,
 }
 
+/// Source: the destination's last word was heard, and nothing more is wanted. The answer is the end of the
+/// session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {}
+
 /// Client with [`Intent::Ask`]: how did that migration end?
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ask {
@@ -556,6 +561,8 @@ messages! {
     Running = 52, SMALL_BYTES;
     /// Either: the migration ends.
     Abort = 53, TEXT_BODY_BYTES;
+    /// Source: the last word was heard.
+    Done = 54, SMALL_BYTES;
     /// Client: how did a migration end?
     Ask = 64, SMALL_BYTES;
     /// Server: so it did.
@@ -772,4 +779,4 @@ macro_rules! unconditional {
     };
 }
 
-unconditional!(Synced, VerifyRequest, Prepare, Prepared, Commit, Running, Ask);
+unconditional!(Synced, VerifyRequest, Prepare, Prepared, Commit, Running, Done, Ask);

@@ -9,7 +9,7 @@ use qemu_glue::qmp::{Client, RunState};
 use transport::messages::{Message, Verdict};
 use transport::{DestinationSession, TransportError, close_code};
 
-use super::owner::{discard, resume_guest};
+use super::owner::{discard, farewell, resume_guest};
 use super::paging::release_abandoned;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, Record};
@@ -204,9 +204,10 @@ impl Archive {
         if let Err(error) = session.control_sender.send(&verdict).await {
             tracing::info!(%error, "not answered");
         }
-        // The asker closes when it has heard; what is not final it will ask again.
-        let closed = tokio::time::timeout(PATIENCE, session.closer.closed()).await;
-        let heard = matches!(closed, Ok(TransportError::Closed { .. }));
+        // The asker says when it has heard; what is not final it will ask again.
+        let heard = farewell(&mut session.control_receiver, &session.closer);
+        let heard = tokio::time::timeout(PATIENCE, heard).await;
+        let heard = matches!(heard, Ok(None | Some(TransportError::Closed { .. })));
         let last_word = matches!(state, DestinationState::Running | DestinationState::Refused);
         if heard
             && last_word

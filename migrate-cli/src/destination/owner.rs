@@ -393,10 +393,12 @@ impl Owner<'_> {
     /// Waits for the source to end the session, so that it has heard the last word.
     async fn say_goodbye(&mut self, outcome: Outcome) {
         if outcome == Outcome::Completed {
-            // The stream ends a little before the session: only the session's code says that all is well.
-            let closed = tokio::time::timeout(GOODBYE, self.voice.closer.closed()).await;
+            let Voice { receiver, closer, .. } = &mut self.voice;
             self.source_knows =
-                matches!(closed, Ok(TransportError::Closed { code: close_code::DONE, .. }));
+                match tokio::time::timeout(GOODBYE, farewell(receiver, closer)).await {
+                    Ok(None | Some(TransportError::Closed { code: close_code::DONE, .. })) => true,
+                    Ok(Some(_)) | Err(_) => false,
+                };
         }
         if self.source_knows {
             self.journal.mark_heard();
@@ -412,6 +414,18 @@ impl Voice {
             control: session.control_sender,
             receiver: session.control_receiver,
             closer: session.closer,
+        }
+    }
+}
+
+/// Waits until the source has heard the last word: returns nothing when it says so, else how the session ended.
+pub async fn farewell(receiver: &mut ControlReceiver, closer: &Closer) -> Option<TransportError> {
+    loop {
+        match receiver.recv().await {
+            Ok(Message::Done(_)) => return None,
+            Ok(other) => tracing::debug!(message = other.name(), "after the last word"),
+            // The stream ends a little before the session, whose code tells why.
+            Err(_) => return Some(closer.closed().await),
         }
     }
 }

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use migrate_core::handover::DestinationState;
 use migrate_core::handover::source::Input;
-use transport::messages::{self, Abort, Ask, Commit, Intent, Message, MigrationId};
+use transport::messages::{self, Abort, Ask, Commit, Done, Intent, Message, MigrationId};
 use transport::{Closer, Identity, Offer, Options, close_code};
 
 use super::gate::Gate;
 use super::link::Link;
 use crate::ENGINE;
 use crate::error::EngineError;
+use crate::failpoint;
 
 /// Longest wait for a word of the destination before contact counts as lost: it resumes the guest
 /// and syncs its journal in this time.
@@ -20,6 +21,9 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 
 /// Longest wait until a last word is on its way.
 const ABORT_WITHIN: Duration = Duration::from_secs(2);
+
+/// Longest wait for the destination to end the session once it was told that all is done.
+const DONE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Pause between two attempts to ask.
 const ASK_AGAIN_AFTER: Duration = Duration::from_millis(500);
@@ -146,11 +150,15 @@ impl Contact {
         self.session.as_ref().map_or(0, |(link, _)| link.applied_bytes())
     }
 
-    /// Ends the session in good order.
+    /// Ends the session in good order: the destination learns that its last word was heard.
     pub async fn close(&mut self, text: &str) {
-        if let Some((link, closer)) = self.session.take() {
-            drop(link);
-            closer.close(close_code::DONE, text).await;
+        let Some((link, closer)) = self.session.take() else { return };
+        let told = link.send(Message::Done(Done {}));
+        let _or_else_closing_tells = tokio::time::timeout(DONE_WITHIN, told).await;
+        failpoint::hit("source-done").await;
+        match tokio::time::timeout(DONE_WITHIN, closer.closed()).await {
+            Ok(_by_the_destination) => closer.close_now(close_code::DONE, text),
+            Err(_elapsed) => closer.close(close_code::DONE, text).await,
         }
     }
 

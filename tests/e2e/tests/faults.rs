@@ -489,6 +489,27 @@ fn a_guest_that_moved_on_is_not_resumed_by_the_journal_of_its_arrival() -> Resul
     Pulse::of(&[&records[0], &records[1]])?.assert_one_runs()
 }
 
+/// The destination need not hear the session's close, of which nothing says that it arrives.
+#[test]
+fn a_source_that_is_done_keeps_no_destination_waiting() -> Result<()> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
+    let source = stage.guest()?;
+    let destination = Vm::start(&stage.rig.env, source.spec().successor("there", stage.kind))?;
+    let step = stage.file("source-done");
+    std::fs::write(&step, "hold")?;
+    let receive = stage.receive(&destination)?;
+    let mut send = stage.send(&source)?;
+    let reached = stage.file("source-done.reached");
+    wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
+    // One that had heard nothing would wait 5 s and then stay for two leases.
+    receive.wait(Duration::from_secs(10))?.success()?;
+    ensure!(send.running()?, "The source has closed its session");
+    stage.net.cut()?;
+    std::fs::remove_file(step)?;
+    send.wait(PATIENCE)?.success().map(drop)
+}
+
 /// `resolve` does not decide about a migration that an engine is at work on.
 #[test]
 fn resolve_keeps_its_hands_off_a_migration_under_way() -> Result<()> {

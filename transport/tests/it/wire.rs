@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use transport::lane_wire::{self, Greeting, LANE_HEADER_BYTES, RUN_BYTES};
 use transport::messages::{
     Abort, AbortCode, Accept, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, DIGESTS_MAX, Describe,
-    DestinationState, DeviceState, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
+    DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
     RefuseCode, Reject, RejectCode, Request, Running, Select, Sync, Synced, TEXT_BYTES_MAX,
     TYPE_NUMBERS, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type, text,
@@ -82,6 +82,7 @@ fn samples() -> Vec<Message> {
             faults: Some(FaultStats { count: 9, waited: 1, p50_us: 70, p99_us: 300, max_us: 400 }),
         }),
         Message::Abort(Abort { code: AbortCode::Mismatch, text: text.clone() }),
+        Message::Done(Done {}),
         Message::Ask(Ask { migration }),
         Message::Verdict(Verdict { state: DestinationState::Owned, text }),
     ]
