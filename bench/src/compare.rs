@@ -78,7 +78,7 @@ fn one(args: &CompareArgs, name: &str, scenario: &Scenario) -> Result<()> {
         workload: scenario.workload.clone(),
     };
     let options = DriveOptions {
-        touch_mib: 0,
+        touch_mib: scenario.run.touch_mib,
         limit: Duration::from_secs(scenario.run.limit_s),
         channels: scenario.modes.channels,
         send_args: args.common.send_args.clone(),

@@ -25,7 +25,7 @@ pub(crate) enum Mode {
     Xbzrle,
     /// QEMU's multifd with zstd.
     MultifdZstd,
-    /// QEMU's multifd over TLS, nothing packed.
+    /// QEMU's multifd over TLS of a guest with private memory, nothing packed.
     MultifdTls,
     /// QEMU's post-copy, begun after the first pass.
     PostCopy,
@@ -76,7 +76,7 @@ impl Mode {
     /// Where the guest's memory lies, at both ends.
     pub(crate) fn backend(self) -> Backend {
         match self {
-            Self::PreCopyPrivate => Backend::Private,
+            Self::PreCopyPrivate | Self::MultifdTls => Backend::Private,
             _ => Backend::Tmpfs,
         }
     }

@@ -100,6 +100,10 @@ pub(crate) struct RunPart {
     /// Seconds after which a migration is given up and counts as not converged.
     #[serde(default = "RunPart::limit_s")]
     pub(crate) limit_s: u64,
+    /// Free memory to touch right before each migration, in MiB. Where the machine is itself a virtual one
+    /// whose host takes free memory back, finding it again costs more than what is measured.
+    #[serde(default)]
+    pub(crate) touch_mib: u64,
 }
 
 impl RunPart {
@@ -114,7 +118,7 @@ impl RunPart {
 
 impl Default for RunPart {
     fn default() -> Self {
-        Self { repeats: Self::repeats(), limit_s: Self::limit_s() }
+        Self { repeats: Self::repeats(), limit_s: Self::limit_s(), touch_mib: 0 }
     }
 }
 
@@ -220,6 +224,7 @@ impl Scenario {
         ensure!((1..=8).contains(&self.guest.smp), "guest.smp: a guest has 1 to 8 CPUs");
         ensure!((1..=200).contains(&self.run.repeats), "run.repeats: 1 to 200");
         ensure!((5..=3600).contains(&self.run.limit_s), "run.limit_s: 5 to 3600 seconds");
+        ensure!(self.run.touch_mib <= 65_536, "run.touch_mib: at most 65536");
         self.guest.qemu_kind()?;
         self.workload.check().context("workload")?;
         self.link.check().context("link")?;

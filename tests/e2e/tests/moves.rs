@@ -6,29 +6,35 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::{PATIENCE, Rig, busy, free_address, preload_library, with_larger_pages};
 use framework::{Backend, QemuKind, Vm, VmSpec};
 
-/// Moves a guest `times` times between QEMUs of the kinds given in turn.
-fn back_and_forth(kinds: [QemuKind; 2], times: usize) -> Result<()> {
+/// Moves a guest `times` times from one QEMU to another, by the modes given in turn.
+fn back_and_forth(kind: QemuKind, times: usize, modes: &[&str]) -> Result<()> {
     let rig = Rig::new()?;
-    let mut vm = Vm::boot(&rig.env, busy(kinds[0]))?;
+    let mut vm = Vm::boot(&rig.env, busy(kind))?;
     let mut outages = vec![];
-    for turn in 1..=times {
-        let moved = rig.migrate(vm, kinds[turn % 2], &["--verify"])?;
+    for mode in modes.iter().cycle().take(times) {
+        let moved = rig.migrate(vm, kind, &["--verify", "--mode", mode])?;
         outages.push(moved.outage_ms.round());
         vm = moved.vm;
     }
     vm.verify_checker(PATIENCE)?;
-    println!("{kinds:?}: outages with --verify in ms: {outages:?}");
+    println!("{kind:?} by {modes:?}: outages with --verify in ms: {outages:?}");
     Ok(())
 }
 
 #[test]
 fn twenty_moves_on_7_2() -> Result<()> {
-    back_and_forth([QemuKind::V7_2; 2], 20)
+    back_and_forth(QemuKind::V7_2, 20, &["auto"])
 }
 
 #[test]
 fn twenty_moves_on_10_0() -> Result<()> {
-    back_and_forth([QemuKind::V10_0; 2], 20)
+    back_and_forth(QemuKind::V10_0, 20, &["auto"])
+}
+
+/// Deltas, references, order and compression are on, as they are by default.
+#[test]
+fn fifty_moves_by_turns_before_and_after_the_memory() -> Result<()> {
+    back_and_forth(QemuKind::V7_2, 50, &["auto", "hybrid", "post-copy"])
 }
 
 #[test]
