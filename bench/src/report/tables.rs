@@ -81,9 +81,9 @@ pub(super) fn modes(moved: &[&Migration]) -> Vec<Block> {
             "outage: from the last heartbeat at the source to the first at the destination (it beats \
              every 5 ms). stalled: what all gaps were longer than 20 ms, from the command until 0.5 s \
              after its end. total: until the command, or QEMU's migration, is over; wire: both ways, \
-             with Ethernet headers. All modes but pre-copy-private and multifd-tls have the guest's memory on \
-             shared tmpfs, where QEMU's search for zero pages populates every hole at both ends: \
-             compare times with pre-copy-private as well."
+             with Ethernet headers. All modes but pre-copy-private and multifd-tls have the guest's \
+             memory on shared tmpfs, where QEMU's search for zero pages populates every hole at both \
+             ends: compare times with pre-copy-private as well."
                 .into(),
         ),
         Block::Text(format!(

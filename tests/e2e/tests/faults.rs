@@ -104,6 +104,25 @@ impl Stage {
         Engine::run(&self.rig.migrate, &words, Some(self.net.source.name()), PATIENCE)
     }
 
+    /// A migration that the source holds at `step` until the step's file is removed: the VMs, source first,
+    /// and the engines, `send` first.
+    fn held_at(&mut self, step: &str) -> Result<([Vm; 2], [Engine; 2])> {
+        let source = self.guest()?;
+        let destination = Vm::start(&self.rig.env, source.spec().successor("there", self.kind))?;
+        std::fs::write(self.file(step), "hold")?;
+        let receive = self.receive(&destination)?;
+        let send = self.send(&source)?;
+        self.reached(step)?;
+        Ok(([source, destination], [send, receive]))
+    }
+
+    /// Waits until an engine is held at `step`, and forgets that it was.
+    fn reached(&self, step: &str) -> Result<()> {
+        let reached = self.file(&format!("{step}.reached"));
+        wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
+        Ok(std::fs::remove_file(reached)?)
+    }
+
     fn case(&mut self, step: &'static str, victim: Victim, end: End) -> Result<()> {
         let began = std::time::Instant::now();
         self.try_case(step, victim, end)
@@ -127,12 +146,9 @@ impl Stage {
             receive: Some(receive),
             sent: None,
         };
-        let reached = self.file(&format!("{step}.reached"));
-        let held = wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())));
-        held.with_context(|| case.said())?;
+        self.reached(step).with_context(|| case.said())?;
         self.disturb(&mut case, &mut source)?;
         std::fs::remove_file(self.file(step))?;
-        std::fs::remove_file(reached)?;
         let ended = self.bring_to_an_end(&mut case, &mut source, end);
         if victim == Victim::Link {
             self.net.mend()?;
@@ -494,19 +510,12 @@ fn a_guest_that_moved_on_is_not_resumed_by_the_journal_of_its_arrival() -> Resul
 fn a_source_that_is_done_keeps_no_destination_waiting() -> Result<()> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
-    let source = stage.guest()?;
-    let destination = Vm::start(&stage.rig.env, source.spec().successor("there", stage.kind))?;
-    let step = stage.file("source-done");
-    std::fs::write(&step, "hold")?;
-    let receive = stage.receive(&destination)?;
-    let mut send = stage.send(&source)?;
-    let reached = stage.file("source-done.reached");
-    wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
+    let (_vms, [mut send, receive]) = stage.held_at("source-done")?;
     // One that had heard nothing would wait 5 s and then stay for two leases.
     receive.wait(Duration::from_secs(10))?.success()?;
     ensure!(send.running()?, "The source has closed its session");
     stage.net.cut()?;
-    std::fs::remove_file(step)?;
+    std::fs::remove_file(stage.file("source-done"))?;
     send.wait(PATIENCE)?.success().map(drop)
 }
 
@@ -515,22 +524,15 @@ fn a_source_that_is_done_keeps_no_destination_waiting() -> Result<()> {
 fn resolve_keeps_its_hands_off_a_migration_under_way() -> Result<()> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
-    let source = stage.guest()?;
-    let destination = Vm::start(&stage.rig.env, source.spec().successor("there", stage.kind))?;
-    let step = stage.file("source-recorded");
-    std::fs::write(&step, "hold")?;
-    let receive = stage.receive(&destination)?;
-    let send = stage.send(&source)?;
-    let reached = stage.file("source-recorded.reached");
-    wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
-    for (vm, end) in [(&source, "source"), (&destination, "destination")] {
+    let (vms, [send, receive]) = stage.held_at("source-recorded")?;
+    for (vm, end) in vms.iter().zip(["source", "destination"]) {
         for extra in [&[][..], &["--run-here"], &["--runs-there"]] {
             let resolved = stage.rig.resolve(vm, end, extra)?;
             ensure!(resolved.code == Some(1), "{end} {extra:?}: {resolved:?}");
             ensure!(resolved.stderr.contains("at work on migration"), "{resolved:?}");
         }
     }
-    std::fs::remove_file(step)?;
+    std::fs::remove_file(stage.file("source-recorded"))?;
     send.wait(PATIENCE)?.success()?;
     receive.wait(PATIENCE)?.success().map(drop)
 }
