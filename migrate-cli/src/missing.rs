@@ -12,10 +12,13 @@ const RECEIVE_WITHIN: Duration = Duration::from_secs(20);
 
 /// The messages that describe a set but for the last; stretches without a page are left out.
 pub fn parts(set: &PageSet) -> impl Iterator<Item = Message> + '_ {
-    let parts = set.words().chunks(MISSING_WORDS_MAX).enumerate();
-    parts.filter(|(_, words)| words.iter().any(|word| *word != 0)).map(|(index, words)| {
-        let first_page = (index * MISSING_WORDS_MAX) as u64 * u64::from(u64::BITS);
-        Message::Missing(Missing { first_page, words: words.to_vec() })
+    let part_pages = MISSING_WORDS_MAX as u64 * u64::from(u64::BITS);
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let first_page = set.first_in(next..set.size())? / part_pages * part_pages;
+        next = first_page + part_pages;
+        let words = set.words(first_page..next);
+        Some(Message::Missing(Missing { first_page, words }))
     })
 }
 

@@ -9,6 +9,7 @@
 
 use std::time::Duration;
 
+use crate::layout::PAGE_BYTES;
 use crate::pageset::PageSet;
 
 /// Time to which heat refers.
@@ -47,7 +48,9 @@ impl Heat {
             return;
         }
         self.tick_began = now;
-        for heat in &mut self.heat {
+        // Where all is cold nothing is written, so that it takes no memory.
+        let warm = |part: &&mut [u8]| part.iter().any(|heat| *heat > 0);
+        for heat in self.heat.chunks_mut(PAGE_BYTES).filter(warm).flatten() {
             *heat -= heat.div_ceil(4);
         }
         for page in self.recent.iter() {

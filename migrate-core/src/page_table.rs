@@ -14,12 +14,14 @@
 //! - Every sending raises the version by exactly 1; the destination refuses anything else, which
 //!   catches repeated, lost and reordered pages (correctness rule 3).
 //! - Both ends agree on all versions at hand-over: [`SourcePages::digest`] equals
-//!   [`DestinationPages::digest`].
+//!   [`DestinationPages::digest`]. Each sending adds to the digest, so that asking for it costs nothing
+//!   while the guest is stopped.
+//! - Entries of pages that were never sent take no memory: the tables begin as zeros of the kernel's.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use thiserror::Error;
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64_with_seed};
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::bases::Bases;
 use crate::batch::PageRun;
@@ -53,6 +55,7 @@ const DUPLICATES_BYTES_A_PAGE: [u64; 2] = [8, 1];
 #[derive(Debug)]
 pub struct SourcePages {
     versions: Vec<AtomicU32>,
+    digest: AtomicU64,
     hashes: Option<Vec<AtomicU64>>,
     hash_seed: u64,
     bases: Option<Bases>,
@@ -68,8 +71,9 @@ impl SourcePages {
     pub fn new(pages: u64, keep_hashes: bool, hash_seed: u64) -> Self {
         let count = usize::try_from(pages).unwrap_or(usize::MAX);
         Self {
-            versions: (0..count).map(|_| AtomicU32::new(0)).collect(),
-            hashes: keep_hashes.then(|| (0..count).map(|_| AtomicU64::new(0)).collect()),
+            versions: bytemuck::allocation::zeroed_vec(count),
+            digest: AtomicU64::new(0),
+            hashes: keep_hashes.then(|| bytemuck::allocation::zeroed_vec(count)),
             hash_seed,
             bases: None,
             duplicates: None,
@@ -121,6 +125,7 @@ impl SourcePages {
         }
         let next = version.wrapping_add(1);
         slot.store(next, Ordering::Relaxed);
+        self.digest.fetch_add(sending(page, next), Ordering::Relaxed);
         match changed {
             _ if zero => PageVerdict::Zero(next),
             Some(mask) if sent && mask.count_ones() <= LINES_CHANGED_MAX => {
@@ -173,7 +178,7 @@ impl SourcePages {
 
     /// Digest of all versions, comparable with [`DestinationPages::digest`].
     pub fn digest(&self) -> u64 {
-        digest(&self.versions)
+        self.digest.load(Ordering::Relaxed)
     }
 
     /// Bytes of memory that deltas take at this moment.
@@ -223,13 +228,14 @@ impl Classify for VersionError {
 #[derive(Debug)]
 pub struct DestinationPages {
     versions: Vec<AtomicU32>,
+    digest: AtomicU64,
 }
 
 impl DestinationPages {
     /// A table in which no page arrived yet.
     pub fn new(pages: u64) -> Self {
         let count = usize::try_from(pages).unwrap_or(usize::MAX);
-        Self { versions: (0..count).map(|_| AtomicU32::new(0)).collect() }
+        Self { versions: bytemuck::allocation::zeroed_vec(count), digest: AtomicU64::new(0) }
     }
 
     /// Checks that a run from the wire continues what is held, and records it.
@@ -238,6 +244,7 @@ impl DestinationPages {
     /// [`VersionError`] if a page does not exist or its version is not the next one. Pages of the
     /// run before the offending one are recorded; the session must end.
     pub fn accept(&self, run: &PageRun) -> Result<(), VersionError> {
+        let mut digest = 0u64;
         for page in (run.first.0..).take(usize::from(run.pages)) {
             let slot = usize::try_from(page).ok().and_then(|index| self.versions.get(index));
             let page = PageIndex(page);
@@ -248,7 +255,9 @@ impl DestinationPages {
                 return Err(VersionError::OutOfOrder { page, got: run.version, want });
             }
             slot.store(want, Ordering::Relaxed);
+            digest = digest.wrapping_add(sending(page, want));
         }
+        self.digest.fetch_add(digest, Ordering::Relaxed);
         Ok(())
     }
 
@@ -260,7 +269,7 @@ impl DestinationPages {
 
     /// Digest of all versions, comparable with [`SourcePages::digest`].
     pub fn digest(&self) -> u64 {
-        digest(&self.versions)
+        self.digest.load(Ordering::Relaxed)
     }
 }
 
@@ -271,16 +280,13 @@ pub fn is_zero(content: &[u8]) -> bool {
     blocks.iter().all(words) && tail.iter().all(|byte| *byte == 0)
 }
 
-fn digest(versions: &[AtomicU32]) -> u64 {
-    let mut hasher = Xxh3Default::new();
-    let mut buffer = [0u8; 4096];
-    for group in versions.chunks(buffer.len() / 4) {
-        for (bytes, version) in buffer.as_chunks_mut::<4>().0.iter_mut().zip(group) {
-            *bytes = version.load(Ordering::Relaxed).to_le_bytes();
-        }
-        hasher.update(buffer.get(..group.len() * 4).unwrap_or(&[]));
-    }
-    hasher.digest()
+/// What sending a page as this version adds to the digest of all versions.
+fn sending(page: PageIndex, version: u32) -> u64 {
+    let mut bytes = [0; size_of::<u64>() + size_of::<u32>()];
+    let (number, rest) = bytes.split_at_mut(size_of::<u64>());
+    number.copy_from_slice(&page.0.to_le_bytes());
+    rest.copy_from_slice(&version.to_le_bytes());
+    xxh3_64(&bytes)
 }
 
 #[cfg(test)]
@@ -375,6 +381,22 @@ mod tests {
             let bytes = table.memory_bytes() as f64 / PAGES as f64;
             assert!(bytes + elsewhere <= 16.0 && bytes > 12.0 - 0.1, "{bytes} of {hashes}");
         }
+    }
+
+    #[test]
+    fn the_digest_tells_which_pages_came_how_often() {
+        let digest = |runs: &[(u64, u16, u32)]| {
+            let table = DestinationPages::new(8);
+            for (first, pages, version) in runs.iter().copied() {
+                let first = PageIndex(first);
+                table.accept(&PageRun { first, pages, kind: RunKind::Zero, version }).unwrap();
+            }
+            table.digest()
+        };
+        assert_eq!(digest(&[]), 0);
+        assert_eq!(digest(&[(0, 2, 1), (1, 1, 2)]), digest(&[(1, 1, 1), (1, 1, 2), (0, 1, 1)]));
+        let others = [digest(&[(0, 1, 1)]), digest(&[(1, 1, 1)]), digest(&[(0, 1, 1), (0, 1, 2)])];
+        assert!(others[0] != others[1] && others[1] != others[2] && others[0] != others[2]);
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //! Invariants:
 //! - A page is protected again in the step that reports it: a write after the report is found by
 //!   the next scan, so read contents after the scan (design rule 1).
-//! - Pages that were never populated are tracked too (WP_UNPOPULATED).
+//! - Pages that were never populated are tracked too: protected (WP_UNPOPULATED) where there is data
+//!   nearby, else looked for in the file ([`armed`]).
 //! - A page that was written and then became a hole (balloon) is reported. A clean one is not: the
 //!   kernel keeps its protection (measured on 6.18). [`GuestRam::vanished`] finds those (rule 14).
 //! - On hugetlbfs all parts of a written large page are reported (rule 15).
@@ -36,8 +37,12 @@ pub use crate::error::TrackError;
 use crate::mapped;
 use crate::pagemap::{Pagemap, ScanMode};
 use crate::procfs::Identity;
-use crate::ram::{Backing, GuestRam, RamRegion};
+use crate::ram::{Backing, GuestRam, RamRegion, seek_data};
 use crate::uffd::{Features, RegisterError, TargetUffd};
+
+mod armed;
+
+use armed::Armed;
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -55,8 +60,73 @@ pub struct ScanReport {
 struct Tracked {
     region: RamRegion,
     backing: Backing,
+    file: File,
     /// First page number in the layout.
     first_page: u64,
+    armed: Armed,
+}
+
+impl Tracked {
+    /// Adds the pages at these addresses of the block to a set; returns how many.
+    fn insert(&self, addresses: &Range<u64>, into: &mut PageSet) -> u64 {
+        let first = self.first_page + (addresses.start - self.region.hva) / PAGE;
+        let count = (addresses.end - addresses.start) / PAGE;
+        into.insert_range(first..first + count);
+        count
+    }
+
+    /// Calls `found` with the addresses of the pages within `addresses` that are no holes; where the kernel does not
+    /// tell them, with all.
+    fn data(&self, addresses: &Range<u64>, mut found: impl FnMut(&Range<u64>)) -> io::Result<()> {
+        if self.backing.huge {
+            found(addresses);
+            return Ok(());
+        }
+        let shift = self.region.hva.wrapping_sub(self.backing.offset_bytes);
+        let range = addresses.start.wrapping_sub(shift)..addresses.end.wrapping_sub(shift);
+        seek_data(&self.file, range, |start, end| {
+            found(&(start.wrapping_add(shift)..end.next_multiple_of(PAGE).wrapping_add(shift)));
+        })
+    }
+
+    /// The stretches that hold data and are not armed.
+    fn fresh(&self) -> io::Result<Armed> {
+        let mut fresh = Armed::nothing(self.region.addresses());
+        for gap in self.armed.gaps() {
+            self.data(&gap, |data| fresh.add(data))?;
+        }
+        Ok(fresh)
+    }
+
+    /// Adds the written pages to `dirty`; returns how many.
+    fn scan(
+        &mut self,
+        pagemap: &mut Pagemap,
+        mode: ScanMode,
+        dirty: &mut PageSet,
+    ) -> io::Result<u64> {
+        let mut pages = 0;
+        let block = self.region.addresses();
+        // The kernel answers in pages of the mapping, which a block is made of.
+        let clip = |found: Range<u64>| {
+            found.start.clamp(block.start, block.end)..found.end.clamp(block.start, block.end)
+        };
+        let fresh = self.fresh()?;
+        for range in self.armed.ranges() {
+            pagemap.scan(&range, mode, |found| pages += self.insert(&clip(found), dirty))?;
+        }
+        for range in fresh.ranges() {
+            let mut reported = vec![];
+            pagemap.scan(&range, mode, |found| reported.push(clip(found)))?;
+            for part in reported {
+                self.data(&part, |data| pages += self.insert(data, dirty))?;
+            }
+        }
+        if mode == ScanMode::Rearm {
+            self.armed.add_all(&fresh);
+        }
+        Ok(pages)
+    }
 }
 
 /// Dirty tracking of a QEMU process's RAM.
@@ -100,14 +170,19 @@ impl DirtyTracker {
         }
         let uffd = TargetUffd::initialise(uffd, Features::TRACKING)
             .map_err(|source| TrackError::Handshake { pid, source })?;
-        let blocks = ram.regions().zip(ram.backings()).enumerate();
-        let blocks = blocks.map(|(index, (region, backing))| Tracked {
-            region: region.clone(),
-            backing,
-            first_page: ram.layout().block_pages(index).start,
+        let blocks = ram.regions().zip(ram.backings()).zip(ram.files()).enumerate();
+        let blocks = blocks.map(|(index, ((region, backing), file))| {
+            Ok(Tracked {
+                region: region.clone(),
+                backing,
+                file: file.try_clone()?,
+                first_page: ram.layout().block_pages(index).start,
+                armed: Armed::nothing(region.addresses()),
+            })
         });
         let pages = ram.layout().pages();
-        let blocks = blocks.collect();
+        let blocks = blocks.collect::<io::Result<_>>();
+        let blocks = blocks.map_err(|source| TrackError::Handshake { pid, source })?;
         let mut tracker = Self { pid, identity, uffd, pagemap, maps, blocks, registered: 0, pages };
         tracker.check_mapped()?;
         // From here on dropping the tracker undoes what was done.
@@ -117,21 +192,29 @@ impl DirtyTracker {
     }
 
     fn register_all(&mut self) -> Result<(), TrackError> {
-        for block in &self.blocks {
-            let name = || block.region.name.clone();
+        for block in &mut self.blocks {
+            let (name, pid) = (block.region.name.clone(), self.pid);
             let range = block.region.addresses();
-            let failed =
-                |what, source| TrackError::Block { what, block: name(), pid: self.pid, source };
             match self.uffd.register(&range, RegisterMode::WRITE_PROTECT) {
                 Ok(()) => {}
                 Err(RegisterError::Busy) => {
-                    return Err(TrackError::Busy { block: name(), pid: self.pid });
+                    return Err(TrackError::Busy { block: name, pid });
                 }
-                Err(RegisterError::Other(source)) => return Err(failed("register", source)),
+                Err(RegisterError::Other(source)) => {
+                    return Err(TrackError::Block { what: "register", block: name, pid, source });
+                }
             }
             self.registered += 1;
-            let protected = self.uffd.write_protect(&range);
-            protected.map_err(|source| failed("write-protect", source))?;
+            let protected = block.fresh().and_then(|armed| {
+                block.armed = armed;
+                block.armed.ranges().iter().try_for_each(|range| self.uffd.write_protect(range))
+            });
+            protected.map_err(|source| TrackError::Block {
+                what: "write-protect",
+                block: name,
+                pid,
+                source,
+            })?;
         }
         Ok(())
     }
@@ -160,31 +243,13 @@ impl DirtyTracker {
             return Err(TrackError::WrongSet { found: dirty.size(), expected: self.pages });
         }
         let mut pages = 0u64;
-        for block in &self.blocks {
-            let range = block.region.addresses();
-            let result = self.pagemap.scan(&range, mode, |found: Range<u64>| {
-                // Clipped: the kernel answers in pages of the mapping, which a block is made of.
-                let start = found.start.clamp(range.start, range.end);
-                let end = found.end.clamp(range.start, range.end);
-                let first = block.first_page + (start - range.start) / PAGE;
-                let count = (end - start) / PAGE;
-                dirty.insert_range(first..first + count);
-                pages += count;
-            });
-            result.map_err(|source| self.scan_failed(block, source))?;
+        for block in &mut self.blocks {
+            let found = block.scan(&mut self.pagemap, mode, dirty);
+            pages += found.map_err(|source| scan_failed(&block.region.name, self.pid, source))?;
         }
         // After the walk: a block that was unmapped before or during it gave no report.
         self.check_mapped()?;
         Ok(ScanReport { pages, took: began.elapsed() })
-    }
-
-    fn scan_failed(&self, block: &Tracked, source: io::Error) -> TrackError {
-        let (block, pid) = (block.region.name.clone(), self.pid);
-        match source.raw_os_error() {
-            // PM_SCAN_CHECK_WPASYNC: something else is mapped there now.
-            Some(libc::EPERM) => TrackError::Changed { block, pid },
-            _ => TrackError::Block { what: "scan", block, pid, source },
-        }
     }
 
     /// Checks that every block is still mapped from its file, without gaps.
@@ -241,6 +306,15 @@ impl DirtyTracker {
             }
         }
         result
+    }
+}
+
+fn scan_failed(block: &str, pid: i32, source: io::Error) -> TrackError {
+    let block = block.to_owned();
+    match source.raw_os_error() {
+        // PM_SCAN_CHECK_WPASYNC: something else is mapped there now.
+        Some(libc::EPERM) => TrackError::Changed { block, pid },
+        _ => TrackError::Block { what: "scan", block, pid, source },
     }
 }
 

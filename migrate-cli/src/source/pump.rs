@@ -290,7 +290,10 @@ impl Share {
         round: u32,
         counts: &mut PageCounts,
     ) -> Result<(), PumpError> {
-        for chunk in 0..set.size().div_ceil(CHUNK_PAGES) {
+        let mut next = 0;
+        while let Some(page) = set.first_in(next..set.size()) {
+            let chunk = page / CHUNK_PAGES;
+            next = (chunk + 1) * CHUNK_PAGES;
             let number = lane_of(PageIndex(chunk * CHUNK_PAGES), shared.lanes);
             let Some(lane) = self.lanes.iter_mut().find(|lane| lane.number == number) else {
                 continue;
@@ -313,10 +316,7 @@ impl Shared {
     /// pages that are left out.
     fn page_runs(&self, set: &PageSet, chunk: u64, reason: Reason) -> (Vec<(u64, u64)>, u64) {
         let mut runs: Vec<(u64, u64)> = vec![];
-        let mut pages = set.iter_range(chunk * CHUNK_PAGES..(chunk + 1) * CHUNK_PAGES).peekable();
-        if pages.peek().is_none() {
-            return (runs, 0);
-        }
+        let pages = set.iter_range(chunk * CHUNK_PAGES..(chunk + 1) * CHUNK_PAGES);
         let left_out = self.left_out.read().unwrap_or_else(PoisonError::into_inner);
         let mut without = 0;
         for page in pages {

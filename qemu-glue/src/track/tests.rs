@@ -38,7 +38,7 @@ enum Op {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let (block, page) = (0usize..2, 0u64..256);
+    let (block, page) = (0usize..3, 0u64..256);
     prop_oneof![
         8 => (block.clone(), page.clone()).prop_map(|(block, page)| Op::Write { block, page }),
         2 => (block.clone(), page.clone()).prop_map(|(block, page)| Op::Read { block, page }),
@@ -48,11 +48,27 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+/// Pages of the third block lie so far apart that few share a page table.
+const APART: u64 = 130;
+
+/// Where a page of a block lies in it, in bytes.
+fn place(block: usize, page: u64) -> u64 {
+    page * 4096 * if block == SPARSE { APART } else { 1 }
+}
+
+const SPARSE: usize = 2;
+
 /// Random lists of operations against a model: what was written is reported, once.
 #[test]
 fn scans_report_what_was_written() {
     let (_file, path) = tmpfs_file(2 * MIB);
-    let blocks = [(Kind::Memfd, MIB), (Kind::File { path, offset: MIB / 2 }, MIB)];
+    let blocks = [
+        (Kind::Memfd, MIB),
+        (Kind::File { path, offset: MIB / 2 }, MIB),
+        // Nothing is there when tracking begins.
+        (Kind::Memfd, 256 * APART * 4096),
+    ];
+    let number = |block: usize, page| block as u64 * 256 + place(block, page) / 4096;
     let mut child = Writer::start(&blocks, 4096);
     // Part of the pages exist before tracking begins, and the second block is three mappings.
     for page in (0..256).step_by(3) {
@@ -74,20 +90,30 @@ fn scans_report_what_was_written() {
             for op in ops.into_iter().chain([Op::Scan]) {
                 match op {
                     Op::Write { block, page } => {
-                        child.write(block, page * 4096, 7);
-                        must.insert(block as u64 * 256 + page);
+                        child.write(block, place(block, page), 7);
+                        must.insert(number(block, page));
                     }
                     Op::Read { block, page } => {
-                        child.order(&format!("read {block} {}", page * 4096));
+                        child.order(&format!("read {block} {}", place(block, page)));
+                        if block == SPARSE {
+                            // Where nothing was protected it came into being as if it was written.
+                            may.insert(number(block, page));
+                        }
                     }
                     Op::Punch { block, page, pages } => {
-                        let pages = pages.min(256 - page);
-                        child.order(&format!("punch {block} {} {}", page * 4096, pages * 4096));
+                        let pages = if block == SPARSE { 1 } else { pages.min(256 - page) };
+                        let at = place(block, page);
+                        child.order(&format!("punch {block} {at} {}", pages * 4096));
                         // Reported if a page was there; a hole that stays one need not be.
-                        may.extend((page..page + pages).map(|page| block as u64 * 256 + page));
+                        let punched = (page..page + pages).map(|page| number(block, page));
+                        if block == SPARSE {
+                            // Nor one that came and went where nothing was protected.
+                            must.retain(|page| !punched.clone().any(|punched| punched == *page));
+                        }
+                        may.extend(punched);
                     }
                     Op::Scan | Op::Peek => {
-                        let mut dirty = PageSet::new(512);
+                        let mut dirty = PageSet::new(tracker.pages());
                         let rearm = matches!(op, Op::Scan);
                         let report =
                             if rearm { tracker.scan(&mut dirty) } else { tracker.peek(&mut dirty) };
@@ -136,6 +162,47 @@ fn untouched_holes_stay_holes_and_punched_pages_are_found() {
     let result = tracker.scan(&mut PageSet::new(7));
     assert!(matches!(result, Err(TrackError::WrongSet { found: 7, expected: 1024 })), "{result:?}");
     assert_eq!(scan(&mut tracker), [0]);
+}
+
+/// KiB that the process's page tables take.
+fn page_tables_kib(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Memory without data is not protected, and found all the same as soon as there is some.
+#[test]
+fn stretches_without_data_take_no_page_tables() {
+    const STRETCH: u64 = 2 * MIB;
+    let mut child = Writer::start(&[(Kind::Memfd, 4096 * MIB)], 4096);
+    child.write(0, 5 * STRETCH, 1);
+    let before_kib = page_tables_kib(child.pid());
+    let (ram, mut tracker) = track(&child);
+    assert_eq!(scan(&mut tracker), [0u64; 0]);
+    // All of it would be 8 MiB.
+    assert!(page_tables_kib(child.pid()) < before_kib + 64);
+    // A page that came into being is found, the holes around it are not reported.
+    let pages = |stretch: u64, page: u64| stretch * 512 + page;
+    child.write(0, 700 * STRETCH + 8192, 1);
+    let mut seen = PageSet::new(tracker.pages());
+    assert_eq!(tracker.peek(&mut seen).unwrap().pages, 1);
+    assert_eq!(scan(&mut tracker), [pages(700, 2)]);
+    assert_eq!(scan(&mut tracker), [0u64; 0]);
+    // From now on this stretch is like any other.
+    child.write(0, 700 * STRETCH + 8192, 2);
+    child.write(0, 701 * STRETCH - 4096, 2);
+    child.write(0, 701 * STRETCH, 2);
+    child.order(&format!("read 0 {}", 700 * STRETCH + 4096));
+    assert_eq!(scan(&mut tracker), [pages(700, 2), pages(700, 511), pages(701, 0)]);
+    assert_eq!(scan(&mut tracker), [0u64; 0]);
+    // One that was filled and punched out before a scan is a hole again, and found when it is none.
+    child.write(0, 900 * STRETCH, 1);
+    child.order(&format!("punch 0 {} 4096", 900 * STRETCH));
+    assert_eq!(scan(&mut tracker), [0u64; 0]);
+    child.write(0, 900 * STRETCH, 2);
+    assert_eq!(scan(&mut tracker), [pages(900, 0)]);
+    assert_eq!(ram.resident_bytes().unwrap(), 6 * 4096);
 }
 
 /// More separate pages than one call of the kernel returns.
