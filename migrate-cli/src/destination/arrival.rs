@@ -1,5 +1,6 @@
 //! One guest coming in: its description, its pages, its device state.
 
+use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -490,10 +491,17 @@ impl Arrival {
             }
         };
         let loaded = async { tokio::join!(loading.load(state), taken_in).0 };
+        // Loading may wait for a page that nobody sends any more.
+        let stuck = async {
+            let Some(paging) = &mut self.paging else { return pending().await };
+            tokio::select! {
+                error = paging.failed() => error,
+                lost = self.closer.closed() => lost.into(),
+            }
+        };
         let (status, settling) = tokio::select! {
             loaded = loaded => loaded?,
-            // Loading may wait for a page that nobody sends any more.
-            lost = self.closer.closed(), if self.paging.is_some() => return Err(lost.into()),
+            error = stuck => return Err(error),
         };
         self.settling = Some(settling);
         let load_us = began.elapsed().as_micros() as u64;

@@ -4,6 +4,9 @@
 //! do not get that far. Afterwards the command still does its job: a receiver takes an honest guest,
 //! a sender's guest runs on, was never left stopped, and carries no trace.
 
+#[path = "hostile/loading.rs"]
+mod loading;
+
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
