@@ -17,6 +17,7 @@ use crate::scenario::{Overrides, parse_qemu, parse_rate};
     args_conflicts_with_subcommands = true,
     after_help = "`bench --scenario NAME` is short for `bench compare --scenario NAME`.\n\n\
         The targets and the commands that print them:\n  \
+        cargo xtask bench targets\n  \
         cargo xtask bench --scenario idle\n  \
         cargo xtask bench --scenario writer --scenario writer-text\n  \
         cargo xtask bench throughput --repeats 5\n  \
@@ -36,6 +37,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Migrates the guest of a scenario by Godwit and by QEMU's own modes, in turns.
     Compare(CompareArgs),
+    /// Measures all that has a target, and prints one table of what is met.
+    Targets(TargetsArgs),
     /// Lists the scenarios of the repository.
     Scenarios,
     /// Compares Godwit's goodput on an unshaped link with a plain quinn transfer, in turns.
@@ -133,6 +136,36 @@ impl CompareArgs {
             channels: self.channels,
         }
     }
+}
+
+/// `bench targets`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Runs every scenario of the repository that has targets or is an ablation, then \
+    `attach` and `throughput`, one after the other, and says so before it begins. Each writes its results as \
+    its own command does; the table of all targets comes last. All of it takes hours: Ctrl-C ends it after \
+    the step under way, and --only-missing goes on from there.\n\n\
+    A part that fails keeps no other from its turn. The exit code is 0 if all were measured, whether their \
+    targets are met or not, and 1 if a part or a migration failed or somebody interrupted.\n\n  \
+    cargo xtask bench targets\n  \
+    cargo xtask bench targets --only-missing\n  \
+    cargo xtask bench targets --scenario idle --scenario attach --repeats 3"
+)]
+pub(crate) struct TargetsArgs {
+    /// Only this part: a scenario that has targets or is an ablation, `attach` or `throughput`; may be
+    /// repeated.
+    #[arg(long = "scenario", value_name = "NAME")]
+    pub(crate) scenarios: Vec<String>,
+    /// Instead of the scenarios' and throughput's own: times that every mode is measured.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=200))]
+    pub(crate) repeats: Option<u32>,
+    /// Leaves out what the folder already has all measurements of, by whatever sources, none of them
+    /// failed; the table shows it, too.
+    #[arg(long)]
+    pub(crate) only_missing: bool,
+    /// Folder for the results.
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    pub(crate) out: PathBuf,
 }
 
 /// `bench throughput`.

@@ -4,6 +4,7 @@
 //!  scenario --> compare ----+                      +--> NAME.jsonl   one object a measurement, raw
 //!               throughput -+--> testbed, drivers --+
 //!               attach -----+                      +--> report ----> NAME.md, NAME-*.svg, report.html
+//!  targets: all of these that have some
 //! ```
 //!
 //! What is compared runs in turns on one machine, each migration with a freshly booted guest of the
@@ -14,6 +15,7 @@
 mod applications;
 mod args;
 mod attach;
+mod campaign;
 mod compare;
 mod compulsory;
 mod document;
@@ -47,6 +49,7 @@ fn main() -> Result<()> {
     match &cli.command {
         None => compare::run(&cli.compare),
         Some(Command::Compare(args)) => compare::run(args),
+        Some(Command::Targets(args)) => campaign::run(args),
         Some(Command::Scenarios) => scenario::list(),
         Some(Command::Relay(args)) => relay::run(args),
         Some(Command::Throughput(args)) => throughput::run(args),

@@ -117,47 +117,72 @@ fn scenario_of(recorded: &Recorded, moved: &[&Migration]) -> Option<Scenario> {
     })
 }
 
+/// What was measured, by kind.
+#[derive(Debug, Default)]
+struct Measured<'a> {
+    moved: Vec<&'a Migration>,
+    plain: Vec<&'a Bulk>,
+    attached: Vec<&'a Attach>,
+}
+
+impl<'a> Measured<'a> {
+    fn of(recorded: &'a Recorded) -> Self {
+        let mut all = Self::default();
+        for record in &recorded.records {
+            match record {
+                Record::Migration(one) => all.moved.push(one),
+                Record::Bulk(one) => all.plain.push(one),
+                Record::Attach(one) => all.attached.push(one),
+                Record::Scenario { .. } => {}
+            }
+        }
+        all
+    }
+
+    /// The targets that it can judge.
+    fn targets(&self, scenario: Option<&Scenario>) -> Vec<Target> {
+        let Self { moved, plain, attached } = self;
+        if !attached.is_empty() {
+            return targets::of_attach(attached, moved);
+        }
+        if !plain.is_empty() {
+            let loopback = moved.iter().copied().filter(|one| one.link == "loopback");
+            return targets::of_throughput(&loopback.collect::<Vec<_>>(), plain);
+        }
+        scenario.map(|scenario| targets::of_scenario(scenario, moved)).unwrap_or_default()
+    }
+}
+
+/// The targets that a record can judge.
+pub(crate) fn judged(recorded: &Recorded) -> Vec<Target> {
+    let measured = Measured::of(recorded);
+    measured.targets(scenario_of(recorded, &measured.moved).as_ref())
+}
+
 /// All that a file has to show.
 fn compose(name: &str, recorded: &Recorded) -> Vec<Block> {
-    let mut moved: Vec<&Migration> = vec![];
-    let mut plain: Vec<&Bulk> = vec![];
-    let mut attached: Vec<&Attach> = vec![];
-    for record in &recorded.records {
-        match record {
-            Record::Migration(one) => moved.push(one),
-            Record::Bulk(one) => plain.push(one),
-            Record::Attach(one) => attached.push(one),
-            Record::Scenario { .. } => {}
-        }
-    }
-    let scenario = scenario_of(recorded, &moved);
-    let mut blocks = head(name, recorded, scenario.as_ref(), &moved);
+    let measured = Measured::of(recorded);
+    let Measured { moved, plain, attached } = &measured;
+    let scenario = scenario_of(recorded, moved);
+    let mut blocks = head(name, recorded, scenario.as_ref(), moved);
+    add_targets(&mut blocks, &measured.targets(scenario.as_ref()));
     if !attached.is_empty() {
-        add_targets(&mut blocks, &targets::of_attach(&attached, &moved));
-        blocks.extend(tables::attach(&attached));
-        blocks.extend(tables::godwit(&moved));
+        blocks.extend(tables::attach(attached));
     } else if !plain.is_empty() {
-        let loopback: Vec<&Migration> =
-            moved.iter().copied().filter(|one| one.link == "loopback").collect();
-        add_targets(&mut blocks, &targets::of_throughput(&loopback, &plain));
-        blocks.extend(tables::throughput(&moved, &plain));
-        blocks.push(plots::throughput(&moved, &plain));
-        blocks.extend(tables::godwit(&moved));
+        blocks.extend(tables::throughput(moved, plain));
+        blocks.push(plots::throughput(moved, plain));
     } else {
-        if let Some(scenario) = &scenario {
-            add_targets(&mut blocks, &targets::of_scenario(scenario, &moved));
-        }
-        blocks.extend(tables::modes(&moved));
+        blocks.extend(tables::modes(moved));
         match &scenario {
             Some(scenario) if scenario.kind == Kind::Ablation => {
-                blocks.extend(tables::ablation(scenario, &moved));
+                blocks.extend(tables::ablation(scenario, moved));
             }
-            _ => blocks.extend(tables::ratios_of_pairs(&moved)),
+            _ => blocks.extend(tables::ratios_of_pairs(moved)),
         }
-        blocks.extend(plots::compare(name, &moved));
-        blocks.extend(tables::godwit(&moved));
+        blocks.extend(plots::compare(name, moved));
     }
-    blocks.extend(tables::failures(&moved));
+    blocks.extend(tables::godwit(moved));
+    blocks.extend(tables::failures(moved));
     blocks
 }
 
