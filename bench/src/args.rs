@@ -140,8 +140,7 @@ impl CompareArgs {
 
 /// `bench targets`.
 #[derive(Debug, Clone, Args)]
-#[command(
-    after_help = "Runs every scenario of the repository that has targets or is an ablation, then \
+#[command(after_help = "Runs every scenario of the repository that has targets, then \
     `attach` and `throughput`, one after the other, and says so before it begins. Each writes its results as \
     its own command does; the table of all targets comes last. All of it takes hours: Ctrl-C ends it after \
     the step under way, and --only-missing goes on from there.\n\n\
@@ -149,11 +148,9 @@ impl CompareArgs {
     targets are met or not, and 1 if a part or a migration failed or somebody interrupted.\n\n  \
     cargo xtask bench targets\n  \
     cargo xtask bench targets --only-missing\n  \
-    cargo xtask bench targets --scenario idle --scenario attach --repeats 3"
-)]
+    cargo xtask bench targets --scenario idle --scenario attach --repeats 3")]
 pub(crate) struct TargetsArgs {
-    /// Only this part: a scenario that has targets or is an ablation, `attach` or `throughput`; may be
-    /// repeated.
+    /// Only this part: a scenario that has targets, `attach` or `throughput`; may be repeated.
     #[arg(long = "scenario", value_name = "NAME")]
     pub(crate) scenarios: Vec<String>,
     /// Instead of the scenarios' and throughput's own: times that every mode is measured.

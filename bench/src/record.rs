@@ -61,11 +61,15 @@ impl Cpu {
     /// Of the machine's, what none of the four processes used: the kernel's network work, this
     /// program, and whatever ran beside the measurement.
     pub(crate) fn others_s(&self) -> f64 {
-        let ours = self.engine_source_s
+        self.machine_s - self.four_s()
+    }
+
+    /// Of both engines and both QEMUs.
+    fn four_s(&self) -> f64 {
+        self.engine_source_s
             + self.engine_destination_s
             + self.qemu_source_s
-            + self.qemu_destination_s;
-        self.machine_s - ours
+            + self.qemu_destination_s
     }
 }
 
@@ -176,7 +180,18 @@ impl Migration {
         (self.wire_out_bytes + self.wire_back_bytes) as f64
     }
 
-    /// Those by the compulsory bytes.
+    /// Processor seconds of both engines and both QEMUs.
+    pub(crate) fn cpu_s(&self) -> f64 {
+        self.cpu.four_s()
+    }
+
+    /// Those for 10^9 bytes on the link.
+    pub(crate) fn cpu_s_per_gb(&self) -> Option<f64> {
+        let gb = self.wire_bytes() / 1e9;
+        (gb > 0.0).then(|| self.cpu_s() / gb)
+    }
+
+    /// Bytes on the link by the compulsory ones.
     pub(crate) fn wire_per_compulsory(&self) -> Option<f64> {
         let bytes = self.compulsory?.bytes;
         (bytes > 0).then(|| self.wire_bytes() / bytes as f64)

@@ -10,6 +10,7 @@ use crate::stats::{Span, percentile, ratios};
 use crate::table::{Table, number, span};
 
 const PAGE_BYTES: f64 = 4096.0;
+const MIB: f64 = 1_048_576.0;
 
 /// One target.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,7 +21,7 @@ pub(crate) struct Target {
     pub(crate) bound: String,
     /// What was found.
     pub(crate) found: String,
-    /// Whether it is met; nothing if there was nothing to judge by.
+    /// Whether it is met; nothing if there was nothing to judge, or nothing to judge by.
     pub(crate) met: Option<bool>,
 }
 
@@ -28,16 +29,16 @@ fn judge(
     what: &str,
     bound: &str,
     found: Option<(f64, Option<Span>)>,
-    met: impl Fn(f64) -> bool,
+    met: impl Fn(f64) -> Option<bool>,
 ) -> Target {
     Target {
         what: what.to_owned(),
         bound: bound.to_owned(),
         found: found.map_or_else(
-            || "nothing measured".to_owned(),
+            || "not measured".to_owned(),
             |(value, all)| format!("{}; {} of {}", number(value), span(all), count(all)),
         ),
-        met: found.map(|(value, _)| met(value)),
+        met: found.and_then(|(value, _)| met(value)),
     }
 }
 
@@ -64,8 +65,24 @@ fn value(what: Quantity, one: &Migration) -> Option<f64> {
         Quantity::ArrivalMs => one.arrived_ms,
         Quantity::WireBytes => Some(one.wire_bytes()),
         Quantity::WirePerCompulsory => one.wire_per_compulsory(),
+        Quantity::FaultMedianUs => fault_us(one, "p50_us"),
+        Quantity::FaultP99Us => fault_us(one, "p99_us"),
+        Quantity::SendMemoryMib => one.engine_memory.source_bytes.map(mib),
+        Quantity::ReceiveMemoryMib => one.engine_memory.destination_bytes.map(mib),
+        Quantity::CpuSPerGb => one.cpu_s_per_gb(),
         Quantity::Completed => Some(f64::from(u8::from(one.is_complete()))),
     }
+}
+
+/// A figure of the faults that waited for a page, if there were any.
+fn fault_us(one: &Migration, figure: &str) -> Option<f64> {
+    let faults = &one.report["faults"];
+    faults["count"].as_u64().filter(|count| *count > 0)?;
+    faults[figure].as_f64()
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / MIB
 }
 
 /// The runs that a target speaks of: values, or ratios of pairs.
@@ -141,7 +158,8 @@ pub(crate) fn of_throughput(moved: &[&Migration], plain: &[&Bulk]) -> Vec<Target
     let judged = |(kind, words)| {
         let pairs = Span::of(ratios(&ours, &plain_gbps(plain, kind)));
         let what = format!("goodput of round 1 / plain quinn {words} over loopback");
-        judge(&what, ">= 0.8", pairs.map(|all| (all.median, Some(all))), |ratio| ratio >= 0.8)
+        let found = pairs.map(|all| (all.median, Some(all)));
+        judge(&what, ">= 0.8", found, |ratio| Some(ratio >= 0.8))
     };
     PLAIN.into_iter().map(judged).collect()
 }
@@ -166,14 +184,14 @@ pub(crate) fn of_attach(attached: &[&Attach], moved: &[&Migration]) -> Vec<Targe
             &format!("attach, QEMU thread stopped, worst, us (95 %: {share})"),
             "< 1000",
             all.map(|all| (all.max, Some(all))),
-            |us| us < 1000.0,
+            |us| Some(us < 1000.0),
         ),
-        judge("scan of clean memory, ms/GiB (then us/GiB)", "<= 2", ms, |ms| ms <= 2.0),
+        judge("scan of clean memory, ms/GiB (then us/GiB)", "<= 2", ms, |ms| Some(ms <= 2.0)),
         judge(
             "engine's tables, bytes a page",
             "<= 16",
             tables.map(|all| (all.max, Some(all))),
-            |bytes| bytes <= 16.0,
+            |bytes| Some(bytes <= 16.0),
         ),
     ]
 }
@@ -243,6 +261,78 @@ mod tests {
         let total = &of_scenario(&scenario, &all)[1];
         assert!(total.found.starts_with("0.67"), "{total:?}");
         assert_eq!(total.met, Some(false));
+    }
+
+    fn named(mode: &str, total_ms: f64, wire_bytes: u64) -> Migration {
+        Migration {
+            mode: mode.into(),
+            wire_out_bytes: wire_bytes,
+            wire_back_bytes: 0,
+            ..migration(Mode::Godwit, 0, 50.0, total_ms)
+        }
+    }
+
+    #[test]
+    fn faults_are_judged_by_the_report_of_the_mode() {
+        let with = |mode: &str, p50_us: u32, p99_us: u32| Migration {
+            report: serde_json::json!({
+                "faults": { "count": 300, "p50_us": p50_us, "p99_us": p99_us },
+            }),
+            ..named(mode, 900.0, 1)
+        };
+        let runs = [with("idle-lanes", 75, 477), with("push", 2000, 603)];
+        assert_eq!(met("faults", &runs), [Some(true), Some(false), Some(true)]);
+        let mut quiet = with("idle-lanes", 0, 0);
+        quiet.report["faults"]["count"] = 0.into();
+        let unknown = named("push", 900.0, 1);
+        assert_eq!(met("faults", &[quiet, unknown]), [None; 3], "no fault, and no word of faults");
+        assert_eq!(met("writer-pages", &[with("godwit", 1, 1001)])[2], Some(false));
+    }
+
+    #[test]
+    fn memory_is_that_of_the_worst_run() {
+        let judged = |mib: &[Option<u64>]| {
+            let one = |(turn, mib): (u32, &Option<u64>)| {
+                let mut one = Migration { turn, ..named("godwit", 900.0, 1) };
+                one.engine_memory.source_bytes = mib.map(|mib| mib << 20);
+                one
+            };
+            met("sparse-64g", &(0..).zip(mib).map(one).collect::<Vec<_>>())[1]
+        };
+        assert_eq!(judged(&[Some(306), Some(99)]), Some(true));
+        assert_eq!(judged(&[Some(600), Some(99), Some(99)]), Some(false));
+        assert_eq!(judged(&[None]), None, "an older record");
+    }
+
+    #[test]
+    fn processor_time_is_shown_for_both_and_not_judged() {
+        let ours = Migration { mode: "godwit".into(), ..named("godwit", 900.0, 500_000_000) };
+        let theirs = Migration {
+            wire_out_bytes: 250_000_000,
+            wire_back_bytes: 0,
+            ..migration(Mode::MultifdTls, 0, 50.0, 1000.0)
+        };
+        let scenario = Scenario::load("incompressible").unwrap();
+        let targets = of_scenario(&scenario, &[&ours, &theirs]);
+        let found: Vec<&str> = targets[1..].iter().map(|one| one.found.as_str()).collect();
+        assert!(found[0].starts_with("2.00") && found[1].starts_with("4.00"), "{targets:?}");
+        assert_eq!(targets[1..].iter().map(|one| one.met).collect::<Vec<_>>(), [None; 2]);
+    }
+
+    #[test]
+    fn parts_of_an_ablation_are_judged_by_its_base_and_all_of_them_by_compression() {
+        let runs = [
+            named("base", 1000.0, 1000),
+            named("+delta", 700.0, 740),
+            named("+order", 930.0, 1010),
+            named("+compression", 300.0, 40),
+            named("all", 300.0, 90),
+        ];
+        let wanted = [false, true, true, false, true, false].map(Some);
+        for name in ["ablation", "ablation-100m"] {
+            assert_eq!(met(name, &runs), wanted, "{name}");
+            assert_eq!(met(name, &runs[1..3])[..4], [None; 4], "{name} without its base");
+        }
     }
 
     #[test]

@@ -34,18 +34,11 @@ const CPU_COLUMNS: [(&str, Value); 8] = [
     ("receive s", |one| Some(one.cpu.engine_destination_s)),
     ("source QEMU s", |one| Some(one.cpu.qemu_source_s)),
     ("destination QEMU s", |one| Some(one.cpu.qemu_destination_s)),
-    ("all four s", cpu_s),
-    ("all four s/GB", |one| Some(cpu_s(one)? / (one.wire_bytes() / 1e9))),
+    ("all four s", |one| Some(one.cpu_s())),
+    ("all four s/GB", Migration::cpu_s_per_gb),
     ("all others s", |one| Some(one.cpu.others_s())),
     ("guest before, CPUs", |one| Some(one.cpu.guest_before_cpus)),
 ];
-
-/// CPU seconds of all four processes.
-fn cpu_s(one: &Migration) -> Option<f64> {
-    let cpu = &one.cpu;
-    let engines = cpu.engine_source_s + cpu.engine_destination_s;
-    Some(engines + cpu.qemu_source_s + cpu.qemu_destination_s)
-}
 
 /// What pairs are compared by.
 const RATIOS: [(&str, Value); 6] = [
@@ -54,7 +47,7 @@ const RATIOS: [(&str, Value); 6] = [
     ("total", |one| Some(one.total_ms)),
     ("to arrival", |one| one.arrived_ms),
     ("wire", |one| Some(one.wire_bytes())),
-    ("CPU", cpu_s),
+    ("CPU", |one| Some(one.cpu_s())),
 ];
 
 fn columns(moved: &[&Migration], columns: &[(&str, Value)]) -> Block {

@@ -25,8 +25,39 @@ pub(crate) enum Quantity {
     WireBytes,
     /// Bytes on the link by the compulsory ones.
     WirePerCompulsory,
+    /// From a page fault's reading until its page is in place, in microseconds: the median of a
+    /// migration's faults by Godwit's report.
+    FaultMedianUs,
+    /// The same: what 99 % of the faults stay below.
+    FaultP99Us,
+    /// The most memory that `migrate send` had resident, in MiB.
+    SendMemoryMib,
+    /// The most memory that `migrate receive` had resident, in MiB.
+    ReceiveMemoryMib,
+    /// Processor seconds of both engines and both QEMUs for 10^9 bytes on the link.
+    CpuSPerGb,
     /// Share of the runs that completed.
     Completed,
+}
+
+impl Quantity {
+    /// In words, and its unit, which a ratio has not.
+    fn words(self) -> (&'static str, Option<&'static str>) {
+        match self {
+            Self::OutageMs => ("outage", Some("ms")),
+            Self::StalledMs => ("stalled", Some("ms")),
+            Self::TotalMs => ("total time", Some("ms")),
+            Self::ArrivalMs => ("time to arrival", Some("ms")),
+            Self::WireBytes => ("wire bytes", None),
+            Self::WirePerCompulsory => ("wire / compulsory bytes", None),
+            Self::FaultMedianUs => ("faults to wake, median of a run", Some("us")),
+            Self::FaultP99Us => ("faults to wake, 99 % of a run", Some("us")),
+            Self::SendMemoryMib => ("memory of `migrate send`", Some("MiB")),
+            Self::ReceiveMemoryMib => ("memory of `migrate receive`", Some("MiB")),
+            Self::CpuSPerGb => ("processor seconds", Some("s/GB")),
+            Self::Completed => ("share of runs that completed", None),
+        }
+    }
 }
 
 /// Which of the runs counts.
@@ -61,26 +92,22 @@ pub(crate) struct TargetPart {
     /// Smallest value that is right.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) at_least: Option<f64>,
+    /// Whether there is no bound: what is found is shown, and not judged.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_reported: bool,
 }
 
 impl TargetPart {
     /// In words, without the bound.
     pub(crate) fn shown(&self) -> String {
-        let what = match self.what {
-            Quantity::OutageMs => "outage, ms",
-            Quantity::StalledMs => "stalled, ms",
-            Quantity::TotalMs => "total time, ms",
-            Quantity::ArrivalMs => "time to arrival, ms",
-            Quantity::WireBytes => "wire bytes",
-            Quantity::WirePerCompulsory => "wire / compulsory bytes",
-            Quantity::Completed => "share of runs that completed",
-        };
-        let what = match &self.against {
-            None => what.to_owned(),
-            Some(other) if other == BEST_OF_QEMU => {
-                format!("{} / that of the best of QEMU's modes", what.trim_end_matches(", ms"))
+        let (what, unit) = self.what.words();
+        let what = match (&self.against, unit) {
+            (None, None) => what.to_owned(),
+            (None, Some(unit)) => format!("{what}, {unit}"),
+            (Some(other), _) if other == BEST_OF_QEMU => {
+                format!("{what} / that of the best of QEMU's modes")
             }
-            Some(other) => format!("{} / {other}'s", what.trim_end_matches(", ms")),
+            (Some(other), _) => format!("{what} / {other}'s"),
         };
         let what = match &self.mode {
             None => what,
@@ -95,15 +122,19 @@ impl TargetPart {
 
     /// The bound in words.
     pub(crate) fn bound(&self) -> String {
+        if self.is_reported {
+            return "none".to_owned();
+        }
         let part = |sign: &str, value: Option<f64>| value.map(|value| format!("{sign} {value}"));
         let parts = [part(">=", self.at_least), part("<=", self.at_most)];
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
 
-    /// Whether a value is within the bound.
-    pub(crate) fn is_met_by(&self, value: f64) -> bool {
-        self.at_most.is_none_or(|bound| value <= bound)
-            && self.at_least.is_none_or(|bound| value >= bound)
+    /// Whether a value is within the bound, if there is one.
+    pub(crate) fn is_met_by(&self, value: f64) -> Option<bool> {
+        let is_met = self.at_most.is_none_or(|bound| value <= bound)
+            && self.at_least.is_none_or(|bound| value >= bound);
+        (!self.is_reported).then_some(is_met)
     }
 
     /// Name of the mode that is judged.
@@ -114,8 +145,8 @@ impl TargetPart {
 
     pub(super) fn check(&self, plans: &[ModePlan]) -> Result<()> {
         ensure!(
-            self.at_most.is_some() || self.at_least.is_some(),
-            "A target needs at_most or at_least"
+            self.is_reported != (self.at_most.is_some() || self.at_least.is_some()),
+            "A target needs at_most or at_least, or is_reported = true, which has neither"
         );
         let Some(mode) = self.mode(plans) else { bail!("There is no setting of Godwit to judge") };
         let known = |name: &str| plans.iter().any(|plan| plan.name == name);
@@ -127,6 +158,7 @@ impl TargetPart {
             name => known(name),
         };
         ensure!(there, "No mode is called {other:?}");
+        ensure!(other != mode, "{mode:?} is compared with itself");
         Ok(())
     }
 }
@@ -146,22 +178,35 @@ mod tests {
             (outage.shown().as_str(), outage.bound().as_str()),
             ("outage, ms, median", "<= 60")
         );
-        assert!(outage.is_met_by(60.0) && !outage.is_met_by(60.1));
+        assert_eq!([60.0, 60.1].map(|ms| outage.is_met_by(ms)), [Some(true), Some(false)]);
         let ratio = read("what = \"total-ms\"\nagainst = \"best-of-qemu\"\nat_most = 0.6");
         assert_eq!(ratio.shown(), "total time / that of the best of QEMU's modes, median");
         let all = read("what = \"completed\"\nmode = \"base\"\nat_least = 1");
-        assert!(all.is_met_by(1.0) && !all.is_met_by(0.5));
+        assert_eq!([1.0, 0.5].map(|share| all.is_met_by(share)), [Some(true), Some(false)]);
         assert!(all.shown().starts_with("base: "));
+        let cost = read("what = \"cpu-s-per-gb\"\nis_reported = true");
+        assert_eq!(
+            (cost.shown().as_str(), cost.bound().as_str()),
+            ("processor seconds, s/GB, median", "none")
+        );
+        assert_eq!(cost.is_met_by(1.0), None);
     }
 
     #[test]
     fn modes_must_exist() {
-        let plans = [ModePlan::of(Mode::Godwit)];
+        let base = ModePlan { name: "base".into(), ..ModePlan::of(Mode::Godwit) };
+        let plans = [ModePlan::of(Mode::Godwit), base];
         let check = |text: &str| read(text).check(&plans);
         assert!(check("what = \"outage-ms\"\nat_most = 60").is_ok());
         assert!(check("what = \"outage-ms\"").is_err());
         assert!(check("what = \"outage-ms\"\nat_most = 1\nmode = \"x\"").is_err());
         assert!(check("what = \"outage-ms\"\nat_most = 1\nagainst = \"best-of-qemu\"").is_err());
         assert!(check("what = \"completed\"\nat_least = 1\nagainst = \"godwit\"").is_err());
+        let by_base = "what = \"total-ms\"\nat_most = 1\nagainst = \"base\"";
+        assert!(check(by_base).is_ok(), "a setting of Godwit");
+        assert!(check(&format!("{by_base}\nmode = \"base\"")).is_err(), "with itself");
+        let reported = "what = \"cpu-s-per-gb\"\nis_reported = true";
+        assert!(check(reported).is_ok());
+        assert!(check(&format!("{reported}\nat_most = 1")).is_err(), "it has no bound");
     }
 }
