@@ -3,6 +3,7 @@
 //! The decisions are [`migrate_core::handover::Destination`]'s; this module only does what it says.
 
 use std::collections::VecDeque;
+use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,6 +50,17 @@ pub struct Voice {
     pub receiver: ControlReceiver,
     /// Ends it.
     pub closer: Closer,
+}
+
+/// What the source does, or what is found wrong with it, while pages are missing.
+#[derive(Debug)]
+enum Event {
+    /// Pages are not taken in any more, or faults not served.
+    Failed(EngineError),
+    /// A word, or the loss of the session.
+    Heard(Result<Message, TransportError>),
+    /// It opened another session.
+    Opened(Box<DestinationSession>),
 }
 
 /// What the source said with its commit.
@@ -211,7 +223,7 @@ impl Owner<'_> {
     }
 
     /// Resumes a guest that lacks pages: QEMU may need some of them to do so, and the source that has
-    /// them may have lost contact.
+    /// them may be lost, or come back, meanwhile.
     async fn resume_lacking(&mut self, wanted: bool) -> Result<(), EngineError> {
         let fetching =
             || Message::Verdict(Verdict { state: DestinationState::Fetching, text: String::new() });
@@ -220,16 +232,60 @@ impl Owner<'_> {
         }
         let mut resuming = pin!(resume_guest(self.client, wanted));
         loop {
-            tokio::select! {
+            let event = tokio::select! {
                 resumed = &mut resuming => return resumed,
-                Some(session) = self.asks.recv() => {
-                    let asks = session.intent == Intent::Ask;
-                    if self.take_up(session).await && asks {
-                        self.tell(fetching()).await;
-                    }
+                event = self.event() => event,
+            };
+            if let Some(Input::Asked | Input::Commit) = self.react(event).await {
+                self.tell(fetching()).await;
+            }
+        }
+    }
+
+    /// The next event while pages are missing. Cancel-safe.
+    async fn event(&mut self) -> Event {
+        let Self { paging, voice, asks, is_lost, .. } = self;
+        let failed = async {
+            match paging {
+                Some(paging) => paging.failed().await,
+                None => pending().await,
+            }
+        };
+        // Once the session is lost there is only a new one to wait for.
+        tokio::select! {
+            error = failed, if !*is_lost => Event::Failed(error),
+            heard = voice.receiver.recv(), if !*is_lost => Event::Heard(heard),
+            Some(session) = asks.recv() => Event::Opened(Box::new(session)),
+            else => pending().await,
+        }
+    }
+
+    /// Does what an event asks for. The guest belongs here: a source that is lost is waited for.
+    async fn react(&mut self, event: Event) -> Option<Input> {
+        match event {
+            Event::Failed(error) => {
+                eprintln!("{}; waiting for the source to come back", error.tell());
+                self.voice.closer.close_now(close_code::ABORTED, &messages::text(&error.tell()));
+                self.is_lost = true;
+                self.disconnect().await;
+            }
+            Event::Heard(Ok(Message::Ask(ask))) if ask.migration == self.migration => {
+                return Some(Input::Asked);
+            }
+            Event::Heard(Ok(Message::Commit(_))) => return Some(Input::Commit),
+            Event::Heard(Ok(other)) => tracing::warn!(message = other.name(), "out of place"),
+            Event::Heard(Err(error)) => {
+                eprintln!("{error}; the guest stays here, waiting for the source to come back");
+                self.is_lost = true;
+                self.disconnect().await;
+            }
+            Event::Opened(session) => {
+                if self.take_up(*session).await {
+                    self.is_lost = false;
                 }
             }
         }
+        None
     }
 
     /// The next thing that the source, QEMU or time says.
@@ -315,38 +371,17 @@ impl Owner<'_> {
 
     /// Takes missing pages in, until all are here or something else has to be done.
     async fn fetch(&mut self) -> Input {
-        let Some(paging) = &mut self.paging else { return Input::Fetched };
+        let Some(paging) = &self.paging else { return Input::Fetched };
         let fetcher = Arc::clone(paging.fetcher());
-        let watch = tokio::time::sleep(RETRY_AFTER);
-        tokio::select! {
+        let event = tokio::select! {
             () = fetcher.completed() => {
                 self.end_fetching().await;
                 return Input::Fetched;
             }
-            error = paging.failed(), if !self.is_lost => {
-                eprintln!("{}; waiting for the source to come back", error.tell());
-                self.voice.closer.close_now(close_code::ABORTED, &messages::text(&error.tell()));
-                self.is_lost = true;
-                self.disconnect().await;
-            }
-            message = self.voice.receiver.recv(), if !self.is_lost => match message {
-                Ok(Message::Ask(ask)) if ask.migration == self.migration => return Input::Asked,
-                Ok(Message::Commit(_)) => return Input::Commit,
-                Ok(other) => tracing::warn!(message = other.name(), "out of place"),
-                Err(error) => {
-                    eprintln!("{error}; the guest runs, waiting for the source to come back");
-                    self.is_lost = true;
-                    self.disconnect().await;
-                }
-            },
-            Some(session) = self.asks.recv() => {
-                if self.take_up(session).await {
-                    self.is_lost = false;
-                }
-            }
-            () = watch => {}
-        }
-        Input::Retry
+            event = self.event() => event,
+            () = tokio::time::sleep(RETRY_AFTER) => return Input::Retry,
+        };
+        self.react(event).await.unwrap_or(Input::Retry)
     }
 
     /// Every page is here: the source is told what came, if it asked for that, and paging ends.

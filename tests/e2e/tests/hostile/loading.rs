@@ -3,18 +3,22 @@
 //! The rogue has the device state of a real guest and says that all of its memory is missing. Loading
 //! looks at the size of an option ROM in that memory, so that QEMU waits for a page which the rogue does not send.
 
+use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::PATIENCE;
 use framework::{Env, Vm, wait};
 use migrate_core::batch::{LAST_VERSION, PageRun, RunKind};
-use migrate_core::layout::PageIndex;
+use migrate_core::handover::DestinationState;
+use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use migrate_core::page_table::DestinationPages;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 use transport::messages::{
-    AbortCode, DEVICE_CHUNK_BYTES_MAX, Describe, DeviceState, Intent, Load, MISSING_WORDS_MAX,
-    MigrationId, Missing, MissingEnd, Prepare,
+    AbortCode, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, Describe, DeviceState, Intent, Load,
+    MISSING_WORDS_MAX, MigrationId, Missing, MissingEnd, Prepare,
 };
 use transport::{Batch, LaneKind, LaneSender, Message, Offer, Options, UrgentSender, connect};
 use xxhash_rust::xxh3::xxh3_64;
@@ -24,8 +28,26 @@ use super::{PAGES, Rogue, Target, description, guest, in_turn, load};
 /// Longest time from the rogue's word to the receiver's end, with QEMU given up.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);
 
-/// What QEMU saves of a guest beside its memory.
-fn device_state() -> Result<Vec<u8>> {
+/// A guest that was stopped and saved.
+struct Donor {
+    /// Keeps the memory.
+    vm: Vm,
+    /// What QEMU saves of it beside its memory.
+    state: Vec<u8>,
+}
+
+impl Donor {
+    /// A page as it was.
+    fn page(&self, page: PageIndex) -> Result<Batch> {
+        let file = self.vm.ram_files().first().context("No memory")?;
+        let mut bytes = vec![0; PAGE_BYTES];
+        std::fs::File::open(file)?.read_exact_at(&mut bytes, page.0 * PAGE_BYTES as u64)?;
+        let run = PageRun { first: page, pages: 1, kind: RunKind::Raw, version: LAST_VERSION };
+        Ok(Batch::plain(vec![run], bytes, 0))
+    }
+}
+
+fn donor() -> Result<Donor> {
     let mut vm = Vm::boot(&Env::load()?, guest("donor"))?;
     let folder = tempfile::tempdir().context("No folder for the device state")?;
     let file = folder.path().join("state");
@@ -40,7 +62,8 @@ fn device_state() -> Result<Vec<u8>> {
         ensure!(status != "failed", "QEMU saves no device state");
         Ok((status == "completed").then_some(()))
     })?;
-    std::fs::read(&file).context("No device state")
+    let state = std::fs::read(&file).context("No device state")?;
+    Ok(Donor { vm, state })
 }
 
 /// The lane on which the destination asks for what QEMU waits for, or on which that is sent.
@@ -134,10 +157,107 @@ async fn misbehave(target: &mut Target, kind: LaneKind, state: &[u8], sent: RunK
     Ok(())
 }
 
+/// Sends the pages that loading needs, `first` first, until the guest is loaded.
+async fn serve_loading(
+    rogue: &mut Rogue,
+    lane: &mut LaneSender,
+    donor: &Donor,
+    first: PageIndex,
+) -> Result<()> {
+    lane.send(donor.page(first)?).await?;
+    loop {
+        match rogue.next().await? {
+            Message::Request(request) => lane.send(donor.page(PageIndex(request.page))?).await?,
+            Message::Progress(_) => {}
+            Message::Ready(_) => return Ok(()),
+            other => bail!("Not loaded: {other:?}"),
+        }
+    }
+}
+
+/// What a source does when the guest has just become its destination's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Betrayal {
+    /// Sends what is no content of a page, and stays.
+    Misbehaves,
+    /// Ends the session.
+    Leaves,
+}
+
+/// Whether the destination's journal says so.
+fn is_owned(target: &Target) -> Result<Option<()>> {
+    for file in std::fs::read_dir(target.rig.journal("destination"))? {
+        if String::from_utf8_lossy(&std::fs::read(file?.path())?).contains("\"owned\"") {
+            return Ok(Some(()));
+        }
+    }
+    Ok(None)
+}
+
+/// The destination's QEMU does not answer while the guest is to be resumed, as if it waited for a page. The
+/// guest stays, and another session is what the destination waits for.
+async fn betray(target: &mut Target, donor: &Donor, betrayal: Betrayal) -> Result<()> {
+    let (mut rogue, lane) = follows(target, LaneKind::Quic).await?;
+    let (urgent, first) = held_loading(&mut rogue, lane, &donor.state).await?;
+    let Urgent::Quic(mut lane) = urgent else { bail!("Not over QUIC") };
+    serve_loading(&mut rogue, &mut lane, donor, first).await?;
+    let qemu = Pid::from_raw(i32::try_from(target.vm.pid())?);
+    kill(qemu, Signal::SIGSTOP)?;
+    let commit = Commit { migration: rogue.migration, resume: true };
+    rogue.say(Message::Commit(commit)).await?;
+    wait::until("the destination to own the guest", PATIENCE, || is_owned(target))?;
+    let told = match betrayal {
+        Betrayal::Misbehaves => {
+            let first = PageIndex(PAGES - 1);
+            let run = PageRun { first, pages: 1, kind: RunKind::Same, version: LAST_VERSION };
+            lane.send(Batch::plain(vec![run], vec![0; run.content_bytes().0], 0)).await?;
+            let ended = tokio::time::timeout(ENDS_WITHIN, rogue.session.closer.closed()).await;
+            let ended = ended.context("The session goes on")?.to_string();
+            ensure!(ended.contains("which is missing"), "{ended}");
+            ended
+        }
+        Betrayal::Leaves => {
+            rogue.session.closer.close(1, "gone").await;
+            "gone".to_owned()
+        }
+    };
+    target.receive.wait_stderr("waiting for the source to come back", ENDS_WITHIN)?;
+    // Whoever asks hears that the guest is here, QEMU still does not answer.
+    let offer = Offer::new("rogue", rogue.migration, Intent::Ask);
+    let identity = load(&target.rig.source)?;
+    let asker = connect(target.addr, &identity, &Options::default(), offer).await?;
+    let ask = Ask { migration: rogue.migration };
+    asker.control_sender.send(&Message::Ask(ask)).await?;
+    let mut asker = Rogue { session: asker, migration: rogue.migration };
+    let verdict = asker.next().await?;
+    let fetching = DestinationState::Fetching;
+    ensure!(matches!(&verdict, Message::Verdict(v) if v.state == fetching), "{verdict:?}");
+    kill(qemu, Signal::SIGCONT)?;
+    println!("{betrayal:?}: {told}\n{}", target.receive.stderr());
+    ensure!(target.receive.running()?, "The receiver has ended");
+    let alive = std::fs::exists(format!("/proc/{}", target.vm.pid()))?;
+    ensure!(alive, "The destination's QEMU is gone");
+    Ok(())
+}
+
+#[test]
+fn a_source_that_is_lost_while_its_guest_is_resumed_is_waited_for() -> Result<()> {
+    in_turn(|runtime| {
+        let donor = donor()?;
+        for betrayal in [Betrayal::Misbehaves, Betrayal::Leaves] {
+            let mut target = Target::start()?;
+            let waited = runtime.block_on(betray(&mut target, &donor, betrayal));
+            waited
+                .with_context(|| format!("{betrayal:?}\nreceive: {}", target.receive.stderr()))?;
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn a_source_that_misbehaves_while_its_guest_is_loaded_keeps_nobody_waiting() -> Result<()> {
     in_turn(|runtime| {
-        let state = device_state()?;
+        let state = donor()?.state;
         for (kind, sent) in [(LaneKind::Tcp, RunKind::Delta), (LaneKind::Quic, RunKind::Same)] {
             let mut target = Target::start()?;
             let given_up = runtime.block_on(misbehave(&mut target, kind, &state, sent));
