@@ -346,6 +346,8 @@ impl Classify for TransportError {
     fn bin(&self) -> ErrorBin {
         match self {
             Self::Wire { .. }
+            // Whoever waited on another stream than the one where it was found.
+            | Self::ClosedHere { code: close_code::PROTOCOL, .. }
             | Self::Unexpected { .. }
             | Self::LaneCertificate { .. }
             | Self::Cut { .. } => ErrorBin::PeerMisbehaved,

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migrate_core::error::Classify;
+use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::handover::destination::Input;
 use migrate_core::handover::{Destination, DestinationRecord, Outcome};
 use migrate_core::layout::{PageIndex, RamLayout};
@@ -296,7 +296,12 @@ impl Arrival {
                 ready = Some(loaded);
                 (Input::Loaded, None)
             }
-            Err(error) if error.is_lost_contact() => (Input::Lost, Some(error)),
+            Err(error) if error.is_lost_contact() => {
+                if error.bin() == ErrorBin::PeerMisbehaved {
+                    warn_refused(&error);
+                }
+                (Input::Lost, Some(error))
+            }
             Err(error @ EngineError::PeerAborted { .. }) => (Input::PeerAborted, Some(error)),
             Err(error) => {
                 self.tell_abort(&error).await;
@@ -514,9 +519,13 @@ impl Arrival {
     }
 
     async fn tell_abort(&self, error: &EngineError) {
+        warn_refused(error);
         let text = messages::text(&error.tell());
-        tracing::warn!(bin = %error.bin(), text, "migration refused");
         let abort = Message::Abort(Abort { code: error.abort_code(), text });
         let _told = tokio::time::timeout(Duration::from_secs(1), self.control.send(&abort)).await;
     }
+}
+
+fn warn_refused(error: &EngineError) {
+    tracing::warn!(bin = %error.bin(), text = error.tell(), "migration refused");
 }

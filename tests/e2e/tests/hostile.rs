@@ -65,7 +65,10 @@ struct Target {
 
 impl Target {
     fn start() -> Result<Self> {
-        let rig = Rig::new()?;
+        Self::of(Rig::new()?)
+    }
+
+    fn of(rig: Rig) -> Result<Self> {
         let vm = Vm::start(&rig.env, guest("target").successor("target", QemuKind::V7_2))?;
         let listen = free_address()?;
         let receive = rig.receive(&vm, &listen, &["--dead-peer-s", "1", "--lease-s", "2"])?;

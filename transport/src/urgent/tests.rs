@@ -200,7 +200,8 @@ async fn what_breaks_the_protocol_ends_the_session() {
             }
         };
         assert_eq!(error.bin(), ErrorBin::PeerMisbehaved, "{error}");
-        assert!(destination.control_receiver.recv().await.is_err());
+        let told = destination.control_receiver.recv().await.unwrap_err();
+        assert_eq!(told.bin(), ErrorBin::PeerMisbehaved, "{told}");
         assert!(receiver.0.pipe.received().len() < 1 << 17, "kept without need");
     }
     let request = |page| Message::Request(Request { page });

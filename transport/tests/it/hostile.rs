@@ -151,6 +151,7 @@ async fn breaks_lane_of(pki: &Pki, kind: LaneKind, bytes: &[u8], finish: bool, w
     // The lane cannot be read on.
     let error = receiver.recv().await.unwrap_err();
     assert!(matches!(error, TransportError::ClosedHere { .. }), "{error}");
+    assert_eq!(error.bin(), ErrorBin::PeerMisbehaved);
 }
 
 fn is_wire(error: &TransportError, where_: &str, word: &str) -> bool {

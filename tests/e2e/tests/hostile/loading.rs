@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use e2e::PATIENCE;
+use e2e::{PATIENCE, Rig};
 use framework::{Env, Vm, wait};
 use migrate_core::batch::{LAST_VERSION, PageRun, RunKind};
 use migrate_core::handover::DestinationState;
@@ -20,7 +20,10 @@ use transport::messages::{
     AbortCode, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, Describe, DeviceState, Intent, Load,
     MISSING_WORDS_MAX, MigrationId, Missing, MissingEnd, Prepare,
 };
-use transport::{Batch, LaneKind, LaneSender, Message, Offer, Options, UrgentSender, connect};
+use transport::{
+    Batch, LaneKind, LaneSender, Message, Offer, Options, TransportError, UrgentSender, close_code,
+    connect,
+};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{PAGES, Rogue, Target, description, guest, in_turn, load};
@@ -97,12 +100,8 @@ async fn follows(target: &Target, lane_kind: LaneKind) -> Result<(Rogue, LaneSen
     }
 }
 
-/// Has the destination load `state` without any memory. Returns when QEMU waits for a page, with that.
-async fn held_loading(
-    rogue: &mut Rogue,
-    lane: LaneSender,
-    state: &[u8],
-) -> Result<(Urgent, PageIndex)> {
+/// Has the destination begin to load `state` without any memory.
+async fn say_load(rogue: &mut Rogue, state: &[u8]) -> Result<()> {
     rogue.say(Message::Prepare(Prepare {})).await?;
     let prepared = rogue.next().await?;
     ensure!(matches!(prepared, Message::Prepared(_)), "Not prepared: {prepared:?}");
@@ -120,7 +119,21 @@ async fn held_loading(
     }
     let (total_bytes, digest) = (state.len() as u64, xxh3_64(state));
     let version_digest = DestinationPages::new(PAGES).digest();
-    rogue.say(Message::Load(Load { total_bytes, digest, version_digest })).await?;
+    rogue.say(Message::Load(Load { total_bytes, digest, version_digest })).await
+}
+
+/// As [`say_load`]. Returns when QEMU waits for a page, with that.
+async fn held_loading(
+    rogue: &mut Rogue,
+    lane: LaneSender,
+    state: &[u8],
+) -> Result<(Urgent, PageIndex)> {
+    say_load(rogue, state).await?;
+    asked(rogue, lane).await
+}
+
+/// Returns when QEMU waits for a page, with that.
+async fn asked(rogue: &mut Rogue, lane: LaneSender) -> Result<(Urgent, PageIndex)> {
     if !lane.has_tcp() {
         return match rogue.next().await? {
             Message::Request(request) => Ok((Urgent::Quic(lane), PageIndex(request.page))),
@@ -155,6 +168,48 @@ async fn misbehave(target: &mut Target, kind: LaneKind, state: &[u8], sent: RunK
     println!("{kind:?}, {sent:?}: {:.1} s\n{said}", began.elapsed().as_secs_f64());
     ensure!(said.contains("peer-misbehaved"), "{said}");
     Ok(())
+}
+
+/// Sends a frame on the urgent lane whose number was there before. The destination ends the session.
+async fn repeat_a_frame(target: &mut Target, donor: &Donor) -> Result<()> {
+    let step = target.rig.failpoints().join("destination-paging");
+    std::fs::create_dir_all(target.rig.failpoints())?;
+    std::fs::write(&step, "hold")?;
+    let (mut rogue, mut lane) = follows(target, LaneKind::Tcp).await?;
+    say_load(&mut rogue, &donor.state).await?;
+    // From here on the destination's lane is an urgent one. Each kind of sender begins to count at 1.
+    let reached = step.with_extension("reached");
+    wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
+    lane.send(donor.page(PageIndex(PAGES - 1))?).await?;
+    std::fs::remove_file(&step)?;
+    let (mut urgent, first) = asked(&mut rogue, lane).await?;
+    let began = Instant::now();
+    urgent.send(donor.page(first)?).await?;
+    match tokio::time::timeout(ENDS_WITHIN, rogue.session.closer.closed()).await {
+        Ok(TransportError::Closed { code: close_code::PROTOCOL, text, .. }) => {
+            ensure!(text.contains("sequence number 1 where 2 is due"), "{text}");
+        }
+        other => bail!("Not given up: {other:?}"),
+    }
+    wait::until("the receiver's end", ENDS_WITHIN, || {
+        Ok((!target.receive.running()?).then_some(()))
+    })?;
+    let said = target.receive.stderr();
+    println!("a repeated frame: {:.1} s\n{said}", began.elapsed().as_secs_f64());
+    ensure!(said.contains("peer-misbehaved"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn a_lane_that_breaks_the_protocol_while_its_guest_is_loaded_is_the_peers_fault() -> Result<()> {
+    in_turn(|runtime| {
+        let mut target = Target::of(Rig::with_failpoints()?)?;
+        let given_up = runtime.block_on(repeat_a_frame(&mut target, &donor()?));
+        given_up.with_context(|| format!("receive: {}", target.receive.stderr()))?;
+        ensure!(target.vm.qmp().run_state().is_err(), "The target's QEMU keeps a guest");
+        ensure!(target.receive.wait(PATIENCE)?.code == Some(1), "The receiver's exit code");
+        Ok(())
+    })
 }
 
 /// Sends the pages that loading needs, `first` first, until the guest is loaded.
