@@ -11,7 +11,7 @@
 //! - A page is protected again in the step that reports it: a write after the report is found by
 //!   the next scan, so read contents after the scan (design rule 1).
 //! - Pages that were never populated are tracked too: protected (WP_UNPOPULATED) where there is data
-//!   nearby, else looked for in the file ([`armed`]).
+//!   nearby, else looked for in the file (armed.rs).
 //! - A page that was written and then became a hole (balloon) is reported. A clean one is not: the
 //!   kernel keeps its protection (measured on 6.18). [`GuestRam::vanished`] finds those (rule 14).
 //! - On hugetlbfs all parts of a written large page are reported (rule 15).

@@ -54,6 +54,9 @@ pub(crate) enum Workload {
         /// Bytes written in each page.
         #[serde(default = "bytes")]
         bytes: u64,
+        /// 1: all of them alike; K: a share `x` of them gets `x^(1/K)` of the writes.
+        #[serde(default = "skew")]
+        skew: u64,
         /// What is written.
         #[serde(default)]
         content: Content,
@@ -97,6 +100,10 @@ fn bytes() -> u64 {
     64
 }
 
+fn skew() -> u64 {
+    1
+}
+
 fn redis_mib() -> u64 {
     128
 }
@@ -126,13 +133,17 @@ impl Workload {
     pub(crate) fn shown(&self) -> String {
         match self {
             Self::Idle {} => "nothing but its heartbeat".to_owned(),
-            Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, content } => {
+            Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, skew, content } => {
                 let rate = match pages_per_s {
                     0 => "as fast as it can".to_owned(),
                     rate => format!("{rate} pages a second"),
                 };
+                let skew = match skew {
+                    1 => String::new(),
+                    skew => format!(", a share x of which gets x^(1/{skew}) of the writes"),
+                };
                 format!(
-                    "{bytes} bytes in each of random pages of {hot_mib} of {fill_mib} MiB, {}, \
+                    "{bytes} bytes in each of random pages of {hot_mib} of {fill_mib} MiB{skew}, {}, \
                      {rate}",
                     content.label()
                 )
@@ -168,7 +179,8 @@ impl Workload {
     pub(super) fn check(&self) -> Result<()> {
         match self {
             Self::Idle {} => {}
-            Self::Writer { fill_mib, hot_mib, bytes, .. } => {
+            Self::Writer { fill_mib, hot_mib, bytes, skew, .. } => {
+                ensure!((1..=16).contains(skew), "skew: 1 to 16");
                 ensure!(*fill_mib >= 1 && *hot_mib >= 1, "fill_mib and hot_mib are at least 1");
                 ensure!(hot_mib <= fill_mib, "hot_mib lies within fill_mib");
                 ensure!((1..=4096).contains(bytes), "bytes: 1 to 4096");
@@ -202,11 +214,11 @@ impl Workload {
     pub(crate) fn give_to(&self, spec: VmSpec) -> VmSpec {
         let program = match self {
             Self::Idle {} => return spec,
-            Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, content } => {
+            Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, skew, content } => {
                 let content = content.label();
                 format!(
                     "godwit.writer=fill={fill_mib},hot={hot_mib},rate={pages_per_s},bytes={bytes},\
-                     content={content},seed=7"
+                     content={content},skew={skew},seed=7"
                 )
             }
             Self::Resident { mib } => {
@@ -243,7 +255,8 @@ mod tests {
     fn a_writer_becomes_words_of_the_kernel_command_line() {
         let text = "kind = \"writer\"\nfill_mib = 1000\nhot_mib = 200\npages_per_s = 20000\n";
         let workload = read(text).unwrap();
-        let wanted = "godwit.writer=fill=1000,hot=200,rate=20000,bytes=64,content=text,seed=7";
+        let wanted =
+            "godwit.writer=fill=1000,hot=200,rate=20000,bytes=64,content=text,skew=1,seed=7";
         assert!(words(&workload).starts_with(wanted), "{}", words(&workload));
         assert!(words(&workload).contains("godwit.checker="));
         assert_eq!(words(&Workload::Idle {}), "");

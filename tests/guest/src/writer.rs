@@ -1,8 +1,8 @@
 //! Dirties memory: a filled area, of which a hot part is written at a rate.
 //!
 //! Options: `fill` and `hot` (MiB), `rate` (pages a second, 0 = unpaced), `bytes` (written in each
-//! page), `content` (`text`, `random` or `mixed`), `seed`. Commands: `stop`, `start`,
-//! `rate N`, `report`.
+//! page), `content` (`text`, `random` or `mixed`), `skew` (1: all hot pages alike; K: a share `x` of them
+//! gets `x^(1/K)` of the writes), `seed`. Commands: `stop`, `start`, `rate N`, `report`.
 //!
 //! Invariants: after `stop` has been answered nothing is written any more; the rate is never
 //! exceeded (guest_programs::pacer).
@@ -43,6 +43,12 @@ impl Content {
     }
 }
 
+/// More would write hardly anything but one page.
+const SKEW_MAX: u64 = 16;
+
+/// A prime beyond any number of hot pages' factors: multiples of it, modulo that number, are all different.
+const SCATTER: u64 = 4_294_967_291;
+
 /// What the command line thread and the writing thread share.
 struct Shared {
     running: bool,
@@ -54,6 +60,7 @@ struct Shared {
 struct Writer {
     memory: Vec<Page>,
     hot_pages: u64,
+    skew: i32,
     bytes: usize,
     content: Content,
     rng: XorShift,
@@ -76,8 +83,18 @@ impl Writer {
         std::hint::black_box(self.memory.as_mut_slice());
     }
 
-    fn write_one(&mut self) {
+    /// A hot page; those that are written most lie apart from one another.
+    fn pick(&mut self) -> u64 {
         let number = self.rng.below(self.hot_pages);
+        if self.skew == 1 {
+            return number;
+        }
+        let rank = (number as f64 / self.hot_pages as f64).powi(self.skew) * self.hot_pages as f64;
+        (rank as u64).wrapping_mul(SCATTER) % self.hot_pages
+    }
+
+    fn write_one(&mut self) {
+        let number = self.pick();
         let slots = ((PAGE_BYTES - self.bytes) / 8 + 1) as u64;
         let at = self.rng.below(slots) as usize * 8;
         let at = at.min(PAGE_BYTES - self.bytes);
@@ -149,16 +166,19 @@ pub(crate) fn run(mut options: Options) -> Result<()> {
     let rate = options.number("rate", 1000)?;
     let bytes = options.number("bytes", 64)?;
     let seed = options.number("seed", 1)?;
+    let skew = options.number("skew", 1)?;
     let content = Content::parse(&options.word("content", "text"))?;
     options.finish()?;
     ensure!(fill_mib >= 1 && hot_mib >= 1, "fill and hot are at least 1 MiB");
     ensure!(hot_mib <= fill_mib, "hot ({hot_mib} MiB) lies within fill ({fill_mib} MiB)");
     ensure!((1..=PAGE_BYTES as u64).contains(&bytes), "bytes is 1 to {PAGE_BYTES}");
+    ensure!((1..=SKEW_MAX).contains(&skew), "skew is 1 to {SKEW_MAX}");
     let mut text = vec![0; 1 << 20];
     fill_text(seed, &mut text);
     let mut writer = Writer {
         memory: pages(fill_mib * PAGES_PER_MIB),
         hot_pages: hot_mib * PAGES_PER_MIB,
+        skew: i32::try_from(skew)?,
         bytes: bytes as usize,
         content,
         rng: XorShift::new(seed),
