@@ -10,7 +10,6 @@ use quinn::{Connection, ConnectionError, Endpoint, VarInt};
 use crate::auto::Gauge;
 use crate::control::StreamError;
 use crate::error::{CloseReason, TransportError, WireError, close_code, connection_error};
-use crate::lane::place;
 use crate::messages::text;
 use crate::options::LaneKind;
 use crate::socket::UdpBuffers;
@@ -22,7 +21,7 @@ const CLOSE_WAIT_MAX: Duration = Duration::from_millis(50);
 /// Shortest: the connections' tasks have to come to run.
 const CLOSE_WAIT_MIN: Duration = Duration::from_millis(10);
 
-/// Longest wait for the control connection to say why a lane over TCP broke off: both are told at
+/// Longest wait for the control connection to say why a stream broke off: both are told at
 /// the same time, and nothing orders the two.
 const REASON_WAIT: Duration = Duration::from_millis(500);
 
@@ -213,15 +212,15 @@ impl Closer {
         TransportError::Wire { peer: self.0.peer, place, source }
     }
 
-    /// The error of an operation on a lane. Where its TCP connection broke off, the control
-    /// connection may know why.
-    pub(crate) async fn lane_error(&self, error: StreamError, lane: usize) -> TransportError {
-        if let StreamError::Broken(_) = &error
+    /// The error of an operation on a stream. Where its TCP connection broke off, or the peer let go
+    /// of it, the control connection may know why.
+    pub(crate) async fn stream_error(&self, error: StreamError, place: &str) -> TransportError {
+        if let StreamError::Broken(_) | StreamError::Cut(_) = &error
             && let Ok(why) = tokio::time::timeout(REASON_WAIT, self.closed()).await
         {
             return why;
         }
-        error.of_session(self, &place(lane))
+        error.of_session(self, place)
     }
 
     /// Waits until the control connection has ended.

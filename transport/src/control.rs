@@ -191,7 +191,10 @@ impl ControlSender {
     /// harm; else the session is lost.
     pub async fn send(&self, message: &Message) -> Result<(), TransportError> {
         let sent = self.writer.lock().await.write(message).await;
-        sent.map_err(|error| error.of_session(&self.closer, PLACE))
+        match sent {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.closer.stream_error(error, PLACE).await),
+        }
     }
 
     /// Ends this direction and waits, at most `within`, until the peer's transport has everything

@@ -63,7 +63,7 @@ impl LaneSender {
     pub async fn send(&mut self, batch: Batch) -> Result<(), TransportError> {
         match self.write(batch).await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.closer.lane_error(error, self.index).await),
+            Err(error) => Err(self.closer.stream_error(error, &place(self.index)).await),
         }
     }
 
@@ -132,7 +132,7 @@ impl LaneSender {
     pub async fn finish(mut self) -> Result<(), TransportError> {
         match self.end().await {
             Ok(()) => Ok(()),
-            Err(error) => Err(self.closer.lane_error(error, self.index).await),
+            Err(error) => Err(self.closer.stream_error(error, &place(self.index)).await),
         }
     }
 
@@ -194,7 +194,7 @@ impl LaneReceiver {
             }
             Err(error) => {
                 self.stream.abandon();
-                Err(self.closer.lane_error(error, self.index).await)
+                Err(self.closer.stream_error(error, &place(self.index)).await)
             }
         }
     }

@@ -7,7 +7,8 @@ use tokio::io::AsyncWriteExt;
 use transport::lane_wire::{Greeting, encode_head};
 use transport::messages::{Commit, Intent, MigrationId, Progress, VERSIONS};
 use transport::{
-    DestinationSession, LaneKind, Listener, Message, TransportError, close_code, connect, wire,
+    DestinationSession, LaneKind, LaneSender, Listener, Message, TransportError, close_code,
+    connect, wire,
 };
 
 use crate::common::{KINDS, Pki, batch, listen, offer, options, options_of, pair_of};
@@ -435,11 +436,32 @@ async fn notices_that_it_left(pki: &Pki, kind: LaneKind) {
     };
     assert!(was_told(&error), "{error}");
     // So do its lanes, and say the same.
-    let error = loop {
-        match source.lanes[0].send(batch(0, 200, 1)).await {
-            Ok(()) => tokio::time::sleep(Duration::from_millis(5)).await,
-            Err(error) => break error,
-        }
-    };
+    let error = fails_to_send(&mut source.lanes[0]).await;
     assert!(matches!(error, TransportError::Closed { code: 0, .. }), "{error}");
+}
+
+async fn fails_to_send(lane: &mut LaneSender) -> TransportError {
+    loop {
+        match lane.send(batch(0, 200, 1)).await {
+            Ok(()) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(error) => return error,
+        }
+    }
+}
+
+/// Nothing orders the end of a lane and that of the session: whoever hears of the lane first waits for
+/// the reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_lets_its_lanes_go_first_has_left() {
+    let pki = Pki::new();
+    for kind in KINDS {
+        let (mut source, mut destination, _listener) = pair_of(&pki, kind).await;
+        drop(std::mem::take(&mut destination.lanes));
+        let leaves = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            drop(destination);
+        };
+        let (error, ()) = tokio::join!(fails_to_send(&mut source.lanes[0]), leaves);
+        assert!(matches!(error, TransportError::Closed { code: 0, .. }), "{error}");
+    }
 }
