@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,8 +23,15 @@ pub(crate) struct Relay {
 impl Relay {
     /// Carries UDP and TCP.
     pub(crate) async fn to(target: SocketAddr) -> Self {
-        let mut relay = Self::of_udp(target).await;
-        let listener = TcpListener::bind(relay.addr).await.unwrap();
+        let (mut relay, listener) = loop {
+            let relay = Self::of_udp(target).await;
+            match TcpListener::bind(relay.addr).await {
+                Ok(listener) => break (relay, listener),
+                // Somebody has the TCP port of that number.
+                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+                Err(error) => panic!("{error}"),
+            }
+        };
         relay.tcp.spawn(forward_tcp(listener, target, Arc::clone(&relay.silent)));
         relay
     }
