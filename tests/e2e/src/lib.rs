@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use framework::hugepages::HugePages;
-use framework::{Backend, Engine, EngineOutput, Env, Pki, Pulse, QemuKind, Vm, VmSpec};
+use framework::{Backend, Engine, EngineOutput, Env, Pki, Pulse, QemuKind, Vm, VmSpec, wait};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -67,9 +67,47 @@ impl Rig {
     }
 
     /// Directory in which files arm failpoints.
-    #[must_use]
-    pub fn failpoints(&self) -> PathBuf {
+    fn failpoints(&self) -> PathBuf {
         self.folder.path().join("failpoints")
+    }
+
+    /// Arms a failpoint that only has to be set.
+    ///
+    /// # Errors
+    /// Its file cannot be written.
+    pub fn arm(&self, failpoint: &str) -> Result<()> {
+        self.write_failpoint(failpoint, "")
+    }
+
+    /// Has the engine that comes to `step` wait there until [`Rig::release`].
+    ///
+    /// # Errors
+    /// As [`Rig::arm`].
+    pub fn hold(&self, step: &str) -> Result<()> {
+        self.write_failpoint(step, "hold")
+    }
+
+    fn write_failpoint(&self, name: &str, what: &str) -> Result<()> {
+        std::fs::create_dir_all(self.failpoints()).context("No folder for failpoints")?;
+        std::fs::write(self.failpoints().join(name), what).context("Not armed")
+    }
+
+    /// Waits until an engine is held at `step`, and forgets that it was.
+    ///
+    /// # Errors
+    /// None came there in time.
+    pub fn reached(&self, step: &str) -> Result<()> {
+        let reached = self.failpoints().join(format!("{step}.reached"));
+        wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
+        Ok(std::fs::remove_file(reached)?)
+    }
+
+    /// Lets the engine that is held at `step` go on.
+    ///
+    /// # Errors
+    /// The step was not armed.
+    pub fn release(&self, step: &str) -> Result<()> {
+        Ok(std::fs::remove_file(self.failpoints().join(step))?)
     }
 
     /// Starts `migrate receive --once` for a waiting VM and waits until it listens.

@@ -91,8 +91,7 @@ fn disks_read_into_memory_that_follows() -> Result<()> {
 #[test]
 fn without_the_second_look_pages_differ() -> Result<()> {
     let rig = Rig::with_failpoints()?;
-    std::fs::create_dir_all(rig.failpoints()).context("No folder for failpoints")?;
-    std::fs::write(rig.failpoints().join("no-second-look"), "").context("Not armed")?;
+    rig.arm("no-second-look")?;
     let image = rig.folder.path().join("disk.img");
     disk::create(&image, DISK_MIB, DISK_SEED)?;
     let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::untouched::{Before, assert_detached};
 use e2e::{PATIENCE, Rig};
-use framework::{Engine, EngineOutput, NetnsPair, Pulse, QemuKind, Vm, VmSpec, wait};
+use framework::{Engine, EngineOutput, NetnsPair, Pulse, QemuKind, Vm, VmSpec};
 use nix::sys::signal::Signal;
 
 /// One table at a time: two cores carry both QEMUs and both engines.
@@ -66,7 +66,6 @@ struct Case {
 impl Stage {
     fn new(kind: QemuKind, mode: &'static str) -> Result<Self> {
         let rig = Rig::with_failpoints()?;
-        std::fs::create_dir_all(rig.failpoints())?;
         Ok(Self { rig, net: NetnsPair::create(0)?, guest: None, kind, mode })
     }
 
@@ -79,10 +78,6 @@ impl Stage {
             .with("godwit.writer=fill=16,hot=4,rate=500,bytes=64,seed=7")
             .with("godwit.checker=size=8,seed=5");
         Vm::boot(&self.rig.env, spec)
-    }
-
-    fn file(&self, step: &str) -> PathBuf {
-        self.rig.failpoints().join(step)
     }
 
     fn receive(&self, vm: &Vm) -> Result<Engine> {
@@ -104,23 +99,21 @@ impl Stage {
         Engine::run(&self.rig.migrate, &words, Some(self.net.source.name()), PATIENCE)
     }
 
-    /// A migration that the source holds at `step` until the step's file is removed: the VMs, source first,
-    /// and the engines, `send` first.
-    fn held_at(&mut self, step: &str) -> Result<([Vm; 2], [Engine; 2])> {
-        let source = self.guest()?;
+    /// A migration that will be held at `step`: the destination's VM and the engines, `send` first.
+    fn begin(&self, source: &Vm, step: &str) -> Result<(Vm, [Engine; 2])> {
         let destination = Vm::start(&self.rig.env, source.spec().successor("there", self.kind))?;
-        std::fs::write(self.file(step), "hold")?;
+        self.rig.hold(step)?;
         let receive = self.receive(&destination)?;
-        let send = self.send(&source)?;
-        self.reached(step)?;
-        Ok(([source, destination], [send, receive]))
+        let send = self.send(source)?;
+        Ok((destination, [send, receive]))
     }
 
-    /// Waits until an engine is held at `step`, and forgets that it was.
-    fn reached(&self, step: &str) -> Result<()> {
-        let reached = self.file(&format!("{step}.reached"));
-        wait::until("the step", PATIENCE, || Ok(reached.exists().then_some(())))?;
-        Ok(std::fs::remove_file(reached)?)
+    /// A migration that is held at `step`: the VMs, source first, and the engines, `send` first.
+    fn held_at(&mut self, step: &str) -> Result<([Vm; 2], [Engine; 2])> {
+        let source = self.guest()?;
+        let (destination, engines) = self.begin(&source, step)?;
+        self.rig.reached(step)?;
+        Ok(([source, destination], engines))
     }
 
     fn case(&mut self, step: &'static str, victim: Victim, end: End) -> Result<()> {
@@ -134,10 +127,7 @@ impl Stage {
     fn try_case(&mut self, step: &'static str, victim: Victim, end: End) -> Result<()> {
         let mut source = self.guest()?;
         let before = Before::of(&mut source)?;
-        let destination = Vm::start(&self.rig.env, source.spec().successor("there", self.kind))?;
-        std::fs::write(self.file(step), "hold")?;
-        let receive = self.receive(&destination)?;
-        let send = self.send(&source)?;
+        let (destination, [send, receive]) = self.begin(&source, step)?;
         let mut case = Case {
             step,
             victim,
@@ -146,9 +136,9 @@ impl Stage {
             receive: Some(receive),
             sent: None,
         };
-        self.reached(step).with_context(|| case.said())?;
+        self.rig.reached(step).with_context(|| case.said())?;
         self.disturb(&mut case, &mut source)?;
-        std::fs::remove_file(self.file(step))?;
+        self.rig.release(step)?;
         let ended = self.bring_to_an_end(&mut case, &mut source, end);
         if victim == Victim::Link {
             self.net.mend()?;
@@ -515,7 +505,7 @@ fn a_source_that_is_done_keeps_no_destination_waiting() -> Result<()> {
     receive.wait(Duration::from_secs(10))?.success()?;
     ensure!(send.running()?, "The source has closed its session");
     stage.net.cut()?;
-    std::fs::remove_file(stage.file("source-done"))?;
+    stage.rig.release("source-done")?;
     send.wait(PATIENCE)?.success().map(drop)
 }
 
@@ -532,7 +522,7 @@ fn resolve_keeps_its_hands_off_a_migration_under_way() -> Result<()> {
             ensure!(resolved.stderr.contains("at work on migration"), "{resolved:?}");
         }
     }
-    std::fs::remove_file(stage.file("source-recorded"))?;
+    stage.rig.release("source-recorded")?;
     send.wait(PATIENCE)?.success()?;
     receive.wait(PATIENCE)?.success().map(drop)
 }
