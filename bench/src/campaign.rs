@@ -136,7 +136,7 @@ fn in_turn(
     is_interrupted: impl Fn() -> bool,
     mut measure: impl FnMut(&Part) -> Result<()>,
 ) -> Vec<(Part, State)> {
-    let mut one = |(part, is_left_out): (Part, bool)| {
+    let one = |(part, is_left_out): (Part, bool)| {
         let state = if is_left_out {
             State::Recorded
         } else if is_interrupted() {
@@ -153,7 +153,7 @@ fn in_turn(
         };
         (part, state)
     };
-    plan.into_iter().map(&mut one).collect()
+    plan.into_iter().map(one).collect()
 }
 
 /// The rows of a part, and what to say of it if it failed.

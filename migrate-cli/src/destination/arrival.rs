@@ -1,6 +1,5 @@
 //! One guest coming in: its description, its pages, its device state.
 
-use std::future::pending;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,7 +26,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::Place;
 use super::intake::Intake;
 use super::owner::{Owner, Voice};
-use super::paging::Paging;
+use super::paging::{self, Paging};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
@@ -496,17 +495,12 @@ impl Arrival {
             }
         };
         let loaded = async { tokio::join!(loading.load(state), taken_in).0 };
-        // Loading may wait for a page that nobody sends any more.
-        let stuck = async {
-            let Some(paging) = &mut self.paging else { return pending().await };
-            tokio::select! {
-                error = paging.failed() => error,
-                lost = self.closer.closed() => lost.into(),
-            }
-        };
+        let is_paged = self.paging.is_some();
         let (status, settling) = tokio::select! {
             loaded = loaded => loaded?,
-            error = stuck => return Err(error),
+            // Loading may wait for a page that nobody sends any more.
+            error = paging::failed(&mut self.paging) => return Err(error),
+            lost = self.closer.closed(), if is_paged => return Err(lost.into()),
         };
         self.settling = Some(settling);
         let load_us = began.elapsed().as_micros() as u64;

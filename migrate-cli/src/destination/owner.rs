@@ -23,7 +23,7 @@ use transport::{
 };
 
 use super::arrival::empty;
-use super::paging::Paging;
+use super::paging::{self, Paging};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::failpoint;
@@ -245,15 +245,9 @@ impl Owner<'_> {
     /// The next event while pages are missing. Cancel-safe.
     async fn event(&mut self) -> Event {
         let Self { paging, voice, asks, is_lost, .. } = self;
-        let failed = async {
-            match paging {
-                Some(paging) => paging.failed().await,
-                None => pending().await,
-            }
-        };
         // Once the session is lost there is only a new one to wait for.
         tokio::select! {
-            error = failed, if !*is_lost => Event::Failed(error),
+            error = paging::failed(paging), if !*is_lost => Event::Failed(error),
             heard = voice.receiver.recv(), if !*is_lost => Event::Heard(heard),
             Some(session) = asks.recv() => Event::Opened(Box::new(session)),
             else => pending().await,

@@ -30,6 +30,15 @@ pub struct Paging {
     intake: Option<Intake>,
 }
 
+/// Returns when pages can no longer be taken in or faults not be served; never where nothing is paged.
+/// Cancel-safe.
+pub async fn failed(paging: &mut Option<Paging>) -> EngineError {
+    match paging {
+        Some(paging) => paging.failed().await,
+        None => std::future::pending().await,
+    }
+}
+
 impl Paging {
     /// Begins to page a guest that lacks the pages `missing`. What comes in by `intake` goes to the
     /// pager from here on.
@@ -138,8 +147,7 @@ impl Paging {
         Ok(Voice { control, receiver, closer: session.closer })
     }
 
-    /// Returns when pages can no longer be taken in or faults not be served. Cancel-safe.
-    pub async fn failed(&mut self) -> EngineError {
+    async fn failed(&mut self) -> EngineError {
         let Self { faults, intake, .. } = self;
         let taking = async {
             match intake {
