@@ -172,17 +172,20 @@ impl DirtyTracker {
             .map_err(|source| TrackError::Handshake { pid, source })?;
         let blocks = ram.regions().zip(ram.backings()).zip(ram.files()).enumerate();
         let blocks = blocks.map(|(index, ((region, backing), file))| {
+            let file = file.try_clone().map_err(|source| {
+                let block = region.name.clone();
+                TrackError::Block { what: "open the file of", block, pid, source }
+            })?;
             Ok(Tracked {
                 region: region.clone(),
                 backing,
-                file: file.try_clone()?,
+                file,
                 first_page: ram.layout().block_pages(index).start,
                 armed: Armed::nothing(region.addresses()),
             })
         });
         let pages = ram.layout().pages();
-        let blocks = blocks.collect::<io::Result<_>>();
-        let blocks = blocks.map_err(|source| TrackError::Handshake { pid, source })?;
+        let blocks = blocks.collect::<Result<_, TrackError>>()?;
         let mut tracker = Self { pid, identity, uffd, pagemap, maps, blocks, registered: 0, pages };
         tracker.check_mapped()?;
         // From here on dropping the tracker undoes what was done.
