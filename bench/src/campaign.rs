@@ -408,7 +408,7 @@ mod tests {
         let (targets, failure) = judge(&ablation, &State::Recorded, out);
         let is_unknown = |one: &Target| one.met.is_none() && one.found == "not measured";
         assert!(targets.len() > 1 && targets.iter().all(is_unknown), "{targets:?}");
-        assert_eq!(failure.as_deref(), Some("ablation: 6 migrations"));
+        assert_eq!(failure.as_deref(), Some("ablation: 7 migrations"));
         for (state, found) in [
             (State::Failed("no guest\nat all".into()), "failed: no guest"),
             (State::NotBegun, "not measured"),

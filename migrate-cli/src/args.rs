@@ -36,6 +36,8 @@ pub struct Cli {
 pub enum Command {
     /// Says what this host and VM can do, and what is missing. Exits with 1 if a migration would fail.
     Check(CheckArgs),
+    /// Shows what a guest does with its memory, seen from outside: no agent is needed in it.
+    Inspect(InspectArgs),
     /// Makes the certificates by which hosts know each other.
     #[command(subcommand)]
     Pki(PkiCommand),
@@ -58,6 +60,21 @@ pub struct CheckArgs {
     /// Socket of the preloaded library, where ptrace is not wanted.
     #[arg(long, value_name = "SOCK")]
     pub preload_socket: Option<PathBuf>,
+}
+
+/// `migrate inspect`.
+#[derive(Debug, Args)]
+#[command(
+    after_long_help = "Reads the guest's memory and nothing else; the guest goes on meanwhile. It needs Linux in the guest \
+        (5.4 or later; memory use as `free` shows it: 6.0 or later) and its RAM in a shared file."
+)]
+pub struct InspectArgs {
+    /// QMP socket of the VM. It must be free: a QMP socket serves one client at a time.
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: PathBuf,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `migrate pki`.
@@ -259,7 +276,12 @@ pub struct SendArgs {
     /// Whether a page that is equal to one already sent travels as a reference to it.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub duplicates: Switch,
-    /// Compare every page of both sides while both are stopped. Lengthens the downtime.
+    /// Whether memory that the guest does not use is skipped, by a look into its kernel: a Linux from 5.4 on that does
+    /// not fill what it frees. Any other guest is moved whole.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub skip_unused: Switch,
+    /// Compare every page of both sides while both are stopped, those that were skipped as unused with zeros. Lengthens
+    /// the downtime.
     #[arg(long)]
     pub verify: bool,
     /// Print one JSON object on stdout at the end.

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use fctrans::error::IntrospectError;
+use migrate_core::codec::CodecError;
 use migrate_core::convergence::Stall;
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::LayoutError;
@@ -37,6 +39,9 @@ pub enum EngineError {
     /// The QEMU process could not be looked at.
     #[error("QEMU's process cannot be looked at")]
     Process(#[from] ProcError),
+    /// Nothing can be seen of the guest's kernel.
+    #[error("The guest's kernel cannot be looked into")]
+    Introspect(#[from] IntrospectError),
     /// The engine could not attach.
     #[error("Cannot attach to QEMU")]
     Attach(#[from] AttachError),
@@ -49,6 +54,9 @@ pub enum EngineError {
     /// Device state could not be saved or loaded.
     #[error("The device state cannot be moved")]
     DeviceState(#[from] DeviceStateError),
+    /// A part of the device state is not what it was announced to be.
+    #[error("The device state is damaged")]
+    DamagedState(#[from] CodecError),
     /// The session failed.
     #[error("The session failed")]
     Transport(#[from] TransportError),
@@ -223,6 +231,8 @@ impl Classify for EngineError {
             Self::Qmp(error) => error.bin(),
             Self::Vm(error) => error.bin(),
             Self::Process(error) => error.bin(),
+            Self::Introspect(error) => error.bin(),
+            Self::DamagedState(error) => error.bin(),
             Self::Attach(error) => error.bin(),
             Self::Ram(error) => error.bin(),
             Self::Track(error) => error.bin(),
@@ -285,9 +295,10 @@ impl EngineError {
             Self::Ram(_) | Self::Track(_) | Self::Attach(_) | Self::RamChanged => AbortCode::Memory,
             Self::Mismatch { .. } => AbortCode::Mismatch,
             Self::TooSlow { .. } => AbortCode::Timeout,
-            Self::OutOfPlace { .. } | Self::Contradiction(_) | Self::Apply(_) => {
-                AbortCode::Protocol
-            }
+            Self::OutOfPlace { .. }
+            | Self::Contradiction(_)
+            | Self::Apply(_)
+            | Self::DamagedState(_) => AbortCode::Protocol,
             _ => AbortCode::Internal,
         }
     }

@@ -28,6 +28,7 @@ pub mod progress;
 pub mod random;
 pub mod report;
 pub mod source;
+pub mod state_parts;
 pub mod verify;
 
 /// Name and version of this engine, as it introduces itself.

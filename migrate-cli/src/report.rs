@@ -218,6 +218,8 @@ pub struct Report {
     pub faults: Option<FaultReport>,
     /// Share of the prefetched pages that the guest went on to use; nothing without any.
     pub prefetch_hit_rate: Option<f64>,
+    /// Why memory that the guest does not use was sent as well; nothing if it was skipped, or that was not wanted.
+    pub not_skipped: Option<String>,
     /// What `--verify` found; nothing without it.
     pub verify: Option<VerifyReport>,
     /// Time that a thread of QEMU was stopped to attach, in microseconds; nothing with the
@@ -255,6 +257,7 @@ impl Report {
             pages: PageReport::default(),
             faults: None,
             prefetch_hit_rate: None,
+            not_skipped: None,
             verify: None,
             attach_stopped_us: None,
             codecs: Codec::ALL.map(|codec| CodecReport { codec, ..Default::default() }),

@@ -7,6 +7,11 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// Pages read at once.
 const STEP_PAGES: u64 = 256;
 
+/// Digest of a page.
+pub fn digest(page: &[u8], seed: u64) -> u64 {
+    xxh3_64_with_seed(page, seed)
+}
+
 /// Digests of `pages` pages from `first` on, fewer at the end of RAM. Reads without populating
 /// holes. Blocks.
 ///
@@ -25,7 +30,7 @@ pub fn digests(
             let bytes = STEP_PAGES.min(count - step) as usize * PAGE_BYTES;
             let content = buffer.get_mut(..bytes).unwrap_or_default();
             ram.read(PageIndex(part.0 + step), content)?;
-            digests.extend(content.chunks(PAGE_BYTES).map(|page| xxh3_64_with_seed(page, seed)));
+            digests.extend(content.chunks(PAGE_BYTES).map(|page| digest(page, seed)));
         }
     }
     Ok(digests)

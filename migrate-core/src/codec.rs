@@ -45,18 +45,16 @@ impl Codec {
 #[non_exhaustive]
 pub enum CodecError {
     /// They are damaged.
-    #[error("A batch's contents do not unpack: {0}")]
+    #[error("Packed contents do not unpack: {0}")]
     Damaged(String),
     /// They are longer or shorter than announced.
-    #[error(
-        "A batch's contents unpack to another length than the {announced_bytes} bytes announced"
-    )]
+    #[error("Packed contents have another length than the {announced_bytes} bytes announced")]
     Length {
         /// The announced length in bytes.
         announced_bytes: usize,
     },
     /// The library failed to pack.
-    #[error("A batch's contents cannot be packed")]
+    #[error("Contents cannot be packed")]
     Pack(#[source] io::Error),
 }
 

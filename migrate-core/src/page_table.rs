@@ -139,6 +139,12 @@ impl SourcePages {
         }
     }
 
+    /// Whether any version of a page was sent.
+    pub fn was_sent(&self, page: PageIndex) -> bool {
+        let slot = usize::try_from(page.0).ok().and_then(|index| self.versions.get(index));
+        slot.is_some_and(|version| version.load(Ordering::Relaxed) > 0)
+    }
+
     /// A page that stands for `page`, which is sent as `version`, at the destination; if there is none,
     /// `page` will for others.
     fn find_equal(

@@ -161,8 +161,22 @@ impl GuestRam {
     /// file became shorter or cannot be read.
     pub fn read(&self, page: PageIndex, buffer: &mut [u8]) -> Result<(), RamError> {
         let (block, offset) = self.place_buffer(page, buffer.len())?;
-        let result = block.file.read_exact_at(buffer, block.backing.offset_bytes + offset);
-        result.map_err(|source| block.io("read", offset, source))
+        block.read(offset, buffer)
+    }
+
+    /// Copies bytes, from `offset_bytes` of a page on, which may go on beyond its end within the block.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn read_part(
+        &self,
+        page: PageIndex,
+        offset_bytes: usize,
+        buffer: &mut [u8],
+    ) -> Result<(), RamError> {
+        let pages = offset_bytes.saturating_add(buffer.len()).div_ceil(PAGE_BYTES).max(1) as u64;
+        let (block, offset) = self.place(page, pages, buffer.len())?;
+        block.read(offset + offset_bytes as u64, buffer)
     }
 
     /// Writes pages; the length of `data` is a multiple of [`PAGE_BYTES`].
@@ -385,6 +399,11 @@ impl Block {
                 other => return other.map_err(io::Error::from),
             }
         }
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), RamError> {
+        let result = self.file.read_exact_at(buffer, self.backing.offset_bytes + offset);
+        result.map_err(|source| self.io("read", offset, source))
     }
 
     fn discard(&self, offset: u64, bytes: u64) -> io::Result<()> {

@@ -21,7 +21,8 @@ use crate::error::WireError;
 /// | 1 | the first |
 /// | 2 | deltas, packed batches |
 /// | 3 | post-copy |
-pub const VERSIONS: &[u16] = &[3];
+/// | 4 | packed device state |
+pub const VERSIONS: &[u16] = &[4];
 
 /// Most versions that an offer may list.
 pub const VERSIONS_MAX: usize = 16;
@@ -331,7 +332,9 @@ pub struct Request {
 pub struct DeviceState {
     /// Where the part begins, in bytes from the start of the device state.
     pub offset: u64,
-    /// The part; 1 to [`DEVICE_CHUNK_BYTES_MAX`] bytes.
+    /// Length of the part in bytes: 1 to [`DEVICE_CHUNK_BYTES_MAX`].
+    pub part_bytes: u32,
+    /// The part as a block of LZ4, or as it is if it is as long as that.
     #[serde(with = "serde_bytes")]
     pub bytes: Vec<u8>,
 }
@@ -733,10 +736,12 @@ impl Body for Request {
 impl Body for DeviceState {
     fn validate(&self) -> Result<(), WireError> {
         let what = "DeviceState";
-        let bytes = self.bytes.len();
-        let in_range = (1..=DEVICE_CHUNK_BYTES_MAX).contains(&bytes);
-        rule(in_range, what, "bytes", bytes as u64, "1 to 524288 bytes are allowed")?;
-        let end = self.offset.checked_add(bytes as u64);
+        let (bytes, part_bytes) = (self.bytes.len(), self.part_bytes as usize);
+        let in_range = (1..=DEVICE_CHUNK_BYTES_MAX).contains(&part_bytes);
+        rule(in_range, what, "part_bytes", part_bytes as u64, "1 to 524288 bytes are allowed")?;
+        let is_packed = (1..=part_bytes).contains(&bytes);
+        rule(is_packed, what, "bytes", bytes as u64, "at most as many as the part has")?;
+        let end = self.offset.checked_add(part_bytes as u64);
         let fits = end.is_some_and(|end| end <= DEVICE_STATE_BYTES_MAX);
         rule(fits, what, "offset", self.offset, "device state ends at 256 MiB")
     }

@@ -83,7 +83,8 @@ impl Archive {
     }
 }
 
-fn archive(programs: &Path, kernel: &Kernel) -> Result<Vec<u8>> {
+/// `modules` is the folder of the kernel's; without it none is loaded.
+fn archive(programs: &Path, modules: Option<&Path>) -> Result<Vec<u8>> {
     let read = |path: &Path| fs::read(path).with_context(|| format!("Cannot read {path:?}"));
     let mut archive = Archive::default();
     for name in ["bin", "dev", "proc", "sys", "tmp", "lib", "lib/modules"] {
@@ -96,13 +97,14 @@ fn archive(programs: &Path, kernel: &Kernel) -> Result<Vec<u8>> {
     for name in ["sh", "cat", "ls", "mount", "dmesg", "free", "ip", "dd"] {
         archive.link(&format!("bin/{name}"), "busybox")?;
     }
-    let list = fs::read_to_string(kernel.modules.join("modules.list"))
-        .context("Cannot read modules.list")?;
     let mut paths = String::new();
-    for file in list.lines() {
-        let at = format!("lib/modules/{file}");
-        archive.add(&at, 0o100_644, (0, 0), &read(&kernel.modules.join(file))?)?;
-        paths.push_str(&format!("/{at}\n"));
+    if let Some(modules) = modules {
+        let list = fs::read_to_string(modules.join("modules.list"));
+        for file in list.context("Cannot read modules.list")?.lines() {
+            let at = format!("lib/modules/{file}");
+            archive.add(&at, 0o100_644, (0, 0), &read(&modules.join(file))?)?;
+            paths.push_str(&format!("/{at}\n"));
+        }
     }
     archive.add("lib/modules.list", 0o100_644, (0, 0), paths.as_bytes())?;
     archive.finish()
@@ -112,19 +114,33 @@ fn modified(path: &Path) -> Option<SystemTime> {
     fs::metadata(path).and_then(|metadata| metadata.modified()).ok()
 }
 
-/// Writes the initramfs unless it is newer than all that goes into it.
-pub(crate) fn provide(root: &Path, godwit: &Path, kernel: &Kernel) -> Result<PathBuf> {
+/// The initramfs with the kernel's modules, and one for any kernel, without.
+#[derive(Debug)]
+pub(crate) struct Initrds {
+    pub(crate) with_modules: PathBuf,
+    pub(crate) plain: PathBuf,
+}
+
+/// Writes the two unless they are newer than all that goes into them.
+pub(crate) fn provide(root: &Path, godwit: &Path, kernel: &Kernel) -> Result<Initrds> {
     let programs = build_programs(root)?;
-    let initrd = godwit.join("initrd.gz");
-    let inputs = [programs.clone(), BUSYBOX.into(), kernel.modules.join("modules.list")];
-    if let Some(written) = modified(&initrd)
+    let initrds =
+        Initrds { with_modules: godwit.join("initrd.gz"), plain: godwit.join("initrd-plain.gz") };
+    write(&initrds.with_modules, &programs, Some(&kernel.modules))?;
+    write(&initrds.plain, &programs, None)?;
+    Ok(initrds)
+}
+
+fn write(initrd: &Path, programs: &Path, modules: Option<&Path>) -> Result<()> {
+    let mut inputs = vec![programs.to_owned(), BUSYBOX.into()];
+    inputs.extend(modules.map(|modules| modules.join("modules.list")));
+    if let Some(written) = modified(initrd)
         && inputs.iter().all(|input| modified(input).is_some_and(|time| time < written))
     {
-        return Ok(initrd);
+        return Ok(());
     }
     println!("   writing {}", initrd.display());
-    compress(&archive(&programs, kernel)?, &initrd)?;
-    Ok(initrd)
+    compress(&archive(programs, modules)?, initrd)
 }
 
 /// Writes bytes compressed by gzip; the file is there once it is whole.

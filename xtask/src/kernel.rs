@@ -1,4 +1,4 @@
-//! The guest's kernel: Debian's package, unpacked, and the modules that the guest loads.
+//! The guests' kernels: Debian's packages, unpacked, and the modules that guests load of the older one.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,10 +7,12 @@ use std::rc::Rc;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::apt::PrivateApt;
+use crate::apt::{BACKPORTS, PrivateApt};
 
 const META_PACKAGE: &str = "linux-image-amd64";
 const PREFIX: &str = "linux-image-6.1.";
+/// The kernel of backports, for guests that need no modules.
+const NEWER_PREFIX: &str = "linux-image-6.12.";
 /// Loaded by the guest's init, with what they depend on.
 const MODULES: [&str; 5] =
     ["virtio_pci", "virtio_blk", "virtio_net", "virtio_balloon", "virtio_mem"];
@@ -36,10 +38,7 @@ pub(crate) fn provide(
     let apt = apt()?;
     let package = apt.dependency(META_PACKAGE, PREFIX)?;
     let tree = godwit.join("kernel.unpacked");
-    apt.unpack(std::slice::from_ref(&package), &tree)?;
-    let version = package.trim_start_matches("linux-image-");
-    let image = tree.join(format!("boot/vmlinuz-{version}"));
-    fs::copy(&image, &kernel.image).with_context(|| format!("No kernel at {image:?}"))?;
+    let version = unpack_image(&apt, &package, &tree, &kernel.image)?;
     let mut files = BTreeMap::new();
     find_modules(&tree, &mut files)?;
     let order = load_order(&files)?;
@@ -58,6 +57,38 @@ pub(crate) fn provide(
     fs::write(kernel.modules.join("modules.list"), list).context("Cannot write modules.list")?;
     fs::remove_dir_all(&tree).context("Cannot remove the unpacked kernel")?;
     Ok(kernel)
+}
+
+/// Fetches the kernel of backports unless it is there.
+pub(crate) fn newer(
+    godwit: &Path,
+    apt: &mut dyn FnMut() -> Result<Rc<PrivateApt>>,
+) -> Result<PathBuf> {
+    let image = godwit.join("vmlinuz-6.12");
+    if image.exists() {
+        return Ok(image);
+    }
+    let apt = apt()?;
+    let packages = apt.closure(META_PACKAGE, BACKPORTS)?;
+    let package = packages.into_iter().find(|package| package.starts_with(NEWER_PREFIX));
+    let package = package.with_context(|| format!("{BACKPORTS} has no {NEWER_PREFIX}*"))?;
+    let tree = godwit.join("kernel-6.12.unpacked");
+    unpack_image(&apt, &package, &tree, &image)?;
+    fs::remove_dir_all(&tree).context("Cannot remove the unpacked kernel")?;
+    Ok(image)
+}
+
+/// Unpacks a package (`name` or `name=version`) and puts its kernel at `image`. Returns the kernel's version.
+fn unpack_image(apt: &PrivateApt, package: &str, tree: &Path, image: &Path) -> Result<String> {
+    apt.unpack(&[package.to_owned()], tree)?;
+    let name = package.split('=').next().unwrap_or(package);
+    let version = name.trim_start_matches("linux-image-");
+    let unpacked = tree.join(format!("boot/vmlinuz-{version}"));
+    // In place once it is whole.
+    let draft = image.with_extension("draft");
+    fs::copy(&unpacked, &draft).with_context(|| format!("No kernel at {unpacked:?}"))?;
+    fs::rename(&draft, image).with_context(|| format!("Cannot put {image:?} in place"))?;
+    Ok(version.to_owned())
 }
 
 fn find_modules(folder: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()> {

@@ -1,7 +1,7 @@
 //! `setup`: everything under target/godwit that guests need.
 //!
 //! ```text
-//! target/godwit/vmlinuz  modules/  initrd.gz  qemu-10.0/  env.json
+//! target/godwit/vmlinuz  modules/  initrd.gz  vmlinuz-6.12  initrd-plain.gz  qemu-10.0/  env.json
 //! ```
 //! Idempotent; without a network it works as long as everything was fetched once.
 
@@ -13,6 +13,7 @@ use std::rc::Rc;
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::{self, PrivateApt};
+use crate::initrd::Initrds;
 use crate::qemu::Qemu;
 use crate::{initrd, kernel, qemu};
 
@@ -34,6 +35,9 @@ pub(crate) struct Environment {
     pub(crate) file: PathBuf,
     pub(crate) kernel: PathBuf,
     pub(crate) initrd: PathBuf,
+    /// The kernel of backports, and an initramfs without modules.
+    pub(crate) newer_kernel: PathBuf,
+    pub(crate) plain_initrd: PathBuf,
     pub(crate) qemu_7_2: Qemu,
     pub(crate) qemu_10_0: Qemu,
 }
@@ -54,10 +58,13 @@ impl Environment {
             format!("{{\"bin\": {}, \"data\": {}}}", quote(&qemu.bin), quote(&qemu.data))
         };
         format!(
-            "{{\n  \"kernel\": {},\n  \"initrd\": {},\n  \"qemu\": {{\n    \"7.2\": {},\n    \
+            "{{\n  \"kernel\": {},\n  \"initrd\": {},\n  \"newer_kernel\": {},\n  \
+             \"plain_initrd\": {},\n  \"qemu\": {{\n    \"7.2\": {},\n    \
              \"10.0\": {}\n  }}\n}}\n",
             quote(&self.kernel),
             quote(&self.initrd),
+            quote(&self.newer_kernel),
+            quote(&self.plain_initrd),
             qemu(&self.qemu_7_2),
             qemu(&self.qemu_10_0),
         )
@@ -100,9 +107,17 @@ pub(crate) fn setup(root: &Path) -> Result<Environment> {
     let qemu_7_2 = qemu::system()?;
     let qemu_10_0 = qemu::backport(&godwit, &mut open)?;
     let kernel = kernel::provide(&godwit, &mut open)?;
-    let initrd = initrd::provide(root, &godwit, &kernel)?;
-    let file = godwit.join("env.json");
-    let environment = Environment { file, kernel: kernel.image, initrd, qemu_7_2, qemu_10_0 };
+    let newer_kernel = kernel::newer(&godwit, &mut open)?;
+    let Initrds { with_modules, plain } = initrd::provide(root, &godwit, &kernel)?;
+    let environment = Environment {
+        file: godwit.join("env.json"),
+        kernel: kernel.image,
+        initrd: with_modules,
+        newer_kernel,
+        plain_initrd: plain,
+        qemu_7_2,
+        qemu_10_0,
+    };
     let json = environment.json();
     if fs::read_to_string(&environment.file).ok().as_deref() != Some(json.as_str()) {
         fs::write(&environment.file, json).context("Cannot write env.json")?;

@@ -262,6 +262,7 @@ mod tests {
     use crate::mode::Mode;
     use crate::record::samples::{host, migration};
     use crate::record::{Log, Outcome};
+    use crate::scenario::NotBuilt;
 
     fn recorded(scenario: Option<&str>, runs: Vec<Migration>) -> Recorded {
         let scenario = scenario.map(|name| {
@@ -310,9 +311,14 @@ mod tests {
             ..migration(Mode::Godwit, 0, outage, total)
         };
         let runs = vec![named("base", 100.0, 4000.0), named("all", 50.0, 1000.0)];
-        let blocks = compose("x", &recorded(Some("ablation"), runs));
+        let mut recorded = recorded(Some("ablation"), runs);
+        if let Some(Record::Scenario { scenario }) = recorded.records.first_mut() {
+            let (name, why) = ("+split".to_owned(), "it takes more hosts".to_owned());
+            scenario.modes.not_built.push(NotBuilt { name, why });
+        }
+        let blocks = compose("x", &recorded);
         let text = document::markdown("x", &blocks);
-        for wanted in ["## Ablation", "0.25", "| +skip", "not built"] {
+        for wanted in ["## Ablation", "0.25", "| +split", "not built"] {
             assert!(text.contains(wanted), "{wanted} in\n{text}");
         }
         assert!(!text.contains("Ratios of pairs"));

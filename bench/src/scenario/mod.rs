@@ -20,6 +20,8 @@ use framework::QemuKind;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use link::{LinkPart, parse_rate};
+#[cfg(test)]
+pub(crate) use modes::NotBuilt;
 pub(crate) use modes::{ModePlan, Modes};
 pub(crate) use target::{Among, BEST_OF_QEMU, Quantity, TargetPart};
 pub(crate) use workload::Workload;

@@ -66,6 +66,11 @@ pub(crate) enum Workload {
         /// How much, in MiB.
         mib: u64,
     },
+    /// Page cache of incompressible data that was filled and freed again.
+    Freed {
+        /// How much, in MiB.
+        mib: u64,
+    },
     /// Redis as a cache under redis-benchmark: keys and values are drawn at random, and once
     /// memory is full every new one pushes another out.
     Redis {
@@ -149,6 +154,7 @@ impl Workload {
                 )
             }
             Self::Resident { mib } => format!("{mib} MiB of noise, left alone"),
+            Self::Freed { mib } => format!("{mib} MiB of noise in the page cache, freed again"),
             Self::Redis { memory_mib, value_bytes, clients } => format!(
                 "Redis of {memory_mib} MiB under redis-benchmark: {clients} clients, random keys, \
                  values of {value_bytes} bytes"
@@ -166,6 +172,7 @@ impl Workload {
             Self::Idle {} => 0,
             Self::Writer { fill_mib, .. } => fill_mib.saturating_add(CHECKER_MIB),
             Self::Resident { mib } => *mib,
+            Self::Freed { mib } => mib.saturating_add(CHECKER_MIB),
             // Allocators and evicting take their share; WAL and page cache double a database.
             Self::Redis { memory_mib, .. } => memory_mib.saturating_mul(3) / 2,
             Self::Sqlite { memory_mib, .. } => memory_mib.saturating_mul(2),
@@ -185,7 +192,9 @@ impl Workload {
                 ensure!(hot_mib <= fill_mib, "hot_mib lies within fill_mib");
                 ensure!((1..=4096).contains(bytes), "bytes: 1 to 4096");
             }
-            Self::Resident { mib } => ensure!(*mib >= 1, "mib is at least 1"),
+            Self::Resident { mib } | Self::Freed { mib } => {
+                ensure!(*mib >= 1, "mib is at least 1");
+            }
             Self::Redis { memory_mib, value_bytes, clients } => {
                 ensure!((16..=8192).contains(memory_mib), "memory_mib: 16 to 8192");
                 ensure!((12..=12_000).contains(value_bytes), "value_bytes: 12 to 12000");
@@ -224,6 +233,7 @@ impl Workload {
             Self::Resident { mib } => {
                 format!("godwit.writer=fill={mib},hot=1,rate=1,bytes=8,content=random,seed=7")
             }
+            Self::Freed { mib } => format!("godwit.freed=mib={mib},seed=7"),
             Self::Redis { memory_mib, value_bytes, clients } => format!(
                 "godwit.app=kind=redis,memory={memory_mib},value={value_bytes},clients={clients}"
             ),

@@ -2,6 +2,7 @@
 
 mod check;
 mod demo;
+mod inspect;
 mod pki;
 mod resolve;
 
@@ -17,6 +18,7 @@ use crate::{destination, source};
 pub async fn run(command: Command) -> ExitCode {
     match command {
         Command::Check(args) => check::run(&args).await,
+        Command::Inspect(args) => inspect::run(&args).await,
         Command::Pki(command) => pki::run(&command),
         Command::Receive(args) => receive(&args).await,
         Command::Send(args) => send(&args).await,

@@ -31,7 +31,7 @@ use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
 use crate::missing::Arriving;
-use crate::{attaching, failpoint, verify};
+use crate::{attaching, failpoint, state_parts, verify};
 
 /// Most RAM blocks of a guest whose pages may be missing: the journal holds them all.
 const PAGED_BLOCKS_MAX: usize = 32;
@@ -363,7 +363,7 @@ impl Arrival {
                             self.device_state.len()
                         )));
                     }
-                    self.device_state.extend_from_slice(&part.bytes);
+                    self.device_state.extend(state_parts::unpacked(part)?);
                     if self.loading.is_none() {
                         // While the rest is on its way.
                         self.loading = Some(device_state::prepare_load(&self.place.client).await?);

@@ -74,9 +74,10 @@ pub async fn stop(
     guest.client.stop().await?;
     part(report, "stop", stopping);
     failpoint::hit("source-stopped").await;
+    let processors = mover.processors().await;
     let began = Instant::now();
     let ahead_bytes = saving.ahead().len();
-    let ((state, settling), missing) = match precopy {
+    let ((state, settling), mut missing) = match precopy {
         None => (saving.finish().await?, mover.ram.data_ranges()?),
         Some(precopy) => {
             let scan = async { Ok::<_, EngineError>(precopy.stopped(mover.scan()?)?) };
@@ -88,6 +89,8 @@ pub async fn stop(
         }
     };
     part(report, "device_state_save", began);
+    missing.union_with(&mover.used_again(&processors)?);
+    mover.thin(&mut missing)?;
     report.bytes.device_state = state.bytes.len() as u64;
     failpoint::hit("source-state-saved").await;
     Ok(Stopped { feed: Feed::new(mover.ram.layout(), missing), state, ahead_bytes, settling })

@@ -24,6 +24,7 @@ pub mod recover;
 pub mod rounds;
 pub mod serve;
 pub mod switch;
+pub mod unused;
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -52,6 +53,7 @@ use self::prepare::{Accepted, Guest};
 use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
+use self::unused::Unused;
 use crate::args::{Mode, PageOrder, SendArgs, Switch};
 use crate::blocking::{on_thread, worker_threads};
 use crate::error::EngineError;
@@ -212,6 +214,9 @@ impl Migration<'_> {
         // Tracking is undone only now: that takes milliseconds which the guest would have waited.
         self.gate.close();
         self.lanes.stop().await;
+        if let Ok(moved) = &moved {
+            report.pages.unused = moved.mover.skipped_pages();
+        }
         let (mover, server, error) = match moved {
             Ok(Moved { mover, server }) => (Some(mover), server, None),
             Err(error) => (None, None, Some(error)),
@@ -292,7 +297,7 @@ impl Migration<'_> {
         stopped_at: &mut Option<Instant>,
     ) -> Result<Moved, EngineError> {
         if self.args.mode == Mode::PostCopy {
-            return self.post_copy(report, stopped_at).await;
+            return self.post_copy(report, progress, stopped_at).await;
         }
         let Some((link, _)) = &mut self.contact.session else {
             return Err(EngineError::Internal("there is no session".into()));
@@ -311,14 +316,16 @@ impl Migration<'_> {
             attaching::attach(self.guest.vm.pid, self.args.preload_socket.as_deref()).await?;
         report.attach_stopped_us = attached.stopped_us;
         let pid = self.guest.vm.pid;
-        let (tracker, data) = on_thread({
+        let armed = on_thread({
             let ram = Arc::clone(&ram);
             move || -> Result<_, EngineError> {
                 let tracker = DirtyTracker::arm(pid, attached.uffd, &ram)?;
                 Ok((tracker, ram.data_ranges()?))
             }
-        })
-        .await??;
+        });
+        let looked = unused(self.args, &self.guest, progress, report);
+        let (armed, unused) = tokio::join!(armed, looked);
+        let (tracker, data) = armed??;
         let mut precopy = Precopy::new(
             ram.layout(),
             PrecopyConfig {
@@ -347,7 +354,9 @@ impl Migration<'_> {
                 queues,
                 worker_threads(),
                 self.args.compression.wanted(),
+                unused.clone(),
             )),
+            unused,
             ram,
             pages,
             tracker: Some(Mutex::new(tracker)),
@@ -389,6 +398,7 @@ impl Migration<'_> {
     async fn post_copy(
         &mut self,
         report: &mut Report,
+        progress: &Progress,
         stopped_at: &mut Option<Instant>,
     ) -> Result<Moved, EngineError> {
         report.mode = "post-copy";
@@ -397,9 +407,19 @@ impl Migration<'_> {
         describe_memory(report, &pages, 0, &ram.data_ranges()?);
         let (gate, queues) = (Arc::clone(&self.gate), self.lanes.queues());
         let (threads, wanted) = (worker_threads(), self.args.compression.wanted());
-        let pump = Pump::start(Arc::clone(&ram), Arc::clone(&pages), gate, queues, threads, wanted);
+        let unused = unused(self.args, &self.guest, progress, report).await;
+        let pump = Pump::start(
+            Arc::clone(&ram),
+            Arc::clone(&pages),
+            gate,
+            queues,
+            threads,
+            wanted,
+            unused.clone(),
+        );
         let mover = Mover {
             pump: Arc::new(pump),
+            unused,
             ram,
             pages,
             tracker: None,
@@ -456,6 +476,25 @@ impl Migration<'_> {
         self.contact.session = session;
         server
     }
+}
+
+/// A look into the guest's kernel, if that is wanted and possible; else says once why not.
+async fn unused(
+    args: &SendArgs,
+    guest: &Guest,
+    progress: &Progress,
+    report: &mut Report,
+) -> Option<Arc<Unused>> {
+    if args.skip_unused == Switch::Off {
+        return None;
+    }
+    let error = match Unused::find(guest).await {
+        Ok(unused) => return Some(Arc::new(unused)),
+        Err(error) => error.tell(),
+    };
+    progress.say(&format!("memory that the guest does not use is sent as well: {error}"));
+    report.not_skipped = Some(error);
+    None
 }
 
 /// Bounds the time for which the guest is stopped.

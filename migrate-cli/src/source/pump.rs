@@ -31,6 +31,7 @@ use transport::Batch;
 use super::buffers::Buffers;
 use super::feed::Feed;
 use super::gate::Gate;
+use super::unused::Unused;
 use crate::blocking::worker_threads;
 
 /// Batches that may wait for each lane.
@@ -66,6 +67,8 @@ struct Shared {
     pages: Arc<SourcePages>,
     gate: Arc<Gate>,
     buffers: Buffers,
+    /// Tells what the guest does not use.
+    unused: Option<Arc<Unused>>,
     /// Pages of the round being sent that need not be sent in it.
     left_out: RwLock<PageSet>,
     /// Batches handed to each lane since the beginning.
@@ -109,7 +112,8 @@ struct Lane {
 }
 
 impl Pump {
-    /// Starts `threads` workers over the lanes' queues, which pack with the codec that is `wanted`.
+    /// Starts `threads` workers over the lanes' queues, which pack with the codec that is `wanted` and skip what is
+    /// `unused`.
     pub fn start(
         ram: Arc<GuestRam>,
         pages: Arc<SourcePages>,
@@ -117,6 +121,7 @@ impl Pump {
         lanes: Vec<LaneQueue>,
         threads: usize,
         wanted: Wanted,
+        unused: Option<Arc<Unused>>,
     ) -> Self {
         let shared = Arc::new(Shared {
             left_out: RwLock::new(PageSet::new(ram.layout().pages())),
@@ -124,6 +129,7 @@ impl Pump {
             pages,
             gate,
             buffers: Buffers::default(),
+            unused,
             batches: lanes.iter().map(|_| AtomicU64::new(0)).collect(),
             lanes: lanes.len(),
         });
@@ -167,7 +173,12 @@ impl Pump {
         wanted: Wanted,
     ) -> Self {
         let pages = Arc::new(SourcePages::new(0, false, 0));
-        Self::start(ram, pages, gate, lanes, worker_threads(), wanted)
+        Self::start(ram, pages, gate, lanes, worker_threads(), wanted, None)
+    }
+
+    /// A round begins: nothing is left out of it yet.
+    pub fn begin_round(&self) {
+        self.shared.left_out.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Sends a round and waits until its last batch is in a lane's queue. Blocks.
@@ -175,7 +186,6 @@ impl Pump {
     /// # Errors
     /// The first [`PumpError`] of any worker; the migration cannot go on then.
     pub fn send(&self, round: Round) -> Result<PageCounts, PumpError> {
-        self.shared.left_out.write().unwrap_or_else(PoisonError::into_inner).clear();
         self.work(&Job::Round(Arc::new(round)))
     }
 
@@ -301,7 +311,10 @@ impl Share {
             let (runs, left_out) = shared.page_runs(set, chunk, reason);
             counts.left_out += left_out;
             for (first, pages) in runs {
-                push_within_blocks(shared, &mut lane.builder, first, pages, reason)?;
+                for (first, pages, is_unused) in shared.parts(first, pages) {
+                    let builder = &mut lane.builder;
+                    push_within_blocks(shared, builder, (first, pages), is_unused, reason)?;
+                }
             }
             if lane.builder.is_full(CHUNK_PAGES as usize) {
                 lane.flush(shared, &mut self.choice, round, counts)?;
@@ -331,19 +344,31 @@ impl Shared {
         }
         (runs, without)
     }
+
+    /// Parts of consecutive pages that the guest uses, and that it does not.
+    fn parts(&self, first: u64, pages: u64) -> Vec<(u64, u64, bool)> {
+        match &self.unused {
+            Some(unused) => unused.split(first, pages),
+            None => vec![(first, pages, false)],
+        }
+    }
 }
 
-/// Reads pages that may cross a block's end, one block at a time.
+/// Reads pages that may cross a block's end, one block at a time. Unused ones count as zeros.
 fn push_within_blocks(
     shared: &Shared,
     builder: &mut BatchBuilder,
-    first: u64,
-    pages: u64,
+    (first, pages): (u64, u64),
+    is_unused: bool,
     reason: Reason,
 ) -> Result<(), RamError> {
     for (part, count) in shared.ram.layout().split(PageIndex(first), pages) {
         let count = usize::try_from(count).unwrap_or(usize::MAX);
         builder.push(&shared.pages, part, count, reason, |page, buffer| {
+            if is_unused {
+                buffer.fill(0);
+                return Ok(());
+            }
             shared.ram.read(page, buffer)
         })?;
     }

@@ -10,11 +10,13 @@ use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{LinkState, Precopy, Round, Step};
 use qemu_glue::ram::GuestRam;
 use qemu_glue::track::DirtyTracker;
+use qemu_glue::vm::Processor;
 use transport::messages::Sync;
 
 use super::gate::Gate;
 use super::link::Link;
 use super::pump::{Pump, PumpError};
+use super::unused::Unused;
 use crate::args::Mode;
 use crate::error::EngineError;
 use crate::progress::{Progress, Snapshot};
@@ -26,6 +28,12 @@ const STOP_OVERHEAD: Duration = Duration::from_millis(40);
 
 /// Time without any progress at the destination after which it counts as stuck.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
+
+/// How often it is made sure that the guest's kernel is the one that was found.
+const KERNEL_CHECKED_EVERY: Duration = Duration::from_millis(100);
+
+/// What looking at a page again costs that was skipped, with the guest stopped: 3 ms for each GiB.
+const LOOK_AGAIN: Duration = Duration::from_nanos(12);
 
 /// How often progress is shown and looked at, and written pages are looked for meanwhile.
 const TICK: Duration = migrate_core::order::TICK;
@@ -52,6 +60,8 @@ pub struct Mover {
     pub populated: Option<Mutex<PageSet>>,
     /// Whether the session has a lane that only post-copy uses.
     pub has_urgent_lane: bool,
+    /// Tells what the guest does not use.
+    pub unused: Option<Arc<Unused>>,
     /// Encoder threads.
     pub pump: Arc<Pump>,
     /// Back-pressure.
@@ -88,6 +98,56 @@ impl Mover {
         Ok(dirty)
     }
 
+    /// Where the guest's processors are, if anybody asks for that.
+    pub async fn processors(&self) -> Vec<Processor> {
+        match &self.unused {
+            Some(unused) => unused.processors().await,
+            None => vec![],
+        }
+    }
+
+    /// What was skipped by what another kernel said than the one that runs now.
+    async fn of_another_kernel(&self) -> Result<PageSet, EngineError> {
+        let processors = self.processors().await;
+        let pages = match &self.unused {
+            Some(unused) => tokio::task::block_in_place(|| unused.of_another_kernel(&processors))?,
+            None => None,
+        };
+        Ok(pages.unwrap_or_else(|| PageSet::new(self.ram.layout().pages())))
+    }
+
+    /// What looking again at all that is skipped will cost while the guest is stopped.
+    fn look_again(&self) -> Duration {
+        LOOK_AGAIN.saturating_mul(u32::try_from(self.skipped_pages()).unwrap_or(u32::MAX))
+    }
+
+    /// Number of pages that are skipped.
+    pub fn skipped_pages(&self) -> u64 {
+        self.unused.as_ref().map_or(0, |unused| unused.skipped().len())
+    }
+
+    /// The guest is stopped for post-copy: takes those out of the `missing` pages that need not follow it.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn thin(&self, missing: &mut PageSet) -> Result<(), EngineError> {
+        match &self.unused {
+            Some(unused) => tokio::task::block_in_place(|| unused.thin(missing, &self.pages)),
+            None => Ok(()),
+        }
+    }
+
+    /// The guest is stopped: pages that were skipped as unused, and are used now.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn used_again(&self, processors: &[Processor]) -> Result<PageSet, EngineError> {
+        match &self.unused {
+            Some(unused) => tokio::task::block_in_place(|| unused.used_again(processors)),
+            None => Ok(PageSet::new(self.ram.layout().pages())),
+        }
+    }
+
     /// What the destination must have in place.
     pub fn sync(&self, sequence: u32) -> Sync {
         let mut batches = self.pump.batches();
@@ -115,14 +175,20 @@ impl Mover {
         link: &Link,
         mut tick: impl FnMut() -> Result<(), EngineError>,
     ) -> Result<PageCounts, EngineError> {
-        let pump = Arc::clone(&self.pump);
-        let mut sending = tokio::task::spawn_blocking(move || pump.send(round));
+        let (pump, unused) = (Arc::clone(&self.pump), self.unused.clone());
+        pump.begin_round();
+        let mut sending = tokio::task::spawn_blocking(move || -> Result<_, EngineError> {
+            if let Some(unused) = unused {
+                unused.begin_round(&round)?;
+            }
+            Ok(pump.send(round)?)
+        });
         let mut last = (link.applied_bytes(), Instant::now());
         loop {
             tokio::select! {
                 sent = &mut sending => {
                     let sent = sent.map_err(|error| EngineError::Internal(error.to_string()))?;
-                    return Ok(sent?);
+                    return sent;
                 }
                 () = link.ended() => return Err(EngineError::Pump(PumpError::LaneClosed)),
                 () = tokio::time::sleep(TICK) => {}
@@ -151,6 +217,7 @@ impl Mover {
         report: &mut Report,
     ) -> Result<Ended, EngineError> {
         let mut step = precopy.armed(data, self.clock.elapsed())?;
+        let mut checked = Instant::now();
         loop {
             let round = match step {
                 Step::Send(round) => round,
@@ -195,11 +262,15 @@ impl Mover {
             precopy.round_sent(&counts)?;
             report.add(&counts);
             report.pages.deferred += precopy.waiting_pages();
-            let dirty = self.scan()?;
+            let mut dirty = self.scan()?;
+            if checked.elapsed() > KERNEL_CHECKED_EVERY {
+                dirty.union_with(&self.of_another_kernel().await?);
+                checked = Instant::now();
+            }
             let state = LinkState {
                 outstanding_bytes: self.gate.bytes().1,
                 goodput_bytes_per_s: link.goodput_bytes_per_s(),
-                overhead: STOP_OVERHEAD,
+                overhead: STOP_OVERHEAD + self.look_again(),
             };
             step = precopy.scanned(dirty, state, self.clock.elapsed())?;
             entry.sent = counts.sent();

@@ -19,9 +19,8 @@ use migrate_core::layout::PAGE_BYTES;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Precopy;
 use qemu_glue::device_state::{self, Saving};
-use transport::messages::{
-    DEVICE_CHUNK_BYTES_MAX, DEVICE_STATE_BYTES_MAX, DeviceState, Load, Message, VerifyRequest,
-};
+use qemu_glue::vm::Processor;
+use transport::messages::{DEVICE_STATE_BYTES_MAX, Load, Message, VerifyRequest};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::link::Link;
@@ -30,7 +29,7 @@ use super::rounds::Mover;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::report::{Report, VerifyReport};
-use crate::{failpoint, random, verify};
+use crate::{failpoint, random, state_parts, verify};
 
 /// Longest wait for the destination to load the device state, or to put the last pages in place.
 pub const LOAD_WITHIN: Duration = Duration::from_secs(60);
@@ -69,6 +68,7 @@ pub async fn switch(
     guest.client.stop().await?;
     part(report, "stop", stopping);
     failpoint::hit("source-stopped").await;
+    let processors = mover.processors().await;
 
     let began = Instant::now();
     let shared = Mutex::new(&mut *report);
@@ -78,7 +78,7 @@ pub async fn switch(
         let saved = saving.finish().await;
         (saved, began.elapsed())
     };
-    let (saved, sent) = tokio::join!(save, last_pages(mover, precopy, link, &shared));
+    let (saved, sent) = tokio::join!(save, last_pages(mover, precopy, &processors, link, &shared));
     sent?;
     let (saved, saving) = saved;
     let (state, settling) = saved?;
@@ -117,19 +117,21 @@ pub async fn switch(
     Ok(())
 }
 
-/// Sends what is known to be written, after another scan if the guest writes much.
+/// Sends what is known to be written, after another scan if the guest writes much, and what is used again.
 async fn last_pages(
     mover: &Mover,
     precopy: &mut Precopy,
+    processors: &[Processor],
     link: &Link,
     report: &Mutex<&mut Report>,
 ) -> Result<(), EngineError> {
     let began = Instant::now();
     let goodput = link.goodput_bytes_per_s();
-    let written = match precopy.few_written_since(mover.clock.elapsed(), goodput) {
+    let mut written = match precopy.few_written_since(mover.clock.elapsed(), goodput) {
         true => PageSet::new(mover.ram.layout().pages()),
         false => mover.scan()?,
     };
+    written.union_with(&mover.used_again(processors)?);
     mover.last_round(precopy.stopped(written)?, link, report).await?;
     part(&mut report.lock().unwrap_or_else(PoisonError::into_inner), "last_pages", began);
     Ok(())
@@ -161,10 +163,8 @@ fn other_pages() -> EngineError {
 /// # Errors
 /// If contact is lost.
 pub async fn send_state(link: &Link, state: &[u8], from: usize) -> Result<(), EngineError> {
-    let mut offset = from as u64;
-    for bytes in state.get(from..).unwrap_or_default().chunks(DEVICE_CHUNK_BYTES_MAX) {
-        link.send(Message::DeviceState(DeviceState { offset, bytes: bytes.to_vec() })).await?;
-        offset += bytes.len() as u64;
+    for part in state_parts::messages(state.get(from..).unwrap_or_default(), from as u64) {
+        link.send(Message::DeviceState(part)).await?;
     }
     Ok(())
 }
@@ -210,6 +210,8 @@ pub async fn compare(
     link.send(Message::VerifyRequest(VerifyRequest { seed })).await?;
     let total = mover.ram.layout().pages();
     let mut found = VerifyReport { pages: 0, mismatches: 0 };
+    let skipped = mover.unused.as_ref().map(|unused| unused.skipped());
+    let zero = verify::digest(&[0; PAGE_BYTES], seed);
     let mut next = 0;
     loop {
         match link.recv_within("digests of its pages", DIGESTS_WITHIN).await? {
@@ -228,7 +230,8 @@ pub async fn compare(
                         continue;
                     }
                     found.pages += 1;
-                    if a != b {
+                    let is_skipped = skipped.as_ref().is_some_and(|skipped| skipped.contains(page));
+                    if b != if is_skipped { &zero } else { a } {
                         tracing::error!(page, "page differs at the destination");
                         found.mismatches += 1;
                     }

@@ -21,6 +21,7 @@ pub(crate) mod hmp;
 mod memory;
 mod obstacles;
 mod process;
+mod processors;
 
 use std::sync::Arc;
 
@@ -31,6 +32,7 @@ use crate::procfs;
 use crate::qmp::{Client, QemuVersion, Status};
 use crate::ram::RamRegion;
 pub use error::VmError;
+pub use processors::{Processor, processors};
 
 /// Part of a RAM block as the guest sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -200,6 +200,17 @@ impl Rig {
         Ok(Engine::run(&self.migrate, &words, None, PATIENCE)?.stdout)
     }
 
+    /// What `migrate inspect --json` prints about a VM.
+    ///
+    /// # Errors
+    /// It failed, or did not end in time.
+    pub fn inspect(&self, vm: &Vm) -> Result<Value> {
+        let qmp = text(&vm.qmp_engine());
+        let output =
+            Engine::run(&self.migrate, &["inspect", "--json", "--qmp", &qmp], None, PATIENCE)?;
+        serde_json::from_str(&output.stdout).with_context(|| output.stderr.clone())
+    }
+
     /// Runs `migrate resolve --json` at one end.
     ///
     /// # Errors

@@ -432,9 +432,17 @@ async fn wrong_words(target: &mut Target) -> Result<()> {
     ensure!(said.contains("number of lanes"), "Lanes that do not exist: {said}");
 
     let rogue = Rogue::accepted(target, 52).await?;
-    rogue.say(Message::DeviceState(DeviceState { offset: 4096, bytes: vec![1; 16] })).await?;
+    rogue
+        .say(Message::DeviceState(DeviceState { offset: 4096, part_bytes: 16, bytes: vec![1; 16] }))
+        .await?;
     let said = rogue.given_up().await;
     ensure!(said.contains("goes on at byte"), "Device state with a gap: {said}");
+
+    let rogue = Rogue::accepted(target, 58).await?;
+    let part = DeviceState { offset: 0, part_bytes: 4096, bytes: vec![0xff; 16] };
+    rogue.say(Message::DeviceState(part)).await?;
+    let said = rogue.given_up().await;
+    ensure!(said.contains("do not unpack"), "Device state that is not packed: {said}");
 
     let rogue = Rogue::accepted(target, 53).await?;
     let load = Load { total_bytes: 1 << 20, digest: 1, version_digest: 1 };

@@ -45,6 +45,10 @@ pub struct Env {
     pub kernel: PathBuf,
     /// The guest's initramfs.
     pub initrd: PathBuf,
+    /// A newer kernel, of Debian 12's backports.
+    pub newer_kernel: PathBuf,
+    /// An initramfs without modules, for any kernel.
+    pub plain_initrd: PathBuf,
     /// By version.
     qemu: BTreeMap<String, QemuPaths>,
 }

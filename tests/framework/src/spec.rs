@@ -70,6 +70,8 @@ pub struct VmSpec {
     pub balloon: bool,
     /// An initramfs instead of that of the environment.
     pub initrd: Option<PathBuf>,
+    /// The newer kernel, which has no modules: no disk, no network, no balloon.
+    pub newer_kernel: bool,
     /// Words for the guest's kernel command line: `godwit.writer=fill=100,hot=20`.
     pub cmdline: Vec<String>,
     /// Started with `-incoming defer`.
@@ -97,6 +99,7 @@ impl VmSpec {
             nic: None,
             balloon: false,
             initrd: None,
+            newer_kernel: false,
             cmdline: Vec::new(),
             incoming: false,
             netns: None,
@@ -140,6 +143,12 @@ impl VmSpec {
     #[must_use]
     pub fn initrd(self, path: &Path) -> Self {
         Self { initrd: Some(path.to_owned()), ..self }
+    }
+
+    /// Boots the newer kernel of the environment.
+    #[must_use]
+    pub fn newer_kernel(self) -> Self {
+        Self { newer_kernel: true, ..self }
     }
 
     /// Adds a program or another word to the kernel command line.
@@ -286,6 +295,10 @@ impl VmSpec {
         let serial = |name: &str, path: &str| {
             format!("socket,id={name},path={folder}/{path},server=on,wait=off")
         };
+        let (kernel, initrd) = match self.newer_kernel {
+            false => (&env.kernel, &env.initrd),
+            true => (&env.newer_kernel, &env.plain_initrd),
+        };
         let cmdline = format!("console=ttyS0 panic=-1 loglevel=5 {}", self.cmdline.join(" "));
         let mut words: Vec<String> = [
             "-name",
@@ -318,9 +331,9 @@ impl VmSpec {
             "-qmp",
             &format!("unix:{folder}/qmp-test.sock,server=on,wait=off"),
             "-kernel",
-            &env.kernel.to_string_lossy(),
+            &kernel.to_string_lossy(),
             "-initrd",
-            &self.initrd.as_ref().unwrap_or(&env.initrd).to_string_lossy(),
+            &self.initrd.as_ref().unwrap_or(initrd).to_string_lossy(),
             "-append",
             cmdline.trim_end(),
         ]

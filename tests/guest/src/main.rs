@@ -7,6 +7,7 @@
 //!   ├─ writer     dirties memory at a rate
 //!   ├─ checker    owns memory and verifies every byte of it
 //!   ├─ diskread   reads /dev/vda with O_DIRECT and verifies every block
+//!   ├─ freed      fills page cache and frees it again
 //!   └─ app        drives one of Debian's programs, if the initramfs has them
 //! ```
 //! A program is a process of its own: it prints `ready ...` as its first line on stdout, then reads
@@ -16,6 +17,7 @@ mod app;
 mod checker;
 mod console;
 mod diskread;
+mod freed;
 mod heartbeat;
 mod init;
 mod memory;
@@ -34,9 +36,12 @@ fn run(program: &str, options: &str) -> Result<()> {
         "writer" => writer::run(options),
         "checker" => checker::run(options),
         "diskread" => diskread::run(options),
+        "freed" => freed::run(options),
         "app" => app::run(options),
         other => {
-            bail!("Unknown program {other}; there are heartbeat, writer, checker, diskread, app")
+            bail!(
+                "Unknown program {other}; there are heartbeat, writer, checker, diskread, freed, app"
+            )
         }
     }
 }

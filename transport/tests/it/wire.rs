@@ -73,7 +73,11 @@ fn samples() -> Vec<Message> {
         Message::Missing(Missing { first_page: 640, words: vec![1, 0, u64::MAX] }),
         Message::MissingEnd(MissingEnd { pages: 65 }),
         Message::Request(Request { page: 703 }),
-        Message::DeviceState(DeviceState { offset: 524_288, bytes: b"QEVM\0\0\0\x03".to_vec() }),
+        Message::DeviceState(DeviceState {
+            offset: 524_288,
+            part_bytes: 8,
+            bytes: b"QEVM\0\0\0\x03".to_vec(),
+        }),
         Message::Load(Load { total_bytes: 524_296, digest: 7, version_digest: 8 }),
         Message::Ready(Ready { load_us: 1234, version_digest: 8, run_state: "paused".into() }),
         Message::Commit(Commit { migration, resume: true }),
@@ -138,7 +142,7 @@ fn golden_control_frames_do_not_change() {
     for (index, message) in samples.iter().enumerate() {
         let name = message.name().to_lowercase();
         let frame = wire::encode(message, 1).unwrap();
-        check_golden(&folder("tests/golden").join(format!("v3-{name}.bin")), &frame);
+        check_golden(&folder("tests/golden").join(format!("v4-{name}.bin")), &frame);
         check_golden(&folder("fuzz/corpus/control_frame").join(format!("good-{name}")), &frame);
         assert_eq!(wire::decode(&frame, 1).unwrap(), (message.clone(), frame.len()));
         all.extend(wire::encode(message, index as u32 + 1).unwrap());
@@ -151,12 +155,12 @@ fn golden_control_frames_do_not_change() {
 fn golden_lane_frames_do_not_change() {
     let greeting = Greeting { version: 2, lane: 3, token: *b"tokentokentokent" };
     let bytes = greeting.encode();
-    check_golden(&folder("tests/golden").join("v3-lane-greeting.bin"), &bytes);
+    check_golden(&folder("tests/golden").join("v4-lane-greeting.bin"), &bytes);
     assert_eq!(Greeting::parse(&bytes).unwrap(), greeting);
 
     let batch = sample_batch();
     let frame = lane_frame(&batch, 1);
-    check_golden(&folder("tests/golden").join("v3-lane-batch.bin"), &frame);
+    check_golden(&folder("tests/golden").join("v4-lane-batch.bin"), &frame);
     assert_eq!(lane_wire::decode(&frame, 1).unwrap(), (batch.clone(), frame.len()));
     let corpus = folder("fuzz/corpus/lane_frame");
     check_golden(&corpus.join("good-batch"), &frame);
@@ -164,13 +168,13 @@ fn golden_lane_frames_do_not_change() {
     check_golden(&corpus.join("good-greeting-and-two"), &two);
     assert_eq!(fuzz::lane_frame(&two), 2);
     check_golden(
-        &folder("tests/golden").join("v3-lane-deltas.bin"),
+        &folder("tests/golden").join("v4-lane-deltas.bin"),
         &lane_frame(&sample_deltas(), 1),
     );
     check_golden(&corpus.join("good-deltas"), &lane_frame(&sample_deltas(), 1));
     let references = sample_references();
     let frame = lane_frame(&references, 1);
-    check_golden(&folder("tests/golden").join("v3-lane-references.bin"), &frame);
+    check_golden(&folder("tests/golden").join("v4-lane-references.bin"), &frame);
     check_golden(&corpus.join("good-references"), &frame);
     assert_eq!(lane_wire::decode(&frame, 1).unwrap(), (references, frame.len()));
     let zeros = Batch::plain(vec![batch.runs[1]], Payload::default(), 0);
@@ -275,6 +279,7 @@ fn largest() -> Vec<Message> {
         }),
         Message::DeviceState(DeviceState {
             offset: (256 << 20) - DEVICE_CHUNK_BYTES_MAX as u64,
+            part_bytes: DEVICE_CHUNK_BYTES_MAX as u32,
             bytes: vec![255; DEVICE_CHUNK_BYTES_MAX],
         }),
         Message::Ready(Ready {
@@ -320,10 +325,15 @@ fn one_more_than_allowed_is_refused_by_both_ends() {
     refused(Message::VerifyChunk(VerifyChunk { first_page: 0, digests }));
     refused(Message::VerifyChunk(VerifyChunk { first_page: u64::MAX, digests: vec![0] }));
     refused(Message::VerifyChunk(VerifyChunk { first_page: 0, digests: vec![] }));
-    let bytes = vec![0; DEVICE_CHUNK_BYTES_MAX + 1];
-    refused(Message::DeviceState(DeviceState { offset: 0, bytes }));
-    refused(Message::DeviceState(DeviceState { offset: u64::MAX, bytes: vec![0] }));
-    refused(Message::DeviceState(DeviceState { offset: 0, bytes: vec![] }));
+    let state = |offset, part_bytes: usize, bytes: usize| {
+        let (part_bytes, bytes) = (part_bytes as u32, vec![0; bytes]);
+        Message::DeviceState(DeviceState { offset, part_bytes, bytes })
+    };
+    refused(state(0, DEVICE_CHUNK_BYTES_MAX + 1, 1));
+    refused(state(u64::MAX, 1, 1));
+    refused(state(0, 0, 0));
+    refused(state(0, 1, 0));
+    refused(state(0, 9, 10));
     refused(Message::Joined(Joined { lanes: 65 }));
     refused(Message::Select(Select { version: 0, features: 0, lanes: 1, token: [0; 16] }));
     let Message::Offer(offer) = samples().remove(0) else { panic!("the samples' order") };
@@ -418,9 +428,11 @@ fn messages() -> impl Strategy<Value = Message> {
         (any::<u64>(), list).prop_map(|(first_page, words)| {
             Message::Missing(Missing { first_page: first_page >> 30 & !63, words })
         }),
-        (any::<u64>(), prop::collection::vec(any::<u8>(), 0..200)).prop_map(|(offset, bytes)| {
-            Message::DeviceState(DeviceState { offset: offset >> 36, bytes })
-        }),
+        (any::<u64>(), 0..200u32, prop::collection::vec(any::<u8>(), 0..200)).prop_map(
+            |(offset, part_bytes, bytes)| {
+                Message::DeviceState(DeviceState { offset: offset >> 36, part_bytes, bytes })
+            }
+        ),
         (text.clone(), prop::collection::vec(any::<u16>(), 0..20), any::<u64>(), 0u16..70)
             .prop_map(|(engine, versions, features, lanes)| {
                 Message::Offer(Offer {

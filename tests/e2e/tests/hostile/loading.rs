@@ -115,7 +115,8 @@ async fn say_load(rogue: &mut Rogue, state: &[u8]) -> Result<()> {
     for (bytes, offset) in
         state.chunks(DEVICE_CHUNK_BYTES_MAX).zip((0..).step_by(DEVICE_CHUNK_BYTES_MAX))
     {
-        rogue.say(Message::DeviceState(DeviceState { offset, bytes: bytes.to_vec() })).await?;
+        let (part_bytes, bytes) = (bytes.len() as u32, bytes.to_vec());
+        rogue.say(Message::DeviceState(DeviceState { offset, part_bytes, bytes })).await?;
     }
     let (total_bytes, digest) = (state.len() as u64, xxh3_64(state));
     let version_digest = DestinationPages::new(PAGES).digest();

@@ -1,0 +1,215 @@
+//! Memory that the guest does not use: it is not sent, and reads as zeros at the destination.
+//!
+//! ```text
+//!   scan (arms) ──► which pages of the round are unused? ──► they are sent as if they held zeros
+//!   stop ─► the same kernel? ─► which of those are used now? ──► last round
+//! ```
+//!
+//! Invariants:
+//! - Whether a page is unused is read after its dirty mark was cleared (correctness rule 5): should the guest take it
+//!   and write it later, it is reported again and sent in another round.
+//! - A page that is skipped is zero at the destination, also if an older version was sent (rule 4): it is judged
+//!   like a page that holds zeros, which also resets what deltas build upon.
+//! - With the guest stopped, every page that was skipped is looked at again; if another kernel runs by then, all of
+//!   them are sent.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fctrans::error::IntrospectError;
+use fctrans::kernel::Kernel;
+use fctrans::memory::LiveMemory;
+use migrate_core::layout::PageIndex;
+use migrate_core::page_table::SourcePages;
+use migrate_core::pageset::PageSet;
+use migrate_core::precopy::Round;
+use parking_lot::{Mutex, RwLock};
+use qemu_glue::qmp::{Client, Event};
+use qemu_glue::ram::GuestRam;
+use qemu_glue::vm::{self, Processor, VmInventory};
+use tokio::sync::broadcast::{self, error::TryRecvError};
+
+use super::prepare::Guest;
+use crate::blocking::on_thread;
+use crate::error::EngineError;
+
+/// The guest's kernel, and what is skipped by what it says.
+#[derive(Debug)]
+pub struct Unused {
+    client: Client,
+    /// Events since before the kernel was found.
+    events: Mutex<broadcast::Receiver<Event>>,
+    kernel: Kernel,
+    memory: LiveMemory,
+    /// Those of the round being sent.
+    of_round: RwLock<PageSet>,
+    skipped: Mutex<PageSet>,
+    /// Another kernel runs by now.
+    is_over: AtomicBool,
+}
+
+impl Unused {
+    /// Looks for the guest's kernel.
+    ///
+    /// # Errors
+    /// Why nothing is skipped.
+    pub async fn find(guest: &Guest) -> Result<Self, EngineError> {
+        let events = Mutex::new(guest.client.subscribe());
+        let processors = vm::processors(&guest.client).await?;
+        let memory = memory(&guest.ram, &guest.vm);
+        let pages = guest.ram.layout().pages();
+        let found = on_thread(move || {
+            let kernel = Kernel::find(&memory, &processors)?;
+            refuse_patterns(&kernel, &memory)?;
+            Ok::<_, IntrospectError>((kernel, memory))
+        });
+        let (kernel, memory) = found.await??;
+        tracing::info!(kernel = kernel.release(), "unused memory is skipped");
+        Ok(Self {
+            client: guest.client.clone(),
+            events,
+            kernel,
+            memory,
+            of_round: RwLock::new(PageSet::new(pages)),
+            skipped: Mutex::new(PageSet::new(pages)),
+            is_over: AtomicBool::new(false),
+        })
+    }
+
+    /// Where the guest's processors are: nowhere if QEMU does not tell, or the guest was reset, and then nothing is
+    /// skipped any more.
+    pub async fn processors(&self) -> Vec<Processor> {
+        if self.was_reset() {
+            return vec![];
+        }
+        vm::processors(&self.client).await.unwrap_or_else(|error| {
+            tracing::warn!(%error, "it is not known which kernel the guest runs");
+            vec![]
+        })
+    }
+
+    /// Whether the guest was reset since its kernel was found: the next one may look just like it.
+    fn was_reset(&self) -> bool {
+        let mut events = self.events.lock();
+        loop {
+            match events.try_recv() {
+                Ok(event) if event.name == "RESET" => return true,
+                Ok(_) => {}
+                // Some were missed, or there will be none: who knows.
+                Err(TryRecvError::Lagged(_) | TryRecvError::Closed) => return true,
+                Err(TryRecvError::Empty) => return false,
+            }
+        }
+    }
+
+    /// Finds out which pages of a round are unused, after they were armed. Blocks.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn begin_round(&self, round: &Round) -> Result<(), EngineError> {
+        let mut pages = round.dirty.clone();
+        pages.union_with(&round.look);
+        *self.of_round.write() = self.unused_of(&pages)?;
+        Ok(())
+    }
+
+    /// Those of `pages` that are unused now.
+    fn unused_of(&self, pages: &PageSet) -> Result<PageSet, EngineError> {
+        if self.is_over.load(Ordering::Acquire) {
+            return Ok(PageSet::new(pages.size()));
+        }
+        Ok(self.kernel.still_unused(&self.memory, pages)?)
+    }
+
+    /// Parts of consecutive pages, as first, number, and whether they are unused: from now on skipped or
+    /// not.
+    pub fn split(&self, first: u64, pages: u64) -> Vec<(u64, u64, bool)> {
+        let of_round = self.of_round.read();
+        let mut parts: Vec<(u64, u64, bool)> = vec![];
+        for page in first..first + pages {
+            let is_unused = of_round.contains(page);
+            match parts.last_mut() {
+                Some((_, pages, of)) if *of == is_unused => *pages += 1,
+                _ => parts.push((page, 1, is_unused)),
+            }
+        }
+        drop(of_round);
+        let mut skipped = self.skipped.lock();
+        for (first, pages, is_unused) in &parts {
+            match is_unused {
+                true => skipped.insert_range(*first..first + pages),
+                false => skipped.remove_range(*first..first + pages),
+            }
+        }
+        parts
+    }
+
+    /// The guest is stopped, and its processors hold this: pages that were skipped and are used now. Blocks.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn used_again(&self, processors: &[Processor]) -> Result<PageSet, EngineError> {
+        if let Some(pages) = self.of_another_kernel(processors)? {
+            return Ok(pages);
+        }
+        let mut again = self.skipped();
+        again.subtract(&self.kernel.still_unused(&self.memory, &again)?);
+        Ok(again)
+    }
+
+    /// The processors hold this: all that was skipped, if another kernel runs than was found. Nothing is skipped
+    /// from then on.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn of_another_kernel(
+        &self,
+        processors: &[Processor],
+    ) -> Result<Option<PageSet>, EngineError> {
+        let error = match self.kernel.check(&self.memory, processors) {
+            Ok(()) => return Ok(None),
+            Err(error @ IntrospectError::Ram(_)) => return Err(error.into()),
+            Err(error) => error,
+        };
+        tracing::warn!(%error, "all that was skipped is sent");
+        self.is_over.store(true, Ordering::Release);
+        let mut skipped = self.skipped.lock();
+        let none = PageSet::new(skipped.size());
+        Ok(Some(std::mem::replace(&mut skipped, none)))
+    }
+
+    /// The guest is stopped, and will run at the destination before `missing` pages are there: takes those out that
+    /// are unused and of which it never got any version. Blocks.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn thin(&self, missing: &mut PageSet, sent: &SourcePages) -> Result<(), EngineError> {
+        let mut unused = self.unused_of(missing)?;
+        let stale: Vec<u64> =
+            unused.iter().filter(|page| sent.was_sent(PageIndex(*page))).collect();
+        stale.into_iter().for_each(|page| unused.remove(page));
+        missing.subtract(&unused);
+        self.skipped.lock().union_with(&unused);
+        Ok(())
+    }
+
+    /// The pages that are skipped now.
+    pub fn skipped(&self) -> PageSet {
+        self.skipped.lock().clone()
+    }
+}
+
+fn memory(ram: &Arc<GuestRam>, vm: &VmInventory) -> LiveMemory {
+    LiveMemory::new(Arc::clone(ram), &vm.guest_physical)
+}
+
+/// Guests that fill what they free rely on that content.
+fn refuse_patterns(kernel: &Kernel, memory: &LiveMemory) -> Result<(), IntrospectError> {
+    use fctrans::memory::PhysicalMemory as _;
+    let mut free = kernel.usage(memory)?.unused();
+    free.intersect(&memory.data()?);
+    match kernel.pattern(memory, &free)? {
+        None => Ok(()),
+        Some(how) => Err(IntrospectError::Poisoned { how }),
+    }
+}

@@ -1,0 +1,90 @@
+//! Fills page cache with noise and frees it again: memory that holds data, and that nobody uses.
+//!
+//! Options: `mib`, `seed`, `churn` (1: does so over and over, and verifies that fresh memory reads as zeros in
+//! between). Commands: `report`, `again` (fills and frees once more; without `churn`).
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context as _, Result, bail};
+use guest_programs::PAGE_BYTES;
+use guest_programs::options::Options;
+use guest_programs::rng::XorShift;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::console::tell_failure;
+use crate::shell;
+
+const MOUNT: &str = "/freed";
+const PIECE_BYTES: usize = 1 << 20;
+
+pub(crate) fn run(mut options: Options) -> Result<()> {
+    let mib = options.number("mib", 64)?;
+    let seed = options.number("seed", 1)?;
+    let churns = options.number("churn", 0)? == 1;
+    options.finish()?;
+    fs::create_dir_all(MOUNT).context("Cannot create the mount point")?;
+    fill_and_free(mib, seed)?;
+    let times = Arc::new(AtomicU64::new(1));
+    if churns {
+        let times = Arc::clone(&times);
+        std::thread::spawn(move || churn(mib, seed, &times));
+    }
+    println!("ready {mib} MiB freed");
+    shell::serve(|words| match words {
+        ["report"] => Ok(format!("FREED times={} mib={mib}", times.load(Ordering::Relaxed))),
+        ["again"] if !churns => {
+            let times = times.fetch_add(1, Ordering::Relaxed) + 1;
+            fill_and_free(mib, seed + times)?;
+            Ok(format!("FREED times={times} mib={mib}"))
+        }
+        _ => bail!("Commands: report, and without churn again"),
+    })
+}
+
+fn churn(mib: u64, seed: u64, times: &AtomicU64) {
+    loop {
+        let time = times.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = fill_and_free(mib, seed + time).and_then(|()| fresh_is_zero(mib)) {
+            tell_failure(&format!("FREED FAIL {error:#}"));
+            return;
+        }
+    }
+}
+
+/// The kernel gives out memory that it freed before, which must read as zeros but for what is written here.
+fn fresh_is_zero(mib: u64) -> Result<()> {
+    let mut fresh = vec![0u8; mib as usize * PIECE_BYTES];
+    for (number, page) in fresh.chunks_exact_mut(PAGE_BYTES).enumerate() {
+        page[0] = 1;
+        let page = std::hint::black_box(page);
+        if let Some(at) = page.iter().skip(1).position(|byte| *byte != 0) {
+            bail!("page {number} of fresh memory has {:#x} at {}", page[at + 1], at + 1);
+        }
+    }
+    Ok(())
+}
+
+fn fill_and_free(mib: u64, seed: u64) -> Result<()> {
+    let size = format!("size={}m", mib + 1);
+    mount(Some("tmpfs"), MOUNT, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
+        .context("Cannot mount a tmpfs")?;
+    let filled = fill(mib, seed);
+    umount2(MOUNT, MntFlags::empty()).context("Cannot unmount the tmpfs")?;
+    filled
+}
+
+fn fill(mib: u64, seed: u64) -> Result<()> {
+    let mut file = File::create(format!("{MOUNT}/noise")).context("Cannot create the file")?;
+    let mut rng = XorShift::new(seed);
+    let mut piece = vec![0; PIECE_BYTES];
+    for _ in 0..mib {
+        for word in piece.chunks_exact_mut(8) {
+            word.copy_from_slice(&rng.next_u64().to_le_bytes());
+        }
+        file.write_all(&piece).context("Cannot fill the file")?;
+    }
+    Ok(())
+}
