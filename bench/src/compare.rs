@@ -34,8 +34,8 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         }
         first = first.and(done);
     }
-    report::page(&args.common.out)?;
-    first
+    let shown = report::page(&args.common.out);
+    first.and(shown)
 }
 
 /// The scenarios with the names of their results.

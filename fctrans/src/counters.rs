@@ -179,17 +179,11 @@ fn name(
         Err(error @ IntrospectError::Ram(_)) => return Err(error),
         Err(_) => return Ok(None),
     };
-    let bytes = usize::try_from(mapped.bytes).unwrap_or(NAME_BYTES_MAX).min(NAME_BYTES_MAX);
-    let mut buffer = vec![0; bytes];
-    let mut rest = NAME_BYTES_MAX - bytes;
-    memory.read(mapped.at, &mut buffer)?;
-    if rest > 0 && !buffer.contains(&0) {
-        let mut more = vec![0; rest];
-        let Some(next) = at.plus(bytes as u64) else { return Ok(None) };
-        if kernel.translator().read(memory, next, &mut more).is_err() {
-            rest = 0;
-        }
-        buffer.extend(more.into_iter().take(rest));
+    let mut buffer = vec![0; NAME_BYTES_MAX];
+    if kernel.translator().read(memory, at, &mut buffer).is_err() {
+        // Beyond the end of the page nothing need be, and the name may end before.
+        buffer.truncate(usize::try_from(mapped.bytes).unwrap_or(NAME_BYTES_MAX));
+        memory.read(mapped.at, &mut buffer)?;
     }
     let Some(end) = buffer.iter().position(|byte| *byte == 0) else { return Ok(None) };
     buffer.truncate(end);

@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use migrate_core::layout::PAGE_BYTES;
 use qemu_glue::vm::Processor;
 use serde::Serialize;
 
 use crate::error::IntrospectError;
 use crate::kernel::Kernel;
-use crate::memory::PhysicalMemory;
+use crate::memory::{PAGE, PhysicalMemory};
 use crate::summary::{Figures, Summary};
 
 /// Version of the shape of [`Inspection`].
@@ -69,7 +68,7 @@ pub fn inspect(
         Ok(summary) => (Some(summary), None),
         Err(error) => (None, Some(error.to_string())),
     };
-    let bytes = |pages: u64| pages * PAGE_BYTES as u64;
+    let bytes = |pages: u64| pages * PAGE;
     let used = |set: &migrate_core::pageset::PageSet| {
         let mut set = set.clone();
         set.intersect(&data);

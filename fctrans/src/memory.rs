@@ -19,7 +19,8 @@ use qemu_glue::vm::GpaRange;
 
 use crate::error::IntrospectError;
 
-const PAGE: u64 = PAGE_BYTES as u64;
+/// Bytes of a page.
+pub(crate) const PAGE: u64 = PAGE_BYTES as u64;
 
 /// A guest-physical address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -12,12 +12,8 @@
 
 use std::collections::BTreeMap;
 
-use migrate_core::layout::PAGE_BYTES;
-
 use crate::error::IntrospectError;
-use crate::memory::{Gpa, Gva, PhysicalMemory};
-
-const PAGE: u64 = PAGE_BYTES as u64;
+use crate::memory::{Gpa, Gva, PAGE, PhysicalMemory};
 
 /// `namesz` and `type` with the name, and `descsz` between them.
 const HEADER_BYTES: usize = 24;

@@ -10,12 +10,11 @@
 
 use std::collections::BTreeSet;
 
-use migrate_core::layout::PAGE_BYTES;
 use qemu_glue::vm::Processor;
 
 use crate::error::IntrospectError;
 use crate::kernel::{KERNEL_MAP, roots};
-use crate::memory::{Gva, PhysicalMemory};
+use crate::memory::{Gpa, Gva, PAGE, PhysicalMemory};
 use crate::note::{self, Found, NOTES_MAX};
 use crate::translate::{Mapped, Translator};
 
@@ -101,16 +100,15 @@ fn addresses_in(
     let mut buffer = vec![];
     for begin in (0..part.bytes).step_by(PIECE_BYTES as usize) {
         buffer.resize(PIECE_BYTES.min(part.bytes - begin) as usize, 0);
-        match memory.read(crate::memory::Gpa(part.at.0 + begin), &mut buffer) {
+        match memory.read(Gpa(part.at.0 + begin), &mut buffer) {
             Ok(()) => {}
             Err(error @ IntrospectError::Ram(_)) => return Err(error),
             Err(_) => return Ok(()),
         }
         let (words, _) = buffer.as_chunks::<8>();
         let words = words.iter().map(|word| u64::from_le_bytes(*word));
-        let is_page = |word: &u64| {
-            (KERNEL_HALF..KERNEL_MAP).contains(word) && word.is_multiple_of(PAGE_BYTES as u64)
-        };
+        let is_page =
+            |word: &u64| (KERNEL_HALF..KERNEL_MAP).contains(word) && word.is_multiple_of(PAGE);
         for word in words.filter(is_page) {
             if addresses.len() < ADDRESSES_MAX {
                 addresses.insert(word);

@@ -8,10 +8,8 @@ use serde::Serialize;
 use crate::counters::{self, Counters};
 use crate::error::IntrospectError;
 use crate::kernel::Kernel;
-use crate::memory::PhysicalMemory;
+use crate::memory::{PAGE, PhysicalMemory};
 use crate::symbols::Symbols;
-
-const PAGE_BYTES: u64 = migrate_core::layout::PAGE_BYTES as u64;
 
 /// Symbols besides those of counters.
 const SYMBOLS: [&str; 6] = [
@@ -100,7 +98,7 @@ impl Figures {
         let gains = [files, slab.saturating_add(other)].map(|pages| pages - (pages / 2).min(low));
         let available = gains.iter().fold(free, |all, gain| all.saturating_add(*gain));
         let available = available.saturating_sub(long("totalreserve_pages")?).min(total);
-        let bytes = |pages: u64| pages.saturating_mul(PAGE_BYTES);
+        let bytes = |pages: u64| pages.saturating_mul(PAGE);
         Ok(Summary {
             total_bytes: bytes(total),
             used_bytes: bytes(total - available),

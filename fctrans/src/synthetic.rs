@@ -9,11 +9,10 @@ use qemu_glue::vm::Processor;
 
 use crate::error::IntrospectError;
 use crate::kernel::Kernel;
-use crate::memory::{Gpa, Gva, PhysicalMemory, RamRange, range_of};
+use crate::memory::{Gpa, Gva, PAGE, PhysicalMemory, RamRange, range_of};
 
 pub(crate) const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-const PAGE: u64 = PAGE_BYTES as u64;
 
 /// RAM that holds zeros where nothing was written.
 #[derive(Debug, Clone)]

@@ -123,7 +123,7 @@ impl Mover {
 
     /// Number of pages that are skipped.
     pub fn skipped_pages(&self) -> u64 {
-        self.unused.as_ref().map_or(0, |unused| unused.skipped().len())
+        self.unused.as_ref().map_or(0, |unused| unused.skipped_pages())
     }
 
     /// The guest is stopped for post-copy: takes those out of the `missing` pages that need not follow it.

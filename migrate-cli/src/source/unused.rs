@@ -25,8 +25,7 @@ use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Round;
 use parking_lot::{Mutex, RwLock};
 use qemu_glue::qmp::{Client, Event};
-use qemu_glue::ram::GuestRam;
-use qemu_glue::vm::{self, Processor, VmInventory};
+use qemu_glue::vm::{self, Processor};
 use tokio::sync::broadcast::{self, error::TryRecvError};
 
 use super::prepare::Guest;
@@ -56,7 +55,7 @@ impl Unused {
     pub async fn find(guest: &Guest) -> Result<Self, EngineError> {
         let events = Mutex::new(guest.client.subscribe());
         let processors = vm::processors(&guest.client).await?;
-        let memory = memory(&guest.ram, &guest.vm);
+        let memory = LiveMemory::new(Arc::clone(&guest.ram), &guest.vm.guest_physical);
         let pages = guest.ram.layout().pages();
         let found = on_thread(move || {
             let kernel = Kernel::find(&memory, &processors)?;
@@ -79,13 +78,17 @@ impl Unused {
     /// Where the guest's processors are: nowhere if QEMU does not tell, or the guest was reset, and then nothing is
     /// skipped any more.
     pub async fn processors(&self) -> Vec<Processor> {
-        if self.was_reset() {
+        if self.is_over() || self.was_reset() {
             return vec![];
         }
         vm::processors(&self.client).await.unwrap_or_else(|error| {
             tracing::warn!(%error, "it is not known which kernel the guest runs");
             vec![]
         })
+    }
+
+    fn is_over(&self) -> bool {
+        self.is_over.load(Ordering::Acquire)
     }
 
     /// Whether the guest was reset since its kernel was found: the next one may look just like it.
@@ -115,7 +118,7 @@ impl Unused {
 
     /// Those of `pages` that are unused now.
     fn unused_of(&self, pages: &PageSet) -> Result<PageSet, EngineError> {
-        if self.is_over.load(Ordering::Acquire) {
+        if self.is_over() {
             return Ok(PageSet::new(pages.size()));
         }
         Ok(self.kernel.still_unused(&self.memory, pages)?)
@@ -166,6 +169,9 @@ impl Unused {
         &self,
         processors: &[Processor],
     ) -> Result<Option<PageSet>, EngineError> {
+        if self.is_over() {
+            return Ok(None);
+        }
         let error = match self.kernel.check(&self.memory, processors) {
             Ok(()) => return Ok(None),
             Err(error @ IntrospectError::Ram(_)) => return Err(error.into()),
@@ -193,14 +199,15 @@ impl Unused {
         Ok(())
     }
 
+    /// Number of pages that are skipped now.
+    pub fn skipped_pages(&self) -> u64 {
+        self.skipped.lock().len()
+    }
+
     /// The pages that are skipped now.
     pub fn skipped(&self) -> PageSet {
         self.skipped.lock().clone()
     }
-}
-
-fn memory(ram: &Arc<GuestRam>, vm: &VmInventory) -> LiveMemory {
-    LiveMemory::new(Arc::clone(ram), &vm.guest_physical)
 }
 
 /// Guests that fill what they free rely on that content.

@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context as _, Result, bail};
 use guest_programs::PAGE_BYTES;
 use guest_programs::options::Options;
-use guest_programs::rng::XorShift;
+use guest_programs::pattern::fill_random;
+use guest_programs::rng::mix;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::console::tell_failure;
@@ -78,12 +79,9 @@ fn fill_and_free(mib: u64, seed: u64) -> Result<()> {
 
 fn fill(mib: u64, seed: u64) -> Result<()> {
     let mut file = File::create(format!("{MOUNT}/noise")).context("Cannot create the file")?;
-    let mut rng = XorShift::new(seed);
     let mut piece = vec![0; PIECE_BYTES];
-    for _ in 0..mib {
-        for word in piece.chunks_exact_mut(8) {
-            word.copy_from_slice(&rng.next_u64().to_le_bytes());
-        }
+    for number in 0..mib {
+        fill_random(mix(seed) ^ number, &mut piece);
         file.write_all(&piece).context("Cannot fill the file")?;
     }
     Ok(())

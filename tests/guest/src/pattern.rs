@@ -53,7 +53,8 @@ pub struct Mismatch {
     pub bytes: usize,
 }
 
-fn fill_random(seed: u64, out: &mut [u8]) {
+/// Fills `out` with noise.
+pub fn fill_random(seed: u64, out: &mut [u8]) {
     let mut rng = XorShift::new(seed);
     for chunk in out.chunks_mut(8) {
         let word = rng.next_u64().to_le_bytes();

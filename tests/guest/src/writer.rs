@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use guest_programs::options::Options;
 use guest_programs::pacer::Pacer;
-use guest_programs::pattern::fill_text;
+use guest_programs::pattern::{fill_random, fill_text};
 use guest_programs::rng::XorShift;
 use guest_programs::{PAGE_BYTES, pattern};
 
@@ -104,11 +104,7 @@ impl Writer {
         if self.content.is_text(number) {
             fill_text(seed, target);
         } else {
-            let mut rng = XorShift::new(seed);
-            for chunk in target.chunks_mut(8) {
-                let word = rng.next_u64().to_le_bytes();
-                chunk.copy_from_slice(&word[..chunk.len()]);
-            }
+            fill_random(seed, target);
         }
         std::hint::black_box(page);
     }
