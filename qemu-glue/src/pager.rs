@@ -10,6 +10,14 @@
 //!   in place <------------ place, place_zeros ----+        end: missing pages read as zeros
 //! ```
 //!
+//! With [`Duty::Evict`] pages are taken away as well ([`Pager::protect`], [`Pager::evict`]):
+//!
+//! ```text
+//!   in place ── protect ──► protected ── evict ──► missing
+//!      ▲                        │ the guest writes: the fault is reported
+//!      └────── unprotect ───────┘
+//! ```
+//!
 //! A page is missing if the file that backs the block does not hold it. What was written into the
 //! file before ([`GuestRam::write`](crate::ram::GuestRam::write)) is in place and raises no fault.
 //!
@@ -35,6 +43,7 @@
 //! end of QEMU shows on its pidfd, not here: reading faults then just finds none.
 
 mod error;
+mod evict;
 mod page_cache;
 mod place;
 mod register;
@@ -46,14 +55,14 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use migrate_core::layout::{PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::pageset::PageSet;
-use userfaultfd::{Event, EventBuffer, FaultKind, ReadWrite};
+use userfaultfd::{Event, EventBuffer, FaultKind, ReadWrite, RegisterMode};
 
 pub use self::error::PagerError;
 pub use self::place::Placement;
 use crate::mapped;
 use crate::procfs::Identity;
 use crate::ram::{self, Backing, RamRegion};
-use crate::uffd::{self, TargetUffd};
+use crate::uffd::{self, Features, TargetUffd};
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
@@ -69,6 +78,33 @@ pub struct Fault {
     pub pages: u64,
     /// Whether the thread wants to write.
     pub is_write: bool,
+    /// Whether the page was there when the thread touched it, and write-protected.
+    pub is_protected: bool,
+}
+
+/// What a pager does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Duty {
+    /// Puts pages in place.
+    Fill,
+    /// Takes pages away as well: write faults on pages that it protected are reported.
+    Evict,
+}
+
+impl Duty {
+    fn features(self) -> Features {
+        match self {
+            Self::Fill => Features::PAGING,
+            Self::Evict => Features::EVICTING,
+        }
+    }
+
+    fn mode(self) -> RegisterMode {
+        match self {
+            Self::Fill => RegisterMode::MISSING,
+            Self::Evict => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -86,6 +122,7 @@ struct Paged {
 pub struct Pager {
     pid: i32,
     identity: Identity,
+    duty: Duty,
     uffd: TargetUffd,
     maps: File,
     layout: RamLayout,
@@ -121,15 +158,18 @@ impl Pager {
     }
 
     fn fault(&self, event: &Event) -> Option<Fault> {
-        let Event::Pagefault { kind: FaultKind::Missing, rw, addr, .. } = event else {
-            return None;
+        let Event::Pagefault { kind, rw, addr, .. } = event else { return None };
+        let is_protected = match kind {
+            FaultKind::Missing => false,
+            FaultKind::WriteProtected => true,
+            FaultKind::Minor => return None,
         };
         let address = addr.addr() as u64;
         let block = self.blocks.iter().find(|b| b.region.addresses().contains(&address))?;
         let pages = block.region.page_bytes / PAGE;
         let host_page = (address - block.region.hva) / block.region.page_bytes;
         let page = PageIndex(block.pages.start + host_page * pages);
-        Some(Fault { page, pages, is_write: *rw == ReadWrite::Write })
+        Some(Fault { page, pages, is_write: *rw == ReadWrite::Write, is_protected })
     }
 
     fn intact(&self, block: &Paged) -> Result<bool, PagerError> {

@@ -2,8 +2,9 @@
 //!
 //! A userfaultfd belongs to the address space of the process that created it, whoever holds the
 //! descriptor: registering through QEMU's descriptor registers QEMU's memory, and the addresses are
-//! QEMU's. The crate issues UFFDIO_API only on descriptors that it created itself, and it does not
-//! tell how far a UFFDIO_ZEROPAGE came: both are here, everything else goes through the crate.
+//! QEMU's. The crate issues UFFDIO_API only on descriptors that it created itself, it does not
+//! tell how far a UFFDIO_ZEROPAGE came, and its copies are never write-protected: these are here, everything
+//! else goes through the crate.
 //!
 //! Source: include/uapi/linux/userfaultfd.h.
 #![expect(unsafe_code, reason = "ioctls on a userfaultfd and adoption of its descriptor")]
@@ -16,7 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use linux_raw_sys::general::{
     UFFD_API, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MISSING_HUGETLBFS,
     UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
-    UFFD_FEATURE_WP_UNPOPULATED, uffdio_api, uffdio_range, uffdio_zeropage,
+    UFFD_FEATURE_WP_UNPOPULATED, uffdio_api, uffdio_copy, uffdio_range, uffdio_zeropage,
 };
 use rustix::ioctl::{Opcode, Updater, opcode};
 use rustix::mm::UserfaultfdFlags;
@@ -27,6 +28,13 @@ const _: () = assert!(size_of::<uffdio_api>() == 24);
 
 const UFFDIO_ZEROPAGE_OPCODE: Opcode = opcode::read_write::<uffdio_zeropage>(0xaa, 0x04);
 const _: () = assert!(size_of::<uffdio_zeropage>() == 32);
+
+const UFFDIO_COPY_OPCODE: Opcode = opcode::read_write::<uffdio_copy>(0xaa, 0x03);
+const _: () = assert!(size_of::<uffdio_copy>() == 40);
+
+/// The pages that are filled are write-protected from the beginning (UFFDIO_COPY_MODE_WP, which is not among
+/// the constants of linux-raw-sys).
+const COPY_PROTECTED: u64 = 1 << 1;
 
 /// Most bytes that one UFFDIO_WRITEPROTECT covers: the call holds QEMU's mmap lock for reading, and
 /// a thread that wants to map memory meanwhile waits for its end (about 0.1 ms per 64 MiB).
@@ -57,6 +65,8 @@ impl Features {
         Self(Self::WP_ASYNC.0 | Self::WP_UNPOPULATED.0 | Self::WP_HUGETLBFS_SHMEM.0);
     /// What demand paging asks for.
     pub const PAGING: Self = Self(Self::MISSING_SHMEM.0 | Self::MISSING_HUGETLBFS.0);
+    /// What demand paging asks for that also takes pages away: write faults are reported.
+    pub const EVICTING: Self = Self(Self::PAGING.0 | Self::WP_HUGETLBFS_SHMEM.0);
 
     /// Takes bits as the kernel numbers them.
     pub fn from_bits(bits: u64) -> Self {
@@ -215,6 +225,15 @@ impl TargetUffd {
         Ok(())
     }
 
+    /// Makes a registered range writable again, and wakes who waits for that.
+    ///
+    /// # Errors
+    /// As [`write_protect`](Self::write_protect).
+    pub fn unprotect(&self, range: &Range<u64>) -> io::Result<()> {
+        let (address, length) = pointer(range);
+        again(|| self.uffd.remove_write_protection(address, length, true).map_err(io_error))
+    }
+
     /// Fills missing pages of a registered range, from `address` on, and wakes who waits for them.
     /// The length is a multiple of the range's page size. Nobody sees a page half filled. A page
     /// that is there ends the call.
@@ -233,6 +252,28 @@ impl TargetUffd {
             Ok(bytes) => Ok(Filled::Bytes(bytes as u64)),
             Err(userfaultfd::Error::PartiallyCopied(bytes)) => progress(bytes as i64),
             Err(error) => present_or(io_error(error)),
+        })
+    }
+
+    /// As [`copy`](Self::copy); the pages are write-protected before anybody can write to them.
+    ///
+    /// # Errors
+    /// As [`copy`](Self::copy); `EINVAL` if write faults were not registered for.
+    pub fn copy_protected(&self, address: u64, content: &[u8]) -> io::Result<Filled> {
+        let len = content.len() as u64;
+        again(|| {
+            let src = content.as_ptr().expose_provenance() as u64;
+            let mut argument =
+                uffdio_copy { dst: address, src, len, mode: COPY_PROTECTED, copy: 0 };
+            // SAFETY: UFFDIO_COPY reads and writes exactly one uffdio_copy (size asserted above); it reads `len`
+            // bytes of `content`, whose address was exposed. What it fills is as in `copy`.
+            let request = unsafe { Updater::<UFFDIO_COPY_OPCODE, uffdio_copy>::new(&mut argument) };
+            // SAFETY: the request's pointer is to `argument`, which outlives the call.
+            match unsafe { rustix::ioctl::ioctl(&self.uffd, request) } {
+                Ok(()) => Ok(Filled::Bytes(len)),
+                Err(rustix::io::Errno::AGAIN) => progress(argument.copy),
+                Err(error) => present_or(error.into()),
+            }
         })
     }
 

@@ -128,7 +128,8 @@ impl Fetcher {
             std::mem::take(&mut state.early)
         };
         for page in early {
-            let _asked_on_the_next_route = self.fault(Fault { page, pages: 1, is_write: false })?;
+            let _asked_on_the_next_route =
+                self.fault(Fault { page, pages: 1, is_write: false, is_protected: false })?;
         }
         self.changed.notify_waiters();
         Ok(())

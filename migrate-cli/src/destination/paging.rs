@@ -7,7 +7,7 @@ use std::sync::Arc;
 use migrate_core::page_table::DestinationPages;
 use migrate_core::pageset::PageSet;
 use qemu_glue::attach;
-use qemu_glue::pager::{Pager, PagerError};
+use qemu_glue::pager::{Duty, Pager, PagerError};
 use qemu_glue::ram::GuestRam;
 use transport::{ControlSender, DestinationSession};
 
@@ -57,7 +57,7 @@ impl Paging {
         let started = {
             let ram = Arc::clone(&ram);
             on_thread(move || {
-                let pager = Pager::start(pid, uffd, &ram)?;
+                let pager = Pager::start(pid, uffd, &ram, Duty::Fill)?;
                 let fetcher = Arc::new(Fetcher::new(pager, remote_fd, Some(missing), verify_seed)?);
                 Ok((FaultThread::start(Arc::clone(&fetcher))?, fetcher))
             })
@@ -84,7 +84,7 @@ impl Paging {
         let paged = Arc::clone(&ram);
         let taken = on_thread(move || {
             let uffd = attach::take_descriptor(pid, remote_fd)?;
-            Ok::<_, EngineError>(Pager::resume(pid, uffd, &paged))
+            Ok::<_, EngineError>(Pager::resume(pid, uffd, &paged, Duty::Fill))
         });
         let pager = match taken.await?? {
             Ok(pager) => pager,

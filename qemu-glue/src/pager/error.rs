@@ -18,6 +18,17 @@ pub enum PagerError {
         /// What is missing.
         what: &'static str,
     },
+    /// Pages of this size cannot be taken away.
+    #[error(
+        "RAM block {block:?} has pages of {page_bytes} bytes; part of a guest's memory can lie elsewhere only \
+         if its pages have 4096: start QEMU without hugetlb=on or hugepages for it"
+    )]
+    LargePages {
+        /// The block.
+        block: String,
+        /// Size in bytes of its pages.
+        page_bytes: u64,
+    },
     /// The handshake with the userfaultfd failed.
     #[error("The userfaultfd of process {pid} refused the handshake; was it used before?")]
     Handshake {
@@ -133,6 +144,7 @@ impl Classify for PagerError {
         match self {
             Self::Proc { source, .. } => source.bin(),
             Self::Unsupported { .. }
+            | Self::LargePages { .. }
             | Self::Busy { .. }
             | Self::NotRegistered { .. }
             | Self::OutOfRange { .. } => ErrorBin::CallerMisuse,

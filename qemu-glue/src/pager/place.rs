@@ -6,7 +6,7 @@ use std::ops::Range;
 use migrate_core::layout::PageIndex;
 
 use super::{PAGE, Paged, Pager, PagerError};
-use crate::uffd::Filled;
+use crate::uffd::{Filled, TargetUffd};
 
 /// Most bytes that one system call fills, unless a host page is larger: the kernel wakes who waits
 /// for any of them only when all are there (0.1 to 0.3 ms were measured).
@@ -30,12 +30,34 @@ impl Pager {
     /// [`PagerError::Full`]; [`PagerError::NotRegistered`] after [`end`](Self::end);
     /// [`PagerError::Gone`]. What was placed before the error stays: the same call may be made again.
     pub fn place(&self, first: PageIndex, content: &[u8]) -> Result<Placement, PagerError> {
+        self.place_by(first, content, TargetUffd::copy)
+    }
+
+    fn place_by(
+        &self,
+        first: PageIndex,
+        content: &[u8],
+        copy: impl Fn(&TargetUffd, u64, &[u8]) -> io::Result<Filled>,
+    ) -> Result<Placement, PagerError> {
         let (block, range) = self.locate(first, content.len() as u64)?;
         self.fill(block, &range, |part| {
             let at = |address: u64| usize::try_from(address - range.start).unwrap_or(usize::MAX);
             let content = content.get(at(part.start)..at(part.end)).unwrap_or_default();
-            self.uffd.copy(part.start, content)
+            copy(&self.uffd, part.start, content)
         })
+    }
+
+    /// As [`place`](Self::place); the pages are protected as by [`protect`](Self::protect) before anybody can write
+    /// to them. Those that were there are left as they are.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub fn place_protected(
+        &self,
+        first: PageIndex,
+        content: &[u8],
+    ) -> Result<Placement, PagerError> {
+        self.place_by(first, content, TargetUffd::copy_protected)
     }
 
     /// As [`place`](Self::place), with zeros. Each takes memory: a page that is zero and for which
@@ -54,7 +76,11 @@ impl Pager {
     }
 
     /// The block and QEMU's addresses of whole host pages.
-    fn locate(&self, first: PageIndex, bytes: u64) -> Result<(&Paged, Range<u64>), PagerError> {
+    pub(super) fn locate(
+        &self,
+        first: PageIndex,
+        bytes: u64,
+    ) -> Result<(&Paged, Range<u64>), PagerError> {
         let located = self.layout.locate(first);
         let block = located.and_then(|location| self.blocks.get(location.block));
         let page_bytes = block.map_or(0, |block| block.region.page_bytes);

@@ -3,9 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use userfaultfd::RegisterMode;
-
-use super::{Paged, Pager, PagerError};
+use super::{Duty, PAGE, Paged, Pager, PagerError};
 use crate::error::ProcError;
 use crate::procfs::{self, Identity};
 use crate::ram::{GuestRam, covering};
@@ -20,14 +18,19 @@ impl Pager {
     /// [`PagerError::Busy`] if another userfaultfd holds a block, [`PagerError::Changed`] if one is
     /// no longer mapped as `ram` found it, [`PagerError::Handshake`] if the descriptor was used
     /// before. What was registered by then is undone; the descriptor is used up.
-    pub fn start(pid: i32, uffd: OwnedFd, ram: &GuestRam) -> Result<Self, PagerError> {
-        let supported = uffd::supported().unwrap_or(Features::PAGING);
+    pub fn start(pid: i32, uffd: OwnedFd, ram: &GuestRam, duty: Duty) -> Result<Self, PagerError> {
+        let wanted = duty.features();
+        let supported = uffd::supported().unwrap_or(wanted);
         if !supported.contains(Features::PAGING) {
             return Err(PagerError::Unsupported { what: "UFFD_FEATURE_MISSING_SHMEM" });
         }
-        let uffd = TargetUffd::initialise(uffd, Features::PAGING)
+        if !supported.contains(wanted) {
+            return Err(PagerError::Unsupported { what: "UFFD_FEATURE_WP_HUGETLBFS_SHMEM" });
+        }
+        check_pages(duty, ram)?;
+        let uffd = TargetUffd::initialise(uffd, wanted)
             .map_err(|source| PagerError::Handshake { pid, source })?;
-        let pager = Self::prepare(pid, uffd, ram)?;
+        let pager = Self::prepare(pid, duty, uffd, ram)?;
         pager.check_mapped()?;
         pager.register_all()?;
         // A block that was mapped anew between the first look and its registration is other memory.
@@ -44,8 +47,8 @@ impl Pager {
     /// # Errors
     /// [`PagerError::NotRegistered`] if a block is not registered: the other engine had not got that
     /// far, or had begun to end paging. Nothing is undone on an error.
-    pub fn resume(pid: i32, uffd: OwnedFd, ram: &GuestRam) -> Result<Self, PagerError> {
-        let pager = Self::prepare(pid, TargetUffd::adopt(uffd), ram)?;
+    pub fn resume(pid: i32, uffd: OwnedFd, ram: &GuestRam, duty: Duty) -> Result<Self, PagerError> {
+        let pager = Self::prepare(pid, duty, TargetUffd::adopt(uffd), ram)?;
         pager.check_mapped()?;
         pager.check_registered()?;
         for block in &pager.blocks {
@@ -58,7 +61,7 @@ impl Pager {
         Ok(pager)
     }
 
-    fn prepare(pid: i32, uffd: TargetUffd, ram: &GuestRam) -> Result<Self, PagerError> {
+    fn prepare(pid: i32, duty: Duty, uffd: TargetUffd, ram: &GuestRam) -> Result<Self, PagerError> {
         let proc_failed = |source| PagerError::Proc { pid, source };
         ram.identity().check().map_err(proc_failed)?;
         let identity = Identity::of(pid).map_err(proc_failed)?;
@@ -86,7 +89,7 @@ impl Pager {
             let pages = layout.block_pages(index);
             blocks.push(Paged { region: region.clone(), backing, file, pages });
         }
-        Ok(Self { pid, identity, uffd, maps, layout, blocks })
+        Ok(Self { pid, identity, duty, uffd, maps, layout, blocks })
     }
 
     fn check_mapped(&self) -> Result<(), PagerError> {
@@ -112,7 +115,7 @@ impl Pager {
     }
 
     fn register(&self, block: &Paged) -> Result<(), PagerError> {
-        match self.uffd.register(&block.region.addresses(), RegisterMode::MISSING) {
+        match self.uffd.register(&block.region.addresses(), self.duty.mode()) {
             Ok(()) => Ok(()),
             Err(RegisterError::Busy) => {
                 Err(PagerError::Busy { block: block.region.name.clone(), pid: self.pid })
@@ -148,5 +151,17 @@ impl Pager {
             }
         }
         Ok(())
+    }
+}
+
+/// Pages are taken away one by one, which larger ones do not allow.
+fn check_pages(duty: Duty, ram: &GuestRam) -> Result<(), PagerError> {
+    let large = ram.regions().find(|region| region.page_bytes != PAGE);
+    match large {
+        Some(region) if duty == Duty::Evict => Err(PagerError::LargePages {
+            block: region.name.clone(),
+            page_bytes: region.page_bytes,
+        }),
+        _ => Ok(()),
     }
 }

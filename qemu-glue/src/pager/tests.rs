@@ -1,5 +1,6 @@
 //! Tests of demand paging on a child process whose threads wait for pages.
 
+mod evict;
 mod guest;
 mod load;
 mod qemu;
@@ -28,7 +29,7 @@ fn attach(guest: &Guest) -> (OwnedFd, i32) {
 fn start(guest: &Guest) -> (GuestRam, Pager, i32) {
     let ram = GuestRam::open(guest.pid(), &guest.regions, true).unwrap();
     let (uffd, remote_fd) = attach(guest);
-    let pager = Pager::start(guest.pid(), uffd, &ram).unwrap();
+    let pager = Pager::start(guest.pid(), uffd, &ram, Duty::Fill).unwrap();
     (ram, pager, remote_fd)
 }
 
@@ -68,7 +69,7 @@ fn list(set: &PageSet) -> Vec<u64> {
 }
 
 fn read(fault: u64) -> Fault {
-    Fault { page: PageIndex(fault), pages: 1, is_write: false }
+    Fault { page: PageIndex(fault), pages: 1, is_write: false, is_protected: false }
 }
 
 fn placed(placed: u64, present: u64) -> Placement {
@@ -201,7 +202,7 @@ fn threads_wait_for_the_next_engine() {
     let uffd = take_descriptor(guest.pid(), remote_fd).unwrap();
     // A descriptor on which reads block cannot be polled.
     rustix::fs::fcntl_setfl(&uffd, rustix::fs::OFlags::empty()).unwrap();
-    let pager = Pager::resume(guest.pid(), uffd, &ram).unwrap();
+    let pager = Pager::resume(guest.pid(), uffd, &ram, Duty::Fill).unwrap();
     poll(&pager, Duration::ZERO);
     assert_eq!(faults(&pager, 3), [read(1), read(258), read(260)]);
     assert_eq!(list(&pager.present().unwrap()), [0]);
@@ -229,15 +230,15 @@ fn only_what_is_registered_is_taken_over() {
     let again = || take_descriptor(guest.pid(), remote_fd).unwrap();
     let (other, _) = attach(&guest);
     // A second pager is refused, and leaves the first in place.
-    let result = Pager::start(guest.pid(), other.try_clone().unwrap(), &ram);
+    let result = Pager::start(guest.pid(), other.try_clone().unwrap(), &ram, Duty::Fill);
     assert!(matches!(result, Err(PagerError::Busy { .. })), "{result:?}");
-    let result = Pager::resume(guest.pid(), other, &ram);
+    let result = Pager::resume(guest.pid(), other, &ram, Duty::Fill);
     assert!(matches!(result, Err(PagerError::Busy { .. })), "{result:?}");
-    let result = Pager::start(guest.pid(), again(), &ram);
+    let result = Pager::start(guest.pid(), again(), &ram, Duty::Fill);
     assert!(matches!(result, Err(PagerError::Handshake { .. })), "{result:?}");
-    Pager::resume(guest.pid(), again(), &ram).unwrap();
+    Pager::resume(guest.pid(), again(), &ram, Duty::Fill).unwrap();
     pager.end().unwrap();
-    let result = Pager::resume(guest.pid(), again(), &ram);
+    let result = Pager::resume(guest.pid(), again(), &ram, Duty::Fill);
     let Err(error @ PagerError::NotRegistered { .. }) = result else { panic!("{result:?}") };
     assert_eq!(error.bin(), ErrorBin::CallerMisuse);
     // Neither the refusal nor the look changed anything.
@@ -249,8 +250,8 @@ fn a_start_that_fails_leaves_nothing_registered() {
     let mut guest = Guest::start(&[(Kind::Memfd, MIB), (Kind::Memfd, MIB)], 4096);
     let ram = GuestRam::open(guest.pid(), &guest.regions, true).unwrap();
     let second = GuestRam::open(guest.pid(), &guest.regions[1..], true).unwrap();
-    let other = Pager::start(guest.pid(), attach(&guest).0, &second).unwrap();
-    let result = Pager::start(guest.pid(), attach(&guest).0, &ram);
+    let other = Pager::start(guest.pid(), attach(&guest).0, &second, Duty::Fill).unwrap();
+    let result = Pager::start(guest.pid(), attach(&guest).0, &ram, Duty::Fill);
     let Err(PagerError::Busy { block, .. }) = result else { panic!("{result:?}") };
     assert_eq!(block, "block1");
     // The first block is free again, the second still with the other pager.
@@ -262,12 +263,12 @@ fn a_start_that_fails_leaves_nothing_registered() {
     // A block that was mapped anew is not the one that was opened.
     guest.order("remap 0 0");
     let first = GuestRam::open(guest.pid(), &guest.regions[..1], true).unwrap();
-    let pager = Pager::start(guest.pid(), attach(&guest).0, &first).unwrap();
+    let pager = Pager::start(guest.pid(), attach(&guest).0, &first, Duty::Fill).unwrap();
     guest.order("remap 0 0");
     let error = pager.place(PageIndex(0), &content(0)).unwrap_err();
     assert!(matches!(error, PagerError::NotRegistered { .. }), "{error}");
     pager.end().unwrap();
-    let result = Pager::start(guest.pid(), attach(&guest).0, &first);
+    let result = Pager::start(guest.pid(), attach(&guest).0, &first, Duty::Fill);
     assert!(matches!(result, Err(PagerError::Changed { .. })), "{result:?}");
 }
 
@@ -412,7 +413,7 @@ fn the_end_of_the_process_has_its_own_error() {
     assert!(matches!(error, PagerError::Gone { .. }), "{error:?}");
     assert!(none(&pager));
     pager.end().unwrap();
-    let result = Pager::start(guest.pid(), other, &ram);
+    let result = Pager::start(guest.pid(), other, &ram, Duty::Fill);
     assert!(matches!(result, Err(PagerError::Proc { .. })), "{result:?}");
 }
 
@@ -426,7 +427,7 @@ fn huge_pages_are_placed_whole() {
     let mut guest = Guest::start(&[(Kind::File { path, offset: HUGE }, 6 * HUGE)], HUGE);
     let (ram, pager, remote_fd) = start(&guest);
     let held = guest.begin("sum 0 3000000 5000");
-    let fault = Fault { page: PageIndex(PARTS), pages: PARTS, is_write: false };
+    let fault = Fault { pages: PARTS, ..read(PARTS) };
     assert_eq!(faults(&pager, 1), [fault]);
     for (first, pages) in [(PARTS, 1), (PARTS + 1, PARTS), (0, 7 * PARTS)] {
         let error = pager.place(PageIndex(first), &vec![0; (pages * PAGE) as usize]).unwrap_err();
@@ -449,7 +450,7 @@ fn huge_pages_are_placed_whole() {
     assert_eq!(faults(&pager, 1)[0].page, PageIndex(4 * PARTS));
     drop(pager);
     let uffd = take_descriptor(guest.pid(), remote_fd).unwrap();
-    let pager = Pager::resume(guest.pid(), uffd, &ram).unwrap();
+    let pager = Pager::resume(guest.pid(), uffd, &ram, Duty::Fill).unwrap();
     assert_eq!(faults(&pager, 1)[0].page, PageIndex(4 * PARTS));
     let two = bytes(3 * PARTS..5 * PARTS);
     assert_eq!(pager.place(PageIndex(3 * PARTS), two).unwrap(), placed(2 * PARTS, 0));

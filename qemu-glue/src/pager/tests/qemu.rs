@@ -32,7 +32,7 @@ fn a_qemu_sees_what_was_placed() {
     ram.discard(PageIndex(0), pages).unwrap();
     let attached = userfaultfd(qemu.pid(), None, CloseRemote::No).unwrap();
     let Way::Injection(report) = attached.way else { panic!() };
-    let pager = Pager::start(qemu.pid(), attached.uffd, &ram).unwrap();
+    let pager = Pager::start(qemu.pid(), attached.uffd, &ram, Duty::Fill).unwrap();
     let mut stream = BufReader::new(UnixStream::connect(&socket).unwrap());
     command(&mut stream, r#"{"execute":"qmp_capabilities"}"#);
     // Below 1 MiB lie firmware and screen instead.
