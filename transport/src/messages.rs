@@ -4,6 +4,8 @@
 //! never changes; a change gets a new type number and a new protocol version. Every message is
 //! validated after decoding and before encoding, by the same code.
 
+mod split;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -12,6 +14,8 @@ pub use migrate_core::handover::DestinationState;
 use migrate_core::layout::{BLOCKS_MAX, BlockSpec, PAGE_BYTES, RamLayout};
 use serde::{Deserialize, Serialize};
 
+use self::split::SPLIT_BODY_BYTES;
+pub use self::split::{RemoteEnd, STORES_MAX, Split, Store};
 use crate::error::WireError;
 
 /// Protocol versions that this build speaks, oldest first.
@@ -54,6 +58,9 @@ const TEXT_BODY_BYTES: usize = TEXT_BYTES_MAX + SMALL_BYTES;
 
 /// Room in bytes for a list with an entry a lane.
 const LANES_BODY_BYTES: usize = LANES_MAX * 10 + SMALL_BYTES;
+
+/// Feature bit of the engine: guests whose memory is split over hosts are taken.
+pub const FEATURE_SPLIT: u64 = 1;
 
 /// Feature bit: lanes are TCP connections. At most one of the two bits of lanes is offered.
 pub const FEATURE_LANES_TCP: u64 = 1 << 8;
@@ -552,6 +559,10 @@ messages! {
     MissingEnd = 43, SMALL_BYTES;
     /// Destination: the guest waits for a page.
     Request = 44, SMALL_BYTES;
+    /// Source: the guest's memory is split.
+    Split = 45, SPLIT_BODY_BYTES;
+    /// Source: these pages lie on a memory server.
+    RemoteEnd = 46, SMALL_BYTES;
     /// Source: a part of the device state.
     DeviceState = 48, DEVICE_CHUNK_BYTES_MAX + SMALL_BYTES;
     /// Source: load the guest.

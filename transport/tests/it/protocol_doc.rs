@@ -7,7 +7,7 @@ use transport::messages::{TYPE_NUMBERS, VERSIONS, message_type};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The files that say what travels, in this order.
-const DEFINED_IN: [&str; 3] = ["messages.rs", "wire.rs", "lane_wire.rs"];
+const DEFINED_IN: [&str; 4] = ["messages.rs", "messages/split.rs", "wire.rs", "lane_wire.rs"];
 
 fn document() -> String {
     let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "docs", "PROTOCOL.md"].iter().collect();

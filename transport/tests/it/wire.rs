@@ -16,13 +16,19 @@ use transport::messages::{
     Abort, AbortCode, Accept, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, DIGESTS_MAX, Describe,
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
-    RefuseCode, Reject, RejectCode, Request, Running, Select, Sync, Synced, TEXT_BYTES_MAX,
-    TYPE_NUMBERS, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type, text,
+    RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, Sync,
+    Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
+    VerifyRequest, message_type, text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
 
 fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
+fn store(address: &str) -> Store {
+    let name = "memory-1".into();
+    Store { address: address.into(), name, id: [7; 16], secret: [9; 32], reserve_pages: 1 << 20 }
 }
 
 /// One of every message, in the order of their types.
@@ -73,6 +79,12 @@ fn samples() -> Vec<Message> {
         Message::Missing(Missing { first_page: 640, words: vec![1, 0, u64::MAX] }),
         Message::MissingEnd(MissingEnd { pages: 65 }),
         Message::Request(Request { page: 703 }),
+        Message::Split(Split {
+            resident_pages: 65_536,
+            copies: 2,
+            stores: vec![store("192.0.2.7:7701"), store("[2001:db8::7]:7701")],
+        }),
+        Message::RemoteEnd(RemoteEnd { store: 1, pages: 4097 }),
         Message::DeviceState(DeviceState {
             offset: 524_288,
             part_bytes: 8,
@@ -353,6 +365,17 @@ fn one_more_than_allowed_is_refused_by_both_ends() {
     refused(Message::Missing(Missing { first_page: 1 << 34, words: vec![0] }));
     refused(Message::MissingEnd(MissingEnd { pages: (1 << 34) + 1 }));
     refused(Message::Request(Request { page: 1 << 34 }));
+    let split = |resident_pages, copies, stores| {
+        let stores = vec![store("192.0.2.7:7701"); stores];
+        refused(Message::Split(Split { resident_pages, copies, stores }));
+    };
+    for (resident_pages, copies, stores) in
+        [(0, 1, 1), ((1 << 34) + 1, 1, 1), (9, 0, 1), (9, 2, 1), (9, 3, 3), (9, 1, 0), (9, 1, 17)]
+    {
+        split(resident_pages, copies, stores);
+    }
+    refused(Message::RemoteEnd(RemoteEnd { store: 16, pages: 1 }));
+    refused(Message::RemoteEnd(RemoteEnd { store: 0, pages: (1 << 34) + 1 }));
     refused(Message::Load(Load { total_bytes: u64::MAX, digest: 0, version_digest: 0 }));
 }
 
