@@ -74,6 +74,7 @@ fn all(bed: &Bed, plan: &GuestPlan, args: &AttachArgs, log: &mut Log) -> Result<
         limit: args.common.limit(),
         channels: 1,
         send_args: args.common.send_args.clone(),
+        split: None,
     };
     let moved = measure(bed, &link, plan, &ModePlan::of(Mode::Godwit), 0, &options)?;
     log.add(Record::Migration(Box::new(moved)))

@@ -82,6 +82,7 @@ fn one(args: &CompareArgs, name: &str, scenario: &Scenario) -> Result<()> {
         limit: Duration::from_secs(scenario.run.limit_s),
         channels: scenario.modes.channels,
         send_args: args.common.send_args.clone(),
+        split: scenario.split.clone(),
     };
     let mut log = Log::create(&args.common.out, name, bed.host.clone())?;
     log.add(Record::Scenario { scenario: Box::new(scenario.clone()) })?;
@@ -99,7 +100,10 @@ fn turns(
     scenario: &Scenario,
     log: &mut Log,
 ) -> Result<()> {
-    let link = Link::veth(&scenario.link)?;
+    let link = match &scenario.split {
+        Some(part) => Link::split(&scenario.link, part.servers)?,
+        None => Link::veth(&scenario.link)?,
+    };
     let modes = scenario.modes.plans();
     for turn in 0..scenario.run.repeats {
         for mode in order(&modes, turn) {

@@ -4,14 +4,15 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use framework::wait::monotonic_us;
-use framework::{Pulse, Vm};
+use framework::{Backend, Pulse, RamDisk, Vm};
 use serde_json::Value;
 
 use crate::mode::Mode;
 use crate::record::{Cpu, Dirty, EngineMemory, Migration, Outcome, unix_s};
 use crate::relay::Relay;
 use crate::sample::Sampler;
-use crate::scenario::ModePlan;
+use crate::scenario::{ModePlan, SplitPart};
+use crate::split::{self, Paged, Worked};
 use crate::testbed::{
     Bed, GuestPlan, Guests, Link, application_per_s, application_works, writer_pages_per_s,
 };
@@ -51,6 +52,8 @@ pub(crate) struct Driven {
     pub(crate) dirty: Vec<Dirty>,
     /// The relay, if there is one. It may still hold bytes that are to arrive.
     pub(crate) relay: Option<Relay>,
+    /// Who pages the guest, if it was split.
+    pub(crate) paged: Option<Paged>,
     /// The mode's own report.
     pub(crate) report: Value,
 }
@@ -66,6 +69,8 @@ pub(crate) struct DriveOptions {
     pub(crate) send_args: Vec<String>,
     /// Free memory to touch right before, in MiB.
     pub(crate) touch_mib: u64,
+    /// Hosts of split guests, and what is measured there.
+    pub(crate) split: Option<SplitPart>,
 }
 
 /// Boots a fresh guest, migrates it once and measures. A migration that fails is a record, too.
@@ -81,7 +86,11 @@ pub(crate) fn measure(
     options: &DriveOptions,
 ) -> Result<Migration> {
     interrupt::check()?;
-    let mut guests = Guests::boot(bed, link, plan, mode.by.backend())?;
+    // Dropped after the guests. Both have their memory in it.
+    let ram = options.split.as_ref().map(|_| RamDisk::mount(2 * plan.memory_mib)).transpose()?;
+    let own = ram.as_ref().map(|disk| Backend::TmpfsAt(disk.path().to_owned()));
+    let backend = own.filter(|_| mode.by == Mode::Godwit).unwrap_or_else(|| mode.by.backend());
+    let mut guests = Guests::boot(bed, link, plan, backend)?;
     host::touch_memory(options.touch_mib);
     std::thread::sleep(if options.touch_mib == 0 { SETTLE } else { WATCH });
     let writer_pages_per_s = writer_pages_per_s(plan, &mut guests.source)?;
@@ -100,7 +109,7 @@ pub(crate) fn measure(
     let wire_before = link.bytes()?;
     let machine_before = host::busy_seconds();
     let cpu_before = (guests.source.cpu_seconds()?, guests.destination.cpu_seconds()?);
-    let sampler = Sampler::begin(guests.source.pid(), link.device());
+    let sampler = Sampler::begin(guests.source.pid(), link.devices());
     let mut driven = match mode.by {
         Mode::Godwit => godwit::migrate(bed, link, &mut guests, mode, turn, options)?,
         by => qemu::migrate(bed, link, &mut guests, by, turn, options)?,
@@ -116,12 +125,9 @@ pub(crate) fn measure(
         machine_s,
     };
     let samples = sampler.end(driven.from_us, driven.to_us);
-    let checked = match driven.outcome.clone() {
-        Ok(()) => check(&mut guests, plan, &driven).map_err(|error| {
-            (Outcome::Failed, format!("The guest is not well after it: {error:#}"))
-        }),
-        Err(why) => Err(why),
-    };
+    let checked = judge(bed, &mut guests, plan, &driven, options);
+    // What it broke off is no failure of the guest.
+    interrupt::check()?;
     let relay = driven.relay.take().map(Relay::end).transpose()?;
     let wire = link.bytes()?;
     let (outcome, error, seen) = match checked {
@@ -129,7 +135,8 @@ pub(crate) fn measure(
         Err((outcome, error)) => (outcome, Some(error), Seen::default()),
     };
     let compulsory = match outcome {
-        Outcome::Completed => Some(compulsory::of(&mut guests.source)?),
+        // Up to 12 GiB of it would take longer than all the rest.
+        Outcome::Completed if options.split.is_none() => Some(compulsory::of(&mut guests.source)?),
         _ => None,
     };
     Ok(Migration {
@@ -164,6 +171,7 @@ pub(crate) fn measure(
         engine_memory: driven.engine_memory,
         writer_pages_per_s,
         application_per_s,
+        split: seen.split,
         report: driven.report,
     })
 }
@@ -175,6 +183,31 @@ struct Seen {
     outage_ms: Option<f64>,
     worst_gap_ms: Option<f64>,
     stalled_ms: Option<f64>,
+    /// What the guest did afterwards, in scenarios of split guests.
+    split: Option<Worked>,
+}
+
+/// Whether the migration is a success: by the driver's account, by what is seen of the guest, and by its work where
+/// that is asked for.
+fn judge(
+    bed: &Bed,
+    guests: &mut Guests,
+    plan: &GuestPlan,
+    driven: &Driven,
+    options: &DriveOptions,
+) -> Result<Seen, (Outcome, String)> {
+    driven.outcome.clone()?;
+    let failed = |what: &str, error: &anyhow::Error| {
+        let said = driven.paged.as_ref().map(Paged::said).unwrap_or_default();
+        (Outcome::Failed, format!("{what}: {error:#}\n{said}").trim_end().to_owned())
+    };
+    let mut seen = check(guests, plan, driven)
+        .map_err(|error| failed("The guest is not well after it", &error))?;
+    if let Some(part) = &options.split {
+        let worked = split::work(bed, &mut guests.destination, part, driven.paged.as_ref());
+        seen.split = Some(worked.map_err(|error| failed("The guest does not work", &error))?);
+    }
+    Ok(seen)
 }
 
 /// The guest beats at the destination, was never in two places, its checker is clean, and its
@@ -211,5 +244,6 @@ fn check(guests: &mut Guests, plan: &GuestPlan, driven: &Driven) -> Result<Seen>
         outage_ms: Some(gap.outage_ms()),
         worst_gap_ms: worst.map(|gap| gap.outage_ms()),
         stalled_ms: Some(stalled_us as f64 / 1e3),
+        split: None,
     })
 }

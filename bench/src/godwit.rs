@@ -1,16 +1,17 @@
-//! Drives a migration by `migrate send` and `migrate receive`.
+//! Drives a migration by `migrate send` or `migrate split`, and `migrate receive`.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use framework::wait::monotonic_us;
-use framework::{Engine, EngineOutput};
+use framework::{Engine, EngineOutput, MemoryServer};
 use serde_json::{Value, json};
 
 use crate::driver::{DriveOptions, Driven};
 use crate::record::{Dirty, EngineMemory, Outcome};
-use crate::scenario::ModePlan;
+use crate::scenario::{ModePlan, SplitPart};
+use crate::split::{Paged, start_servers};
 use crate::testbed::{Bed, Guests, Link};
 
 /// Where `migrate receive` listens; the namespace is ours.
@@ -29,9 +30,27 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-fn tail(stderr: &str) -> String {
+/// The end of what an engine said.
+pub(crate) fn tail(stderr: &str) -> String {
     let lines: Vec<&str> = stderr.lines().collect();
     lines.get(lines.len().saturating_sub(STDERR_LINES)..).unwrap_or_default().join("\n")
+}
+
+/// What a mode types, beside what all have in common, and the memory servers that it needs.
+fn command(
+    bed: &Bed,
+    link: &Link,
+    mode: &ModePlan,
+    part: Option<&SplitPart>,
+) -> Result<(Vec<String>, Vec<MemoryServer>)> {
+    let words = |command: &str| [command, "--keep-source"].map(str::to_owned);
+    if !mode.splits {
+        return Ok((words("send").into(), vec![]));
+    }
+    let part = part.context("A mode splits without hosts for it")?;
+    let servers = start_servers(bed, link, part)?;
+    let own = framework::split::arguments(&servers, Some(part.resident_mib));
+    Ok((words("split").into_iter().chain(own).collect(), servers))
 }
 
 /// Runs one migration. The source's QEMU is left paused, as QEMU's own migration leaves it, so that
@@ -47,6 +66,7 @@ pub(crate) fn migrate(
     turn: u32,
     options: &DriveOptions,
 ) -> Result<Driven> {
+    let (own, servers) = command(bed, link, mode, options.split.as_ref())?;
     let address = format!("{}:{PORT}", link.address());
     let (qmp, identity) = (text(&guests.destination.qmp_engine()), text(&bed.destination));
     let journal = bed.journal("destination");
@@ -60,7 +80,8 @@ pub(crate) fn migrate(
 
     let (qmp, identity) = (text(&guests.source.qmp_engine()), text(&bed.source));
     let journal = bed.journal("source");
-    let mut words = vec!["send", "--json", "--keep-source", "--to", &address, "--qmp", &qmp];
+    let mut words: Vec<&str> = own.iter().map(String::as_str).collect();
+    words.extend(["--json", "--to", &address, "--qmp", &qmp]);
     words.extend(["--identity", &identity, "--journal", &journal]);
     words.extend(mode.send.iter().chain(&options.send_args).map(String::as_str));
     let from_us = monotonic_us();
@@ -76,6 +97,7 @@ pub(crate) fn migrate(
         reported_ms: (None, None),
         dirty: vec![],
         relay,
+        paged: None,
         report: Value::Null,
     };
     let sent = match sent {
@@ -86,21 +108,37 @@ pub(crate) fn migrate(
             return Ok(driven);
         }
     };
+    let (received_s, destination_bytes) = receive.used();
+    driven.engine_s = (sent.cpu_seconds.unwrap_or_default(), received_s.unwrap_or_default());
+    driven.engine_memory = EngineMemory { source_bytes: sent.peak_bytes, destination_bytes };
+    if mode.splits && sent.code == Some(0) && receive.running()? {
+        driven.paged = Some(Paged { receive, servers });
+        driven.take_report(&sent);
+        return Ok(driven);
+    }
     let received = if sent.code == Some(0) {
         receive.wait(RECEIVER_TIMEOUT).context("`migrate receive` does not end")?
     } else {
         receive.kill()?
     };
-    driven.engine_s =
-        (sent.cpu_seconds.unwrap_or_default(), received.cpu_seconds.unwrap_or_default());
-    driven.engine_memory =
-        EngineMemory { source_bytes: sent.peak_bytes, destination_bytes: received.peak_bytes };
-    driven.report = sent.json.clone().unwrap_or(json!(null));
-    driven.reported_ms =
-        (driven.report["downtime_ms"].as_f64(), driven.report["total_ms"].as_f64());
-    driven.dirty = dirty(&driven.report);
+    driven.engine_s.1 = received.cpu_seconds.unwrap_or_default();
+    driven.engine_memory.destination_bytes = received.peak_bytes;
+    driven.take_report(&sent);
     driven.outcome = outcome(&sent, &received);
+    if mode.splits && driven.outcome.is_ok() {
+        let why = format!("The pager ended with the split: {}", tail(&received.stderr));
+        driven.outcome = Err((Outcome::Failed, why));
+    }
     Ok(driven)
+}
+
+impl Driven {
+    /// Keeps what the engine at the source printed.
+    fn take_report(&mut self, sent: &EngineOutput) {
+        self.report = sent.json.clone().unwrap_or(json!(null));
+        self.reported_ms = (self.report["downtime_ms"].as_f64(), self.report["total_ms"].as_f64());
+        self.dirty = dirty(&self.report);
+    }
 }
 
 /// The dirty set when each round began. Rounds follow each other and are over when the guest is

@@ -31,6 +31,7 @@ mod relay;
 mod report;
 mod sample;
 mod scenario;
+mod split;
 mod stats;
 mod svg;
 mod table;

@@ -114,6 +114,7 @@ pub(crate) fn migrate(
         reported_ms,
         dirty,
         relay,
+        paged: None,
         report,
     })
 }

@@ -21,6 +21,7 @@ use crate::host::Host;
 use crate::mode::Mode;
 use crate::sample::Sample;
 use crate::scenario::Scenario;
+use crate::split::Worked;
 
 /// Version of the lines.
 const VERSION: u32 = 2;
@@ -155,6 +156,9 @@ pub(crate) struct Migration {
     /// Operations a second of the guest's application before the migration.
     #[serde(default)]
     pub(crate) application_per_s: Option<f64>,
+    /// What a guest did after its arrival, and its pager, in scenarios of split guests.
+    #[serde(default)]
+    pub(crate) split: Option<Worked>,
     /// Godwit's report, or QEMU's last `query-migrate`.
     pub(crate) report: Value,
 }
@@ -402,6 +406,7 @@ pub(crate) mod samples {
             engine_memory: EngineMemory { source_bytes: Some(50 << 20), destination_bytes: None },
             writer_pages_per_s: None,
             application_per_s: None,
+            split: None,
             report: serde_json::json!({ "downtime_parts_ms": { "load": 4.0 } }),
         }
     }
@@ -439,7 +444,7 @@ mod tests {
     fn records_of_version_1_are_still_read() {
         let mut one = serde_json::to_value(samples::migration(Mode::PreCopy, 0, 50.0, 900.0));
         let fields = one.as_mut().unwrap().as_object_mut().unwrap();
-        for name in ["by", "send_args", "samples", "dirty", "compulsory", "relay"] {
+        for name in ["by", "send_args", "samples", "dirty", "compulsory", "relay", "split"] {
             fields.remove(name);
         }
         fields.insert("kind".into(), "migration".into());

@@ -29,6 +29,12 @@ pub(crate) struct Sample {
     pub(crate) back_bytes: u64,
 }
 
+/// Those of some devices together, of all that are there.
+fn sums(text: &str, devices: &[&str]) -> Option<(u64, u64)> {
+    let all = devices.iter().filter_map(|device| counters(text, device));
+    all.reduce(|sum, one| (sum.0 + one.0, sum.1 + one.1))
+}
+
 /// Counters of a device: bytes that were (sent, received).
 fn counters(text: &str, device: &str) -> Option<(u64, u64)> {
     let rest = text.lines().find_map(|line| line.trim().strip_prefix(device)?.strip_prefix(':'))?;
@@ -46,11 +52,11 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// Begins to read the counters of `device` in the namespace of process `pid`.
-    pub(crate) fn begin(pid: u32, device: &'static str) -> Self {
+    /// Begins to read the counters of `devices`, taken together, in the namespace of process `pid`.
+    pub(crate) fn begin(pid: u32, devices: &'static [&'static str]) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let own = Arc::clone(&over);
-        let thread = std::thread::spawn(move || read(pid, device, &own));
+        let thread = std::thread::spawn(move || read(pid, devices, &own));
         Self { over, thread }
     }
 
@@ -62,13 +68,13 @@ impl Sampler {
     }
 }
 
-fn read(pid: u32, device: &str, over: &AtomicBool) -> Vec<(u64, u64, u64)> {
+fn read(pid: u32, devices: &[&str], over: &AtomicBool) -> Vec<(u64, u64, u64)> {
     let path = format!("/proc/{pid}/net/dev");
     let mut step = STEP;
     let mut all = vec![];
     while !over.load(Ordering::Relaxed) {
         let text = std::fs::read_to_string(&path).unwrap_or_default();
-        if let Some((sent, received)) = counters(&text, device) {
+        if let Some((sent, received)) = sums(&text, devices) {
             all.push((monotonic_us(), sent, received));
         }
         if all.len() > SAMPLES_MAX {
@@ -114,6 +120,8 @@ mod tests {
         assert_eq!(counters(TEXT, "lo"), Some((100, 100)));
         assert_eq!(counters(TEXT, "link"), None);
         assert_eq!(counters("", "lo"), None);
+        assert_eq!(sums(TEXT, &["link0", "lo", "link9"]), Some((90_100, 7_100)));
+        assert_eq!(sums(TEXT, &["link9"]), None);
     }
 
     #[test]
@@ -132,7 +140,7 @@ mod tests {
 
     #[test]
     fn the_own_namespace_has_a_loopback() {
-        let sampler = Sampler::begin(std::process::id(), "lo");
+        let sampler = Sampler::begin(std::process::id(), &["lo"]);
         std::thread::sleep(STEP * 3);
         assert!(!sampler.end(0, u64::MAX).is_empty());
         assert_eq!(thinned(&[1, 2, 3, 4, 5]), [1, 3, 5]);

@@ -55,6 +55,8 @@ pub(crate) struct Line {
     pub(crate) points: Vec<(f64, f64)>,
     /// Drawn in a colour that stands out.
     pub(crate) ours: bool,
+    /// Whether each point is a dot, too: where there are few.
+    pub(crate) has_dots: bool,
 }
 
 /// An axis: where values lie, and its ticks.
@@ -283,6 +285,11 @@ pub(crate) fn lines(title: &str, labels: (&str, &str), lines: &[Line]) -> String
             LEFT + PLOT + 6.0,
             escape(&line.label)
         );
+        for (from, to) in line.points.iter().filter(|_| line.has_dots) {
+            let (x, y) = (x.x(*from), y.y(*to));
+            let _ =
+                writeln!(text, "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\" fill=\"{colour}\"/>");
+        }
     }
     text.push_str("</svg>\n");
     text
@@ -311,9 +318,11 @@ mod tests {
 
     #[test]
     fn lines_run_from_left_to_right_and_up() {
-        let line = |ours| Line { label: "a<b".into(), points: vec![(0.0, 0.0), (9.0, 4.0)], ours };
+        let points = || vec![(0.0, 0.0), (9.0, 4.0)];
+        let line = |ours| Line { label: "a<b".into(), points: points(), ours, has_dots: ours };
         let text = lines("t", ("s", "MiB"), &[line(true), line(false)]);
         assert_eq!(text.matches("<polyline").count(), 2);
+        assert_eq!(text.matches("<circle").count(), 2);
         assert!(text.contains("150.0,306.0 "), "{text}");
         assert!(text.contains(OURS) && text.contains(PALETTE[0]) && text.contains("a&lt;b"));
         let empty = lines("t", ("s", "MiB"), &[]);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use crate::mode::Mode;
 use crate::record::{Attach, Bulk, Migration};
-use crate::scenario::{Among, BEST_OF_QEMU, Quantity, Scenario, TargetPart};
+use crate::scenario::{AccessPhase, Among, BEST_OF_QEMU, Quantity, Scenario, TargetPart};
 use crate::stats::{Span, percentile, ratios};
 use crate::table::{Table, number, span};
 
@@ -70,6 +70,10 @@ fn value(what: Quantity, one: &Migration) -> Option<f64> {
         Quantity::SendMemoryMib => one.engine_memory.source_bytes.map(mib),
         Quantity::ReceiveMemoryMib => one.engine_memory.destination_bytes.map(mib),
         Quantity::CpuSPerGb => one.cpu_s_per_gb(),
+        Quantity::ToServersBytes => one.report["split"]["to_servers_bytes"].as_f64(),
+        Quantity::HotMibPerS => work_mib_per_s(one, AccessPhase::Hot),
+        Quantity::FreshMibPerS => work_mib_per_s(one, AccessPhase::Fresh),
+        Quantity::UsedMibPerS => work_mib_per_s(one, AccessPhase::Used),
         Quantity::Completed => Some(f64::from(u8::from(one.is_complete()))),
     }
 }
@@ -79,6 +83,11 @@ fn fault_us(one: &Migration, figure: &str) -> Option<f64> {
     let faults = &one.report["faults"];
     faults["count"].as_u64().filter(|count| *count > 0)?;
     faults[figure].as_f64()
+}
+
+/// What the guest's worker went through in a phase after its arrival.
+fn work_mib_per_s(one: &Migration, phase: AccessPhase) -> Option<f64> {
+    one.split.as_ref()?.mib_per_s(phase)
 }
 
 fn mib(bytes: u64) -> f64 {

@@ -6,7 +6,8 @@
 //!   migrate send          TBF        migrate receive
 //! ```
 //! On loopback both hosts are one namespace without a shaped link. A relay, if the scenario has
-//! one, runs at the destination, behind the link.
+//! one, runs at the destination, behind the link. For split guests there are memory servers, too, each in
+//! a namespace with a link to A and one to B ([`framework::split_net`]).
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use framework::netns::{self, Netns, NetnsPair};
 use framework::vm::READY_TIMEOUT;
-use framework::{Backend, Env, Pki, QemuKind, Vm, VmSpec};
+use framework::{Backend, Env, Pki, QemuKind, SplitNet, Vm, VmSpec};
 use tempfile::TempDir;
 
 use crate::applications;
@@ -32,6 +33,9 @@ const RATE_WINDOW: Duration = Duration::from_secs(2);
 /// Longest wait for an application that starts under emulation.
 const APPLICATION_TIMEOUT: Duration = Duration::from_secs(600);
 
+/// Longest wait for a worker that fills up to 12 GiB first, as long as the guest itself waits.
+const FILL_TIMEOUT: Duration = Duration::from_secs(900);
+
 /// What all measurements of a run share.
 #[derive(Debug)]
 pub(crate) struct Bed {
@@ -43,6 +47,8 @@ pub(crate) struct Bed {
     pub(crate) source: PathBuf,
     /// Identity of the destination host.
     pub(crate) destination: PathBuf,
+    /// Identities of memory servers.
+    pub(crate) servers: Vec<PathBuf>,
     /// Machine and versions.
     pub(crate) host: Host,
     folder: TempDir,
@@ -60,9 +66,11 @@ impl Bed {
         let authority = Pki::init(&migrate)?;
         let (source, destination) =
             (authority.issue("host-a")?, authority.issue(DESTINATION_NAME)?);
+        let servers = (0..SplitNet::SERVERS_MAX).map(|number| format!("memory-{number}"));
+        let servers = servers.map(|name| authority.issue(&name)).collect::<Result<_>>()?;
         let folder = tempfile::tempdir().context("Cannot create a folder for journals")?;
         let host = Host::look(&env, &migrate, qemu)?;
-        Ok(Self { env, migrate, source, destination, host, folder, _authority: authority })
+        Ok(Self { env, migrate, source, destination, servers, host, folder, _authority: authority })
     }
 
     /// Journal folder of one end.
@@ -105,6 +113,8 @@ enum Hosts {
     Veth(NetnsPair),
     /// One namespace and its loopback.
     Loopback(Netns),
+    /// Those and memory servers, every two that talk joined by a link of the same rate.
+    Split(SplitNet),
 }
 
 /// How the two hosts are joined.
@@ -124,6 +134,15 @@ impl Link {
         Ok(Self { hosts, part: part.clone() })
     }
 
+    /// Two hosts and memory servers, all links as a scenario says.
+    ///
+    /// # Errors
+    /// Not root.
+    pub(crate) fn split(part: &LinkPart, servers: usize) -> Result<Self> {
+        let hosts = SplitNet::create(servers, part.rate).map(Hosts::Split)?;
+        Ok(Self { hosts, part: part.clone() })
+    }
+
     /// One namespace.
     ///
     /// # Errors
@@ -138,11 +157,12 @@ impl Link {
         self.part.rate
     }
 
-    /// The device in both namespaces.
-    pub(crate) fn device(&self) -> &'static str {
-        match self.hosts {
-            Hosts::Veth(_) => netns::LINK,
-            Hosts::Loopback(_) => "lo",
+    /// The source's devices, one a link.
+    pub(crate) fn devices(&self) -> &'static [&'static str] {
+        match &self.hosts {
+            Hosts::Veth(_) => &[netns::LINK],
+            Hosts::Loopback(_) => &["lo"],
+            Hosts::Split(net) => net.source_links(),
         }
     }
 
@@ -166,6 +186,7 @@ impl Link {
         match &self.hosts {
             Hosts::Veth(_) => "veth",
             Hosts::Loopback(_) => "loopback",
+            Hosts::Split(_) => "veths",
         }
     }
 
@@ -174,6 +195,7 @@ impl Link {
         match &self.hosts {
             Hosts::Veth(pair) => pair.source.name(),
             Hosts::Loopback(netns) => netns.name(),
+            Hosts::Split(net) => net.source.name(),
         }
     }
 
@@ -182,7 +204,15 @@ impl Link {
         match &self.hosts {
             Hosts::Veth(pair) => pair.destination.name(),
             Hosts::Loopback(netns) => netns.name(),
+            Hosts::Split(net) => net.main.name(),
         }
+    }
+
+    /// Namespaces and addresses of memory servers.
+    pub(crate) fn servers(&self) -> Vec<(&str, Ipv4Addr)> {
+        let Hosts::Split(net) = &self.hosts else { return vec![] };
+        let named = |(number, netns)| (Netns::name(netns), SplitNet::server(number));
+        net.servers.iter().enumerate().map(named).collect()
     }
 
     /// The destination's address. Ports are free: the namespace is ours.
@@ -190,11 +220,12 @@ impl Link {
         match &self.hosts {
             Hosts::Veth(_) => NetnsPair::DESTINATION,
             Hosts::Loopback(_) => Ipv4Addr::LOCALHOST,
+            Hosts::Split(_) => SplitNet::MAIN,
         }
     }
 
-    /// Bytes carried to (destination, source) so far. Loopback does not tell the ways apart: all
-    /// counts as the first.
+    /// Bytes carried (from the source, to it) so far. Loopback does not tell the ways apart: all
+    /// counts as the first. What goes between the destination and memory servers does not count.
     ///
     /// # Errors
     /// `ip` failed.
@@ -202,6 +233,7 @@ impl Link {
         match &self.hosts {
             Hosts::Veth(pair) => pair.bytes(),
             Hosts::Loopback(netns) => netns.bytes("lo").map(|(_, sent)| (sent, 0)),
+            Hosts::Split(net) => net.source_bytes(),
         }
     }
 }
@@ -245,8 +277,11 @@ impl Guests {
         let spec = plan.workload.give_to(spec).netns(link.source());
         let waiting = spec.successor("target", plan.qemu).netns(link.destination());
         let mut source = Vm::start(&bed.env, spec).context("The guest does not start")?;
-        let patience =
-            if plan.workload.is_application() { APPLICATION_TIMEOUT } else { READY_TIMEOUT };
+        let patience = match &plan.workload {
+            workload if workload.is_application() => APPLICATION_TIMEOUT,
+            workload if workload.is_worker() => FILL_TIMEOUT,
+            _ => READY_TIMEOUT,
+        };
         source.wait_ready(patience).context("The guest does not boot")?;
         if matches!(plan.workload, Workload::Resident { .. }) {
             source.ask("writer stop")?;

@@ -69,7 +69,8 @@ fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result
     send_args.extend(args.common.send_args.iter().cloned());
     let limit = args.common.limit();
     let touch_mib = args.touch;
-    let options = DriveOptions { limit, channels: args.lanes.into(), send_args, touch_mib };
+    let channels = args.lanes.into();
+    let options = DriveOptions { limit, channels, send_args, touch_mib, split: None };
     let loopback = Link::loopback()?;
     let veth = match args.veth {
         true => Some(Link::veth(&LinkPart { rate: 0, ..LinkPart::default() })?),

@@ -48,6 +48,12 @@ pub enum IntrospectError {
         /// The address.
         at: Gpa,
     },
+    /// A page that is not on this host.
+    #[error("Page {page} of the guest is on another host")]
+    Elsewhere {
+        /// Its number.
+        page: u64,
+    },
     /// A name that the kernel does not export to its tables.
     #[error("The kernel has no symbol {name}")]
     NoSymbol {

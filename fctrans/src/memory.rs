@@ -99,7 +99,7 @@ pub(crate) fn read_u64(memory: &impl PhysicalMemory, at: Gpa) -> Result<u64, Int
 }
 
 /// The range that holds `bytes` from `at` on.
-pub(crate) fn range_of(ranges: &[RamRange], at: Gpa, bytes: u64) -> Option<&RamRange> {
+pub fn range_of(ranges: &[RamRange], at: Gpa, bytes: u64) -> Option<&RamRange> {
     let after = ranges.partition_point(|range| range.gpa.start <= at.0);
     let range = ranges.get(after.checked_sub(1)?)?;
     (at.0.checked_add(bytes)? <= range.gpa.end).then_some(range)

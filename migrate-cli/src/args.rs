@@ -45,8 +45,16 @@ pub enum Command {
     Receive(ReceiveArgs),
     /// Sends a running guest to a host where `migrate receive` waits.
     Send(SendArgs),
+    /// Sends a running guest to a host that holds part of its memory; the rest goes to memory servers.
+    Split(SplitArgs),
+    /// Shows how a guest is doing whose memory is split.
+    Status(StatusArgs),
+    /// Brings all memory of a split guest to the host on which it runs.
+    Merge(MergeArgs),
     /// Ends a migration that an engine or a link left unfinished.
     Resolve(ResolveArgs),
+    /// Keeps memory of guests that run on other hosts.
+    MemoryServer(MemoryServerArgs),
     /// Boots a guest on this machine, migrates it over loopback and prints a report.
     Demo(DemoArgs),
 }
@@ -309,6 +317,65 @@ pub struct SendArgs {
     pub ask_s: u64,
 }
 
+/// `migrate split`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "What the guest is likely to need goes to the destination, the rest to the memory servers directly, and \
+        what it does not use goes nowhere. From then on it needs the destination and, for each page that is not there, \
+        one of the servers that hold it; `migrate receive` stays at the destination as its pager. `migrate merge` there \
+        brings everything together again."
+)]
+pub struct SplitArgs {
+    /// The options of `migrate send`.
+    #[command(flatten)]
+    pub send: SendArgs,
+    /// Address and port of a `migrate memory-server`; may be repeated.
+    #[arg(long, value_name = "ADDR", required = true)]
+    pub memory: Vec<String>,
+    /// Most memory of the guest that the destination may hold at any time, with suffix K, M or G [default: half of
+    /// the guest's memory].
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub resident: Option<u64>,
+    /// On how many memory servers each page is that is not at the destination: with 2, one may be lost.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub copies: u8,
+}
+
+/// What commands need that talk to the pager of a split guest.
+#[derive(Debug, Clone, Args)]
+pub struct PagerArgs {
+    /// QMP socket of the VM, as it was given to `migrate receive`. It is not connected to. May be left out where one
+    /// split guest runs.
+    #[arg(long, value_name = "SOCK")]
+    pub qmp: Option<PathBuf>,
+    /// The journal directory that was given to `migrate receive`.
+    #[arg(long, value_name = "DIR")]
+    pub journal: Option<PathBuf>,
+    /// Print one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `migrate status`.
+#[derive(Debug, Clone, Args)]
+pub struct StatusArgs {
+    /// Which guest.
+    #[command(flatten)]
+    pub pager: PagerArgs,
+}
+
+/// `migrate merge`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "The guest goes on meanwhile. The host needs room for all memory that the guest uses. Interrupted, the \
+        command leaves the merge under way; asked again, it shows how far that is."
+)]
+pub struct MergeArgs {
+    /// Which guest.
+    #[command(flatten)]
+    pub pager: PagerArgs,
+}
+
 /// `migrate resolve`.
 #[derive(Debug, Clone, Args)]
 #[command(
@@ -339,6 +406,36 @@ pub struct ResolveArgs {
     /// Print one JSON object on stdout at the end.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `migrate memory-server`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "Memory: what is stored of --capacity, less what compression saves; 1 % of it to find pages by; for each \
+        guest up to 14 MiB more; 3 MiB for each connection that is busy."
+)]
+pub struct MemoryServerArgs {
+    /// Address and TCP port to listen on.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: SocketAddr,
+    /// Directory of this host's identity, made by `migrate pki issue`.
+    #[arg(long, value_name = "DIR")]
+    pub identity: PathBuf,
+    /// Memory that guests may reserve here in all, at most what this machine has available. Suffixes K, M and G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub capacity: u64,
+    /// Whether pages are kept compressed. What that saves is not promised to further guests.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub compress: Switch,
+    /// Seconds without a request after which pages of a migration that did not complete are dropped.
+    #[arg(long, value_name = "S", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub lease_s: u64,
+    /// Address and port for metrics: HTTP, GET /metrics, in Prometheus' text format. Whoever reaches it can read them.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<SocketAddr>,
+    /// Take hosts only if their identity has this name; may be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub peer: Vec<String>,
 }
 
 /// `migrate demo`.

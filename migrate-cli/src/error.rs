@@ -12,6 +12,8 @@ use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::LayoutError;
 use migrate_core::postcopy::PostcopyError;
 use migrate_core::precopy::OutOfTurn;
+use migrate_core::remote::{PlacementError, RemoteError};
+use migrate_core::store::StoreError;
 use qemu_glue::check::Finding;
 use qemu_glue::device_state::DeviceStateError;
 use qemu_glue::error::{AttachError, ProcError, RamError, TrackError};
@@ -91,6 +93,32 @@ pub enum EngineError {
     /// The guest's page faults could not be served.
     #[error("The guest's page faults cannot be served")]
     Pager(#[from] PagerError),
+    /// A memory server is not reached, or was lost.
+    #[error(
+        "The memory server at {address} is not reached: is `migrate memory-server` running there?"
+    )]
+    NoStore {
+        /// Where.
+        address: String,
+        /// What was noticed.
+        #[source]
+        source: Box<TransportError>,
+    },
+    /// A memory server refuses something.
+    #[error("The memory server at {address} refuses")]
+    StoreRefused {
+        /// Where.
+        address: String,
+        /// Its reason.
+        #[source]
+        source: StoreError,
+    },
+    /// The memory servers have too little room.
+    #[error("The guest's memory cannot be split")]
+    Placement(#[from] PlacementError),
+    /// Where pages are contradicts what is done with them.
+    #[error("The pages of the split guest were lost track of")]
+    Remote(#[from] RemoteError),
     /// A bug: a state machine was called out of turn.
     #[error("The engine lost its way; please report this")]
     OutOfTurn(#[from] OutOfTurn),
@@ -254,6 +282,10 @@ impl Classify for EngineError {
             },
             Self::Postcopy(error) => error.bin(),
             Self::Pager(error) => error.bin(),
+            Self::Placement(error) => error.bin(),
+            Self::Remote(error) => error.bin(),
+            Self::NoStore { source, .. } => source.bin(),
+            Self::StoreRefused { source, .. } => source.bin(),
             Self::OutOfTurn(_)
             | Self::Pump(_)
             | Self::TooSlow { .. }

@@ -22,6 +22,7 @@ use migrate_core::handover::{DestinationRecord, SourceRecord};
 use qemu_glue::ram::RamRegion;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use transport::messages::Split;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Size of one of the two slots in bytes. An entry is a few hundred bytes.
@@ -70,6 +71,9 @@ pub struct PagingEntry {
     pub remote_fd: i32,
     /// The RAM blocks: QEMU cannot be asked while its threads wait for pages.
     pub regions: Vec<RamRegion>,
+    /// Where the guest's memory is that is not here, if it is split.
+    #[serde(default)]
+    pub split: Option<Split>,
 }
 
 /// Which end a journal belongs to, and its record.
@@ -253,6 +257,20 @@ impl Journal {
     pub fn set_paging(&mut self, paging: PagingEntry) -> Result<(), JournalError> {
         self.entry.paging = Some(paging);
         self.write()
+    }
+
+    /// Notes that QEMU's memory is not paged any more. Losing this note does no harm.
+    pub fn end_paging(&mut self) {
+        if self.entry.paging.take().is_some()
+            && let Err(error) = self.write()
+        {
+            tracing::debug!(%error, "not noted");
+        }
+    }
+
+    /// Where the pager of the guest is asked, if there is one.
+    pub fn socket(&self) -> PathBuf {
+        self.path.with_extension("sock")
     }
 
     /// Notes that the other end knows how it ended. Losing this note does no harm.

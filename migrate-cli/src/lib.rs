@@ -5,6 +5,7 @@
 //! | [`args`] | what can be typed |
 //! | [`commands`] | what each command does |
 //! | [`source`], [`destination`] | the two ends of a migration |
+//! | [`memory_server`] | keeps pages of guests that run elsewhere |
 //! | [`journal`] | the durable record of who owns the guest |
 //! | [`report`], [`progress`] | what the user sees |
 //! | [`attaching`], [`verify`] | the descriptor of QEMU's memory; digests of all pages |
@@ -23,12 +24,16 @@ pub mod destination;
 pub mod error;
 pub mod failpoint;
 pub mod journal;
+pub mod memory_server;
 pub mod missing;
+pub mod pager_socket;
 pub mod progress;
 pub mod random;
 pub mod report;
+pub mod resets;
 pub mod source;
 pub mod state_parts;
+pub mod stores;
 pub mod verify;
 
 /// Name and version of this engine, as it introduces itself.

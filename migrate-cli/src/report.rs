@@ -112,6 +112,28 @@ impl PageReport {
     }
 }
 
+/// What lies on one memory server.
+#[derive(Debug, Clone, Serialize)]
+pub struct RemoteReport {
+    /// Its address.
+    pub server: String,
+    /// Pages of the guest.
+    pub pages: u64,
+}
+
+/// Where the memory of a split guest went.
+#[derive(Debug, Clone, Serialize)]
+pub struct SplitReport {
+    /// Pages that were sent to the main host.
+    pub resident_pages: u64,
+    /// Pages at the memory servers.
+    pub remote_pages: Vec<RemoteReport>,
+    /// Pages that the guest used when they were placed.
+    pub in_use_pages: u64,
+    /// Bytes that travelled to and from the memory servers.
+    pub to_servers_bytes: u64,
+}
+
 /// What a codec did with the contents of batches.
 #[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct CodecReport {
@@ -220,6 +242,8 @@ pub struct Report {
     pub prefetch_hit_rate: Option<f64>,
     /// Why memory that the guest does not use was sent as well; nothing if it was skipped, or that was not wanted.
     pub not_skipped: Option<String>,
+    /// Where memory went that was split over hosts; nothing otherwise.
+    pub split: Option<SplitReport>,
     /// What `--verify` found; nothing without it.
     pub verify: Option<VerifyReport>,
     /// Time that a thread of QEMU was stopped to attach, in microseconds; nothing with the
@@ -258,6 +282,7 @@ impl Report {
             faults: None,
             prefetch_hit_rate: None,
             not_skipped: None,
+            split: None,
             verify: None,
             attach_stopped_us: None,
             codecs: Codec::ALL.map(|codec| CodecReport { codec, ..Default::default() }),

@@ -21,7 +21,9 @@
 //! | [`writes`] | how many pages the guest writes within a time, from scans at any distance |
 //! | [`mode`] | whether pre-copy will end, or the guest goes first and its last pages follow |
 //! | [`postcopy`] | the pages that follow: what to ask for, to answer with and to push |
+//! | [`remote`] | a split guest's pages: what to fetch, what to evict and where to, what is stale |
 //! | [`handover`] | who owns the guest: both ends' state machines and their journal |
+//! | [`store`] | pages of guests that run elsewhere: what a memory server holds, for whom and how long |
 //! | [`error`] | the four bins that every error falls into |
 //! | [`fuzz`] | entry points for fuzzers |
 //!
@@ -46,6 +48,8 @@ pub mod page_table;
 pub mod pageset;
 pub mod postcopy;
 pub mod precopy;
+pub mod remote;
 pub mod second_look;
+pub mod store;
 pub mod writes;
 pub mod xbzrle;

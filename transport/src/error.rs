@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::LayoutError;
+use migrate_core::store::StoreError;
 use quinn::ConnectionError;
 use thiserror::Error;
 
@@ -88,6 +89,12 @@ pub enum WireError {
         /// What postcard says.
         #[source]
         source: postcard::Error,
+    },
+    /// Contents that do not unpack to what was announced.
+    #[error("{what} has contents that do not unpack to the length announced")]
+    Packed {
+        /// The frame.
+        what: &'static str,
     },
     /// A body with bytes left over.
     #[error("{what} has {bytes} bytes too many in its body")]
@@ -190,6 +197,54 @@ pub enum TransportError {
         /// What the kernel or TLS says.
         #[source]
         source: io::Error,
+    },
+    /// A connection to a memory server could not be opened.
+    #[error(
+        "Cannot open a TCP connection to {peer} for pages; is `migrate memory-server` running there, \
+         and does TCP get through?"
+    )]
+    PagesConnect {
+        /// The server's address.
+        peer: SocketAddr,
+        /// What the kernel or TLS says.
+        #[source]
+        source: io::Error,
+    },
+    /// A connection for pages ended without the end that TLS gives it.
+    #[error("The page channel with {peer} broke off; open another one")]
+    PagesBroken {
+        /// The peer's address.
+        peer: SocketAddr,
+        /// What the kernel or TLS says.
+        #[source]
+        source: io::Error,
+    },
+    /// The memory server takes no requests on this connection.
+    #[error("The memory server at {peer} refuses the connection")]
+    PagesRefused {
+        /// The server's address.
+        peer: SocketAddr,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// As many requests as may be under way on a connection for pages.
+    #[error("{requests} requests to {peer} are not answered yet; take their answers first")]
+    PagesUnderWay {
+        /// The server's address.
+        peer: SocketAddr,
+        /// How many.
+        requests: usize,
+    },
+    /// A request or an answer for pages did not come or go in time.
+    #[error("{what} of {peer} took longer than {within:?}; check the link and that host's load")]
+    PagesTimeout {
+        /// The peer's address.
+        peer: SocketAddr,
+        /// What was waited for.
+        what: &'static str,
+        /// How long.
+        within: Duration,
     },
     /// The peer reset or stopped a stream.
     #[error("Peer {peer} cut {place} off with code {code}")]
@@ -356,8 +411,10 @@ impl Classify for TransportError {
             | Self::Quic { .. }
             | Self::LaneKind { .. } => ErrorBin::PeerIncompatible,
             Self::Identity(source) => source.bin(),
+            Self::PagesRefused { source, .. } => source.bin(),
             Self::Option { .. }
             | Self::Refused(_)
+            | Self::PagesUnderWay { .. }
             | Self::Interrupted { .. }
             | Self::AddressInUse { .. } => ErrorBin::CallerMisuse,
             Self::Closed { .. }
@@ -366,6 +423,9 @@ impl Classify for TransportError {
             | Self::Lost { .. }
             | Self::LaneConnect { .. }
             | Self::LaneBroken { .. }
+            | Self::PagesConnect { .. }
+            | Self::PagesBroken { .. }
+            | Self::PagesTimeout { .. }
             | Self::NotAcknowledged { .. }
             | Self::HandshakeTimeout { .. }
             | Self::Socket { .. }

@@ -1,16 +1,18 @@
 //! Entry points for fuzzers: bytes as a peer might send them. `transport/fuzz` calls these with
 //! libFuzzer; a test replays its corpus.
 //!
-//! The first two decode as many frames as there are. What was accepted must encode again and decode to the
+//! The first three decode as many frames as there are. What was accepted must encode again and decode to the
 //! same, and may be no larger than its limits; anything else panics, which is what a fuzzer looks
 //! for.
 
 #![expect(clippy::panic, reason = "a fuzzer learns of a fault by a panic")]
 
+use bytes::BytesMut;
 use migrate_core::batch::{BATCH_PAYLOAD_BYTES_MAX, BATCH_RUNS_MAX};
 use migrate_core::codec::{Codec, Packer, Unpacker, packed_bytes_max};
 
 use crate::lane_wire::{self, GREETING_BYTES, Greeting};
+use crate::pages::{PageAnswer, PageRequest, wire as pages_wire};
 use crate::wire::{self, CONTROL_BODY_BYTES_MAX, CONTROL_HEADER_BYTES};
 
 /// Control frames. Returns how many were accepted.
@@ -54,6 +56,52 @@ pub fn lane_frame(bytes: &[u8]) -> u64 {
         sequence += 1;
     }
     sequence - 1
+}
+
+/// Frames of the page channel, as requests and as answers. Returns how many of either were accepted.
+pub fn page_frame(bytes: &[u8]) -> u64 {
+    let mut accepted = 0;
+    let mut rest = BytesMut::from(bytes);
+    while let Ok(Some((tag, request))) = pages_wire::decode_request(&mut rest) {
+        let again = pages_wire::encode_request(&request, tag).map(|pieces| joined(&pieces));
+        let Ok(Ok(Some((same_tag, same)))) =
+            again.map(|mut again| pages_wire::decode_request(&mut again))
+        else {
+            panic!("A request was accepted but cannot be sent and received again: {request:?}");
+        };
+        assert_eq!((same_tag, plain_request(same)), (tag, plain_request(request)));
+        accepted += 1;
+    }
+    let mut rest = BytesMut::from(bytes);
+    while let Ok(Some(answer)) = pages_wire::decode_answer(&mut rest) {
+        let again = pages_wire::encode_answer(&answer).map(|pieces| joined(&pieces));
+        let Ok(Ok(Some(same))) = again.map(|mut again| pages_wire::decode_answer(&mut again))
+        else {
+            panic!("An answer was accepted but cannot be sent and received again: {answer:?}");
+        };
+        assert_eq!(plain_answer(same), plain_answer(answer));
+        accepted += 1;
+    }
+    accepted
+}
+
+fn joined(pieces: &pages_wire::Pieces) -> BytesMut {
+    pieces.concat()[..].into()
+}
+
+/// Contents that a peer has packed may not become shorter here.
+fn plain_request(mut request: PageRequest) -> PageRequest {
+    if let PageRequest::Put { packed, .. } = &mut request {
+        *packed = false;
+    }
+    request
+}
+
+fn plain_answer(mut answer: PageAnswer) -> PageAnswer {
+    if let PageAnswer::Pages { packed, .. } = &mut answer {
+        *packed = false;
+    }
+    answer
 }
 
 /// The packed contents of a lane's batches, each behind its codec (1 byte, modulo 3), its announced

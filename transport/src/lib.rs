@@ -17,13 +17,14 @@
 //! | [`options`] | what can be tuned, with the reasons |
 //! | [`control`], [`lane`] | the two kinds of streams of a session |
 //! | [`urgent`] | a lane that threads serve, with requests on the way back |
+//! | [`pages`] | a channel of its own, between a host and a memory server |
 //! | [`session`] | the session, and connecting as a client |
 //! | [`listener`] | accepting sessions |
 //! | [`error`] | everything that can go wrong, in four bins |
 //! | [`fuzz`] | entry points for fuzzers |
 //!
 //! `docs/PROTOCOL.md` is the specification of what travels; a test compares its fingerprint with
-//! [`messages`], [`wire`] and [`lane_wire`].
+//! [`messages`], [`wire`], [`lane_wire`] and [`pages::wire`].
 //!
 //! Invariants: nothing that a peer sends is believed before it is checked against a named limit;
 //! what a decoder would refuse, the encoder refuses too; a peer that breaks the protocol loses its
@@ -39,6 +40,7 @@ pub mod lane_wire;
 pub mod listener;
 pub mod messages;
 pub mod options;
+pub mod pages;
 pub mod payload;
 pub mod pki;
 pub mod session;
@@ -62,6 +64,7 @@ pub use lane_wire::Batch;
 pub use listener::Listener;
 pub use messages::{Message, MigrationId, Offer};
 pub use options::{LaneKind, Options};
+pub use pages::{PageAnswer, PageClient, PageListener, PageRequest, PageServer};
 pub use payload::Payload;
 pub use session::{DestinationSession, PeerInfo, Selection, Session, SourceSession, connect};
 pub use urgent::{UrgentReceiver, UrgentSender, UrgentStop};

@@ -12,7 +12,10 @@
 //!
 //! Death of the peer is noticed by the control connection. The kernel's own timers are for a path
 //! that carries QUIC and no longer TCP.
+//!
+//! The page channel has connections of its own, which never see an async runtime ([`direct`]).
 
+mod direct;
 mod pipe;
 
 use std::collections::VecDeque;
@@ -40,6 +43,7 @@ use crate::options::Options;
 use crate::payload::{Collector, Payload};
 use crate::tls::{ANY_NAME, LANE_ALPN};
 
+pub(crate) use self::direct::{accept, connect, listen_directly};
 pub(crate) use self::pipe::Pipe;
 
 /// Connections that the kernel keeps for a listener that has not accepted them yet.
@@ -80,6 +84,10 @@ pub(crate) struct TcpHandle {
 }
 
 impl TcpHandle {
+    fn new(socket: &Socket) -> io::Result<Self> {
+        Ok(Self { socket: socket.try_clone()?, meter: Arc::default() })
+    }
+
     /// Ends the connection at once; what is under way is lost.
     pub(crate) fn close(&self) {
         // Errors say that it has ended already.
@@ -117,10 +125,8 @@ pub(crate) struct Metered {
 
 impl Metered {
     fn new(stream: TcpStream) -> io::Result<(Self, Arc<TcpHandle>)> {
-        let meter = Arc::new(Meter::default());
-        let socket = SockRef::from(&stream).try_clone()?;
-        let handle = TcpHandle { socket, meter: Arc::clone(&meter) };
-        Ok((Self { stream, meter }, Arc::new(handle)))
+        let handle = Arc::new(TcpHandle::new(&SockRef::from(&stream))?);
+        Ok((Self { stream, meter: Arc::clone(&handle.meter) }, handle))
     }
 
     fn sent(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
@@ -201,23 +207,17 @@ impl TcpOut {
             socket.bind(SocketAddr::new(own, 0)).map_err(failed)?;
         }
         let stream = socket.connect(addr).await.map_err(failed)?;
-        tune(&stream, options).map_err(failed)?;
         let socket = SockRef::from(&stream);
-        let stalled = options.dead_peer.max(STALLED_MIN);
-        socket.set_tcp_user_timeout(Some(stalled)).map_err(failed)?;
+        tune(&socket, options).map_err(failed)?;
+        give_up_when_stalled(&socket, options).map_err(failed)?;
         // Bytes that wait here beyond what is on its way.
         socket.set_tcp_notsent_lowat(options.lane_window_bytes / 8).map_err(failed)?;
         let (stream, handle) = Metered::new(stream).map_err(failed)?;
-        let name = options.expected_peer.as_deref().unwrap_or(ANY_NAME).to_owned();
-        let name = ServerName::try_from(name).map_err(|_| TransportError::Option {
-            option: "expected_peer",
-            value: format!("{:?}", options.expected_peer),
-            rule: "it must be a host name",
-        })?;
+        let name = server_name(options.expected_peer.as_deref())?;
         let shaken = tls.connect(name, stream).await;
         let mut tls =
             shaken.map_err(|error| alert(addr, &error).unwrap_or_else(|| failed(error)))?;
-        check_alpn(addr, tls.get_ref().1)?;
+        check_alpn(addr, tls.get_ref().1, LANE_ALPN)?;
         tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         Ok(Self { tls, handle })
     }
@@ -287,11 +287,11 @@ impl TcpIn {
     ) -> Result<Self, TransportError> {
         let place = || "a new lane".to_owned();
         let failed = |source| TransportError::LaneBroken { peer, place: place(), source };
-        tune(&stream, options).map_err(failed)?;
+        tune(&SockRef::from(&stream), options).map_err(failed)?;
         let (stream, handle) = Metered::new(stream).map_err(failed)?;
         let shaken = tls.accept(BufReader::with_capacity(READ_AHEAD_BYTES, stream)).await;
         let tls = shaken.map_err(|error| alert(peer, &error).unwrap_or_else(|| failed(error)))?;
-        check_alpn(peer, tls.get_ref().1)?;
+        check_alpn(peer, tls.get_ref().1, LANE_ALPN)?;
         Ok(Self { tls, handle, peer })
     }
 
@@ -365,6 +365,13 @@ impl TcpIn {
 
 /// Opens the port for lanes over TCP.
 pub(crate) fn listen(addr: SocketAddr, options: &Options) -> Result<TcpListener, TransportError> {
+    let failed = |source| TransportError::Socket { what: "use a TCP socket", addr, source };
+    let socket = open_port(addr, options)?;
+    socket.set_nonblocking(true).map_err(failed)?;
+    TcpListener::from_std(socket.into()).map_err(failed)
+}
+
+fn open_port(addr: SocketAddr, options: &Options) -> Result<Socket, TransportError> {
     let failed = |what| move |source: io::Error| TransportError::Socket { what, addr, source };
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))
         .map_err(failed("open a TCP socket"))?;
@@ -373,13 +380,12 @@ pub(crate) fn listen(addr: SocketAddr, options: &Options) -> Result<TcpListener,
     if let Some(bytes) = receive_buffer_bytes(options) {
         socket.set_recv_buffer_size(bytes).map_err(failed("set the receive buffer"))?;
     }
-    socket.set_nonblocking(true).map_err(failed("set up a TCP socket"))?;
     let bound = socket.bind(&addr.into()).and_then(|()| socket.listen(BACKLOG));
     bound.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => TransportError::AddressInUse { protocol: "TCP", addr },
         _ => TransportError::Socket { what: "listen on the TCP port", addr, source },
     })?;
-    TcpListener::from_std(socket.into()).map_err(failed("use a TCP socket"))
+    Ok(socket)
 }
 
 /// Receive buffer to set, in bytes, or nothing where the kernel would grant less: then it does better
@@ -391,12 +397,27 @@ fn receive_buffer_bytes(options: &Options) -> Option<usize> {
 }
 
 /// What both ends need.
-fn tune(stream: &TcpStream, options: &Options) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+fn tune(socket: &Socket, options: &Options) -> io::Result<()> {
+    socket.set_tcp_nodelay(true)?;
     let every = (options.dead_peer / (KEEPALIVES + 1)).max(Duration::from_secs(1));
     let keepalive =
         TcpKeepalive::new().with_time(every).with_interval(every).with_retries(KEEPALIVES);
-    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    socket.set_tcp_keepalive(&keepalive)
+}
+
+/// What a client needs besides.
+fn give_up_when_stalled(socket: &Socket, options: &Options) -> io::Result<()> {
+    socket.set_tcp_user_timeout(Some(options.dead_peer.max(STALLED_MIN)))
+}
+
+/// The name that a server must have, or any.
+fn server_name(expected_peer: Option<&str>) -> Result<ServerName<'static>, TransportError> {
+    let name = expected_peer.unwrap_or(ANY_NAME).to_owned();
+    ServerName::try_from(name).map_err(|_| TransportError::Option {
+        option: "expected_peer",
+        value: format!("{expected_peer:?}"),
+        rule: "it must be a host name",
+    })
 }
 
 fn certificate(state: &CommonState) -> Option<CertificateDer<'static>> {
@@ -404,15 +425,15 @@ fn certificate(state: &CommonState) -> Option<CertificateDer<'static>> {
 }
 
 /// A peer that names no protocol is let through by TLS.
-fn check_alpn(peer: SocketAddr, state: &CommonState) -> Result<(), TransportError> {
-    if state.alpn_protocol() == Some(LANE_ALPN) {
+fn check_alpn(peer: SocketAddr, state: &CommonState, alpn: &[u8]) -> Result<(), TransportError> {
+    if state.alpn_protocol() == Some(alpn) {
         return Ok(());
     }
     Err(tls_alert(peer, u8::from(AlertDescription::NoApplicationProtocol), "found here"))
 }
 
 /// The TLS alert that ended a handshake, if one did.
-fn alert(peer: SocketAddr, error: &io::Error) -> Option<TransportError> {
+pub(crate) fn alert(peer: SocketAddr, error: &io::Error) -> Option<TransportError> {
     use rustls::Error as E;
     let (alert, reported) = match error.get_ref()?.downcast_ref::<E>()? {
         E::AlertReceived(alert) => (*alert, "found by the peer"),

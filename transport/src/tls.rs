@@ -23,6 +23,9 @@ pub(crate) const ALPN: &[u8] = b"godwit/1";
 /// The name of lanes over TCP, so that neither kind of connection can be taken for the other.
 pub(crate) const LANE_ALPN: &[u8] = b"godwit-lane/1";
 
+/// The name of the page channel.
+pub(crate) const PAGES_ALPN: &[u8] = b"godwit-pages/1";
+
 /// What is put in the place of the server's name where none was asked for; never sent.
 pub(crate) const ANY_NAME: &str = "any.invalid";
 
@@ -72,6 +75,19 @@ pub(crate) fn lane_client(
     expected_peer: Option<&str>,
 ) -> Result<TlsConnector, IdentityError> {
     Ok(TlsConnector::from(Arc::new(client(identity, expected_peer, LANE_ALPN)?)))
+}
+
+/// For the page channel at a server.
+pub(crate) fn pages_server(identity: &Identity) -> Result<Arc<ServerConfig>, IdentityError> {
+    Ok(Arc::new(server(identity, PAGES_ALPN)?))
+}
+
+/// For the page channel at a client.
+pub(crate) fn pages_client(
+    identity: &Identity,
+    expected_peer: Option<&str>,
+) -> Result<Arc<ClientConfig>, IdentityError> {
+    Ok(Arc::new(client(identity, expected_peer, PAGES_ALPN)?))
 }
 
 fn server(identity: &Identity, alpn: &[u8]) -> Result<ServerConfig, IdentityError> {

@@ -20,6 +20,17 @@ pub(crate) fn demo(root: &Path, arguments: &[String]) -> Result<()> {
     step("demo", || run(&mut command))
 }
 
+/// Builds the command for release and shows a split guest by it.
+pub(crate) fn demo_split(root: &Path) -> Result<()> {
+    let environment = step("setup", || setup::setup(root))?;
+    step("build", || run(cargo(root).args(["build", "--release", "-p", "migrate-cli"])))?;
+    step("build the demo", || run(cargo(root).args(["build", "--release", "-p", "e2e"])))?;
+    let mut command = Command::new(root.join("target/release/demo-split"));
+    command.env("GODWIT_MIGRATE", root.join("target/release/migrate"));
+    environment.pass_to(&mut command);
+    step("demo", || run(&mut command))
+}
+
 /// Runs the bench program.
 pub(crate) fn bench(root: &Path, arguments: &[String]) -> Result<()> {
     let environment = step("setup", || setup::setup(root))?;

@@ -23,6 +23,8 @@ Usage: cargo xtask TASK [ARGUMENTS]
 
   setup   install and unpack what is missing: QEMU 7.2 and 10.0, a guest kernel, the initramfs
   demo    migrate a guest on this machine and show it; arguments go to `migrate demo`
+  demo split
+          split a guest over two memory servers on this machine, let it work, merge it, and show it
   test    all tests; those with guests run one at a time. Arguments filter tests by name
   bench   the comparison and the reports; arguments go to the bench program
   applications
@@ -50,6 +52,7 @@ fn dispatch(task: &str, arguments: &[String]) -> Result<()> {
     let root = run::repository()?;
     match task {
         "setup" => run::step("setup", || setup::setup(&root)).map(drop),
+        "demo" if arguments == ["split"] => checks::demo_split(&root),
         "demo" => checks::demo(&root, arguments),
         "test" => tests::test(&root, arguments),
         "bench" => checks::bench(&root, arguments),

@@ -1,6 +1,7 @@
 //! Tables and plots from what was recorded, as Markdown with SVGs beside it and as one HTML page.
 
 mod plots;
+mod split;
 mod tables;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,9 @@ use crate::table::span;
 use crate::targets::{self, Target};
 
 const MIB: f64 = 1_048_576.0;
+
+/// Name of what is told of all records of split guests together.
+const SPEED_UP: &str = "split-speed-up";
 
 /// What a column or plot shows of a migration.
 type Value = fn(&Migration) -> Option<f64>;
@@ -76,7 +80,7 @@ fn records(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Writes `report.html` of all records of a folder.
+/// Writes `report.html` of all records of a folder, and the plot of what they tell together.
 ///
 /// # Errors
 /// The folder cannot be read or written.
@@ -85,19 +89,33 @@ pub(crate) fn page(folder: &Path) -> Result<()> {
 }
 
 fn write_page(folder: &Path, files: &[PathBuf]) -> Result<()> {
-    let one = |path: &PathBuf| {
-        let name = name_of(path);
-        let blocks = match read(path) {
-            Ok(recorded) => compose(name, &recorded),
-            // One broken file is no reason to show nothing of the others.
-            Err(error) => vec![Block::Title(name.to_owned()), Block::Text(format!("{error:#}"))],
-        };
-        (name.to_owned(), blocks)
-    };
-    let path = folder.join("report.html");
     std::fs::create_dir_all(folder)
         .with_context(|| format!("Cannot create {}", folder.display()))?;
-    write(&path, &document::page(&files.iter().map(one).collect::<Vec<_>>()))?;
+    let all: Vec<(&str, Result<Recorded>)> =
+        files.iter().map(|path| (name_of(path), read(path))).collect();
+    let one = |(name, recorded): &(&str, Result<Recorded>)| {
+        let blocks = match recorded {
+            Ok(recorded) => compose(name, recorded),
+            // One broken file is no reason to show nothing of the others.
+            Err(error) => {
+                vec![Block::Title((*name).to_owned()), Block::Text(format!("{error:#}"))]
+            }
+        };
+        ((*name).to_owned(), blocks)
+    };
+    let mut reports: Vec<(String, Vec<Block>)> = all.iter().map(one).collect();
+    let together = split::across(all.iter().filter_map(|(_, recorded)| recorded.as_ref().ok()));
+    if let Some(blocks) = together {
+        write(&folder.join(format!("{SPEED_UP}.md")), &document::markdown(SPEED_UP, &blocks))?;
+        for block in &blocks {
+            if let Block::Plot { name, svg } = block {
+                write(&folder.join(format!("{SPEED_UP}-{name}.svg")), svg)?;
+            }
+        }
+        reports.push((SPEED_UP.to_owned(), blocks));
+    }
+    let path = folder.join("report.html");
+    write(&path, &document::page(&reports))?;
     eprintln!("Report: {}", path.display());
     Ok(())
 }
@@ -177,6 +195,9 @@ fn compose(name: &str, recorded: &Recorded) -> Vec<Block> {
             Some(scenario) if scenario.kind == Kind::Ablation => {
                 blocks.extend(tables::ablation(scenario, moved));
             }
+            Some(scenario) if scenario.kind == Kind::Split => {
+                blocks.extend(split::blocks(name, scenario, moved));
+            }
             _ => blocks.extend(tables::ratios_of_pairs(moved)),
         }
         blocks.extend(plots::compare(name, moved));
@@ -206,6 +227,7 @@ fn head(
         blocks.push(Block::Text(format!("{}.", scenario.about)));
         facts.push(format!("workload: {}", scenario.workload.shown()));
         facts.push(format!("link: {}", scenario.link.shown()));
+        facts.extend(scenario.split.as_ref().map(|split| format!("hosts: {}", split.shown())));
     }
     facts.extend([
         format!("command: `bench {}`", host.command.join(" ")),

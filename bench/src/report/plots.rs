@@ -33,6 +33,7 @@ fn over_time(moved: &[&Migration], points: impl Fn(&Migration) -> Vec<(f64, f64)
             label: mode.to_owned(),
             points,
             ours: is_ours(moved, mode),
+            has_dots: false,
         })
     };
     modes(moved).into_iter().filter_map(one).collect()

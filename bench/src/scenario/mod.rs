@@ -10,6 +10,7 @@
 
 mod link;
 mod modes;
+mod split;
 mod target;
 mod workload;
 
@@ -23,6 +24,7 @@ pub(crate) use link::{LinkPart, parse_rate};
 #[cfg(test)]
 pub(crate) use modes::NotBuilt;
 pub(crate) use modes::{ModePlan, Modes};
+pub(crate) use split::{AccessPhase, SplitPart};
 pub(crate) use target::{Among, BEST_OF_QEMU, Quantity, TargetPart};
 pub(crate) use workload::Workload;
 
@@ -47,6 +49,8 @@ pub(crate) enum Kind {
     Comparison,
     /// Godwit with parts of it switched off: every mode with the first one.
     Ablation,
+    /// Guests that are split over a main host and memory servers, and then work.
+    Split,
 }
 
 /// The guest.
@@ -144,6 +148,9 @@ pub(crate) struct Scenario {
     /// What it moves over.
     #[serde(default)]
     pub(crate) link: LinkPart,
+    /// Hosts of a split guest; for [`Kind::Split`] alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) split: Option<SplitPart>,
     /// How often.
     #[serde(default)]
     pub(crate) run: RunPart,
@@ -212,6 +219,8 @@ impl Scenario {
         ensure!(scenario.name.is_empty(), "A scenario is called as its file: leave `name` out");
         name.clone_into(&mut scenario.name);
         scenario.check()?;
+        let splits = scenario.modes.plans().iter().any(|plan| plan.splits);
+        ensure!(splits || scenario.split.is_none(), "[split]: no mode has `split = true`");
         Ok(scenario)
     }
 
@@ -232,6 +241,17 @@ impl Scenario {
         self.link.check().context("link")?;
         self.modes.check().context("modes")?;
         let plans = self.modes.plans();
+        match &self.split {
+            Some(split) => {
+                split.check(&self.workload, &self.modes).context("split")?;
+                ensure!(!self.link.is_relayed(), "link: there is no relay between split hosts");
+            }
+            None => ensure!(!plans.iter().any(|plan| plan.splits), "A mode splits without [split]"),
+        }
+        ensure!(
+            self.split.is_some() == (self.kind == Kind::Split),
+            "kind = \"split\" and [split] belong together"
+        );
         for target in &self.targets {
             target.check(&plans).with_context(|| format!("targets: {}", target.shown()))?;
         }
@@ -261,6 +281,9 @@ impl Scenario {
         }
         if !overrides.modes.is_empty() {
             self.modes = self.modes.keep(&overrides.modes)?;
+            if let Some(split) = &mut self.split {
+                split.keep(&self.modes);
+            }
         }
         if self.guest != guest || self.link.rate != rate {
             self.targets.clear();
@@ -359,6 +382,26 @@ mod tests {
         assert!(
             error(&format!("kind = \"ablation\"\n{WRITER}")).contains("compare with its first")
         );
+    }
+
+    #[test]
+    fn a_split_needs_hosts_a_mode_that_splits_and_memory_for_its_phases() {
+        let mode = "[[modes.godwit]]\nname = \"s\"\nsplit = true\n";
+        let hosts = "[split]\nresident_mib = 64\ncapacity_mib = 900\n";
+        let split = |rest: &str| format!("kind = \"split\"\n{WRITER}{hosts}{rest}");
+        let right = Scenario::parse("x", &split(mode)).unwrap();
+        assert_eq!(right.split.map(|split| (split.servers, split.phase_s)), Some((2, 20)));
+        assert!(error(&split("")).contains("split = true"));
+        assert!(error(&format!("{WRITER}{mode}")).contains("without [split]"));
+        assert!(error(&format!("{WRITER}{hosts}{mode}")).contains("belong together"));
+        let phases = format!("phases = [\"hot\"]\n{mode}");
+        assert!(error(&split(&phases)).contains("needs a worker"));
+        let baseline = format!("baseline = \"y\"\n{mode}");
+        assert!(error(&split(&baseline)).contains("\"y\""));
+        assert!(error(&split(&format!("{mode}[link]\ndelay_ms = 5\n"))).contains("no relay"));
+        let some = Overrides { modes: vec!["send".into()], ..Overrides::default() };
+        let whole = Scenario::load("split-access").unwrap().with(&some).unwrap();
+        assert_eq!(whole.split.map(|split| split.baseline), Some(None));
     }
 
     #[test]

@@ -14,7 +14,10 @@ use crate::mode::Mode;
 pub(crate) struct GodwitMode {
     /// As shown.
     pub(crate) name: String,
-    /// Arguments of `migrate send`.
+    /// Whether `migrate split` runs instead of `migrate send`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) split: bool,
+    /// Arguments of `migrate send` or `migrate split`.
     #[serde(default)]
     pub(crate) send: Vec<String>,
     /// Arguments of `migrate receive`.
@@ -54,7 +57,7 @@ impl Modes {
     /// Godwit as it is without arguments.
     fn defaults() -> Vec<GodwitMode> {
         let name = Mode::Godwit.label().to_owned();
-        vec![GodwitMode { name, send: vec![], receive: vec![] }]
+        vec![GodwitMode { name, split: false, send: vec![], receive: vec![] }]
     }
 
     fn channels() -> u32 {
@@ -66,6 +69,7 @@ impl Modes {
         let godwit = self.godwit.iter().map(|one| ModePlan {
             name: one.name.clone(),
             by: Mode::Godwit,
+            splits: one.split,
             send: one.send.clone(),
             receive: one.receive.clone(),
         });
@@ -137,7 +141,9 @@ pub(crate) struct ModePlan {
     pub(crate) name: String,
     /// Who migrates, and how.
     pub(crate) by: Mode,
-    /// Arguments of `migrate send`.
+    /// Whether it splits the guest.
+    pub(crate) splits: bool,
+    /// Arguments of `migrate send` or `migrate split`.
     pub(crate) send: Vec<String>,
     /// Arguments of `migrate receive`.
     pub(crate) receive: Vec<String>,
@@ -146,7 +152,7 @@ pub(crate) struct ModePlan {
 impl ModePlan {
     /// A mode without settings.
     pub(crate) fn of(by: Mode) -> Self {
-        Self { name: by.label().to_owned(), by, send: vec![], receive: vec![] }
+        Self { name: by.label().to_owned(), by, splits: false, send: vec![], receive: vec![] }
     }
 }
 

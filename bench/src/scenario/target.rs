@@ -36,6 +36,14 @@ pub(crate) enum Quantity {
     ReceiveMemoryMib,
     /// Processor seconds of both engines and both QEMUs for 10^9 bytes on the link.
     CpuSPerGb,
+    /// Bytes that the engine sent to memory servers.
+    ToServersBytes,
+    /// MiB a second of the worker on its hot area, after the guest's arrival.
+    HotMibPerS,
+    /// The same on memory that it allocates and frees.
+    FreshMibPerS,
+    /// The same on memory that was filled before.
+    UsedMibPerS,
     /// Share of the runs that completed.
     Completed,
 }
@@ -55,6 +63,10 @@ impl Quantity {
             Self::SendMemoryMib => ("memory of `migrate send`", Some("MiB")),
             Self::ReceiveMemoryMib => ("memory of `migrate receive`", Some("MiB")),
             Self::CpuSPerGb => ("processor seconds", Some("s/GB")),
+            Self::ToServersBytes => ("bytes to memory servers", None),
+            Self::HotMibPerS => ("work on its hot memory", Some("MiB/s")),
+            Self::FreshMibPerS => ("work on fresh memory", Some("MiB/s")),
+            Self::UsedMibPerS => ("work on used memory", Some("MiB/s")),
             Self::Completed => ("share of runs that completed", None),
         }
     }

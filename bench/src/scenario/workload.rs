@@ -4,6 +4,8 @@ use anyhow::{Result, ensure};
 use framework::VmSpec;
 use serde::{Deserialize, Serialize};
 
+use super::AccessPhase;
+
 /// A checker that verifies its memory without being a load of its own.
 const CHECKER: &str = "godwit.checker=size=8,rate=50,verify=2000,seed=5";
 
@@ -71,6 +73,27 @@ pub(crate) enum Workload {
         /// How much, in MiB.
         mib: u64,
     },
+    /// Memory that was filled once, beside page cache that was filled and freed again; a worker that begins with
+    /// nothing else to do.
+    Worker {
+        /// Filled, in MiB.
+        fill_mib: u64,
+        /// Filled and freed, in MiB.
+        #[serde(default)]
+        freed_mib: u64,
+        /// What both are filled with.
+        #[serde(default = "noise")]
+        content: Content,
+        /// What it reads and writes, in MiB.
+        #[serde(default)]
+        hot_mib: u64,
+        /// What it allocates and frees, in MiB.
+        #[serde(default)]
+        fresh_mib: u64,
+        /// Whether it goes through hot and filled memory in their order, and not at random.
+        #[serde(default)]
+        is_sequential: bool,
+    },
     /// Redis as a cache under redis-benchmark: keys and values are drawn at random, and once
     /// memory is full every new one pushes another out.
     Redis {
@@ -99,6 +122,10 @@ pub(crate) enum Workload {
         #[serde(default = "compress_level")]
         level: u64,
     },
+}
+
+fn noise() -> Content {
+    Content::Random
 }
 
 fn bytes() -> u64 {
@@ -155,6 +182,14 @@ impl Workload {
             }
             Self::Resident { mib } => format!("{mib} MiB of noise, left alone"),
             Self::Freed { mib } => format!("{mib} MiB of noise in the page cache, freed again"),
+            Self::Worker { fill_mib, freed_mib, content, hot_mib, fresh_mib, is_sequential } => {
+                let order = if *is_sequential { "in order" } else { "at random" };
+                format!(
+                    "{fill_mib} MiB filled with {} beside {freed_mib} MiB of it freed again, {hot_mib} MiB \
+                     that are worked on {order}, {fresh_mib} MiB that are allocated and freed",
+                    content.label()
+                )
+            }
             Self::Redis { memory_mib, value_bytes, clients } => format!(
                 "Redis of {memory_mib} MiB under redis-benchmark: {clients} clients, random keys, \
                  values of {value_bytes} bytes"
@@ -173,6 +208,10 @@ impl Workload {
             Self::Writer { fill_mib, .. } => fill_mib.saturating_add(CHECKER_MIB),
             Self::Resident { mib } => *mib,
             Self::Freed { mib } => mib.saturating_add(CHECKER_MIB),
+            Self::Worker { fill_mib, freed_mib, hot_mib, fresh_mib, .. } => fill_mib
+                .saturating_add(*hot_mib)
+                .saturating_add(*freed_mib.max(fresh_mib))
+                .saturating_add(CHECKER_MIB),
             // Allocators and evicting take their share; WAL and page cache double a database.
             Self::Redis { memory_mib, .. } => memory_mib.saturating_mul(3) / 2,
             Self::Sqlite { memory_mib, .. } => memory_mib.saturating_mul(2),
@@ -195,6 +234,7 @@ impl Workload {
             Self::Resident { mib } | Self::Freed { mib } => {
                 ensure!(*mib >= 1, "mib is at least 1");
             }
+            Self::Worker { fill_mib, .. } => ensure!(*fill_mib >= 1, "fill_mib is at least 1"),
             Self::Redis { memory_mib, value_bytes, clients } => {
                 ensure!((16..=8192).contains(memory_mib), "memory_mib: 16 to 8192");
                 ensure!((12..=12_000).contains(value_bytes), "value_bytes: 12 to 12000");
@@ -214,6 +254,21 @@ impl Workload {
         matches!(self, Self::Redis { .. } | Self::Sqlite { .. } | Self::Compress { .. })
     }
 
+    /// Whether the guest has memory for a phase of its worker.
+    pub(super) fn has_phase(&self, phase: AccessPhase) -> bool {
+        match (self, phase) {
+            (Self::Worker { hot_mib, .. }, AccessPhase::Hot) => *hot_mib > 0,
+            (Self::Worker { fresh_mib, .. }, AccessPhase::Fresh) => *fresh_mib > 0,
+            (Self::Worker { .. }, AccessPhase::Used) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether it is a worker, which may take minutes to fill its memory.
+    pub(crate) fn is_worker(&self) -> bool {
+        matches!(self, Self::Worker { .. })
+    }
+
     /// Whether the guest verifies its memory.
     pub(crate) fn checks(&self) -> bool {
         !matches!(self, Self::Idle {} | Self::Resident { .. })
@@ -221,6 +276,13 @@ impl Workload {
 
     /// Adds the programs to a guest.
     pub(crate) fn give_to(&self, spec: VmSpec) -> VmSpec {
+        let spec = match self {
+            Self::Worker { freed_mib, content, .. } if *freed_mib > 0 => {
+                let content = content.label();
+                spec.with(&format!("godwit.freed=mib={freed_mib},content={content},seed=7"))
+            }
+            _ => spec,
+        };
         let program = match self {
             Self::Idle {} => return spec,
             Self::Writer { fill_mib, hot_mib, pages_per_s, bytes, skew, content } => {
@@ -234,6 +296,14 @@ impl Workload {
                 format!("godwit.writer=fill={mib},hot=1,rate=1,bytes=8,content=random,seed=7")
             }
             Self::Freed { mib } => format!("godwit.freed=mib={mib},seed=7"),
+            Self::Worker { fill_mib, content, hot_mib, fresh_mib, is_sequential, .. } => {
+                let order = if *is_sequential { "sequential" } else { "random" };
+                let content = content.label();
+                format!(
+                    "godwit.worker=fill_mib={fill_mib},content={content},hot_mib={hot_mib},\
+                     fresh_mib={fresh_mib},order={order},phase=idle,seed=7"
+                )
+            }
             Self::Redis { memory_mib, value_bytes, clients } => format!(
                 "godwit.app=kind=redis,memory={memory_mib},value={value_bytes},clients={clients}"
             ),
@@ -270,6 +340,19 @@ mod tests {
         assert!(words(&workload).starts_with(wanted), "{}", words(&workload));
         assert!(words(&workload).contains("godwit.checker="));
         assert_eq!(words(&Workload::Idle {}), "");
+    }
+
+    #[test]
+    fn a_worker_comes_with_what_was_freed_and_has_phases() {
+        let text = "kind = \"worker\"\nfill_mib = 300\nfreed_mib = 500\nhot_mib = 20\n";
+        let workload = read(text).unwrap();
+        let words = words(&workload);
+        assert!(words.starts_with("godwit.freed=mib=500,content=random,seed=7 godwit.worker="));
+        assert!(words.contains("fill_mib=300,content=random,hot_mib=20,fresh_mib=0,order=random"));
+        assert_eq!(workload.memory_mib(), 300 + 500 + 20 + 8);
+        assert!(workload.has_phase(AccessPhase::Hot) && workload.has_phase(AccessPhase::Used));
+        assert!(!workload.has_phase(AccessPhase::Fresh) && workload.checks());
+        assert!(!Workload::Idle {}.has_phase(AccessPhase::Used));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod check;
 mod demo;
 mod inspect;
+mod pager;
 mod pki;
 mod resolve;
 
@@ -10,9 +11,9 @@ use std::process::ExitCode;
 
 use migrate_core::handover::Outcome;
 
-use crate::args::{Command, ReceiveArgs, SendArgs};
+use crate::args::{Command, MemoryServerArgs, ReceiveArgs};
 use crate::report::{Report, ReportOutcome};
-use crate::{destination, source};
+use crate::{destination, memory_server, source};
 
 /// Runs a command; errors are told on stderr.
 pub async fn run(command: Command) -> ExitCode {
@@ -21,18 +22,21 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Inspect(args) => inspect::run(&args).await,
         Command::Pki(command) => pki::run(&command),
         Command::Receive(args) => receive(&args).await,
-        Command::Send(args) => send(&args).await,
+        Command::Send(args) => sent(&source::send(&args).await, args.json),
+        Command::Split(args) => sent(&source::split(&args).await, args.send.json),
+        Command::Status(args) => pager::status(&args.pager).await,
+        Command::Merge(args) => pager::merge(&args.pager).await,
         Command::Resolve(args) => resolve::run(&args).await,
+        Command::MemoryServer(args) => serve_memory(&args).await,
         Command::Demo(args) => demo::run(&args).await,
     }
 }
 
-async fn send(args: &SendArgs) -> ExitCode {
-    let report = source::send(args).await;
-    if args.json {
-        print_json(&report);
+fn sent(report: &Report, json: bool) -> ExitCode {
+    if json {
+        print_json(report);
     }
-    tell(&report);
+    tell(report);
     ExitCode::from(report.outcome.exit_code())
 }
 
@@ -64,6 +68,16 @@ fn tell(report: &Report) {
             report.bytes.wire as f64 / 1e6,
             report.bytes.populated as f64 / 1e6,
         );
+        if let Some(split) = &report.split {
+            let remote: u64 = split.remote_pages.iter().map(|remote| remote.pages).sum();
+            let mib = |pages: u64| pages as f64 / 256.0;
+            eprintln!(
+                "{:.1} MiB are on its main host, {:.1} MiB on {} memory servers",
+                mib(split.resident_pages),
+                mib(remote),
+                split.remote_pages.len()
+            );
+        }
     }
 }
 
@@ -72,6 +86,16 @@ async fn receive(args: &ReceiveArgs) -> ExitCode {
         Ok(Outcome::Completed) => ExitCode::SUCCESS,
         Ok(Outcome::RolledBack) => ExitCode::from(1),
         Ok(Outcome::InDoubt) => ExitCode::from(3),
+        Err(error) => {
+            eprintln!("error: {}", error.tell());
+            ExitCode::from(1)
+        }
+    }
+}
+
+async fn serve_memory(args: &MemoryServerArgs) -> ExitCode {
+    match memory_server::serve(args).await {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", error.tell());
             ExitCode::from(1)

@@ -7,12 +7,13 @@ use migrate_core::handover::destination::{Input, Output};
 use migrate_core::handover::{Destination, DestinationRecord, DestinationState};
 use qemu_glue::qmp::{Client, RunState};
 use transport::messages::{Message, Verdict};
-use transport::{DestinationSession, TransportError, close_code};
+use transport::{DestinationSession, MigrationId, TransportError, close_code};
 
 use super::owner::{discard, farewell, resume_guest};
 use super::paging::release_abandoned;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, Record};
+use crate::source::parse_migration;
 use crate::source::recover::{free_journals, is_same_qemu};
 
 /// Longest wait for the question, and for the answer to be taken.
@@ -107,6 +108,13 @@ impl Archive {
         Some(self.journals.remove(at))
     }
 
+    /// The journal of a guest that runs here while part of its memory is elsewhere, if there is one.
+    pub fn take_split(&mut self) -> Option<Journal> {
+        let is_split = |journal: &Journal| is_split(journal.entry());
+        let at = self.journals.iter().position(is_split)?;
+        Some(self.journals.remove(at))
+    }
+
     /// Ends what a killed engine left unfinished: an arrival is refused for ever, an owned guest is
     /// resumed.
     pub async fn recover(&mut self, client: Option<&Client>) {
@@ -173,6 +181,19 @@ impl Archive {
         Ok(journal.record(Record::Destination(DestinationRecord::Owned))?)
     }
 
+    /// The latest arrival, and where the pager of its guest is asked.
+    pub fn latest_socket(&self) -> Option<(MigrationId, PathBuf)> {
+        let journal = self.journals.last()?;
+        Some((parse_migration(&journal.entry().migration)?, journal.socket()))
+    }
+
+    /// The latest guest is not paged any more.
+    pub fn paging_ended(&mut self) {
+        if let Some(journal) = self.journals.last_mut() {
+            journal.end_paging();
+        }
+    }
+
     /// Keeps the journal of an arrival that is over.
     pub fn add(&mut self, journal: Journal) {
         self.journals.push(journal);
@@ -219,11 +240,20 @@ impl Archive {
     }
 }
 
+/// Whether an entry is about a guest that belongs here and lies on memory servers in part.
+fn is_split(entry: &Entry) -> bool {
+    use DestinationRecord::{Owned, Running};
+    let owned = matches!(entry.record, Record::Destination(Owned | Running));
+    let split = entry.paging.as_ref().is_some_and(|paging| paging.split.is_some());
+    owned && split && is_same_qemu(entry)
+}
+
 /// Whether an entry is about a guest that belongs here and may lack pages.
 pub fn fetches(entry: &Entry) -> bool {
     use DestinationRecord::{Fetching, Owned};
     let owned = matches!(entry.record, Record::Destination(Owned | Fetching));
-    owned && entry.paging.is_some() && is_same_qemu(entry)
+    let lacks = entry.paging.as_ref().is_some_and(|paging| paging.split.is_none());
+    owned && lacks && is_same_qemu(entry)
 }
 
 async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: Option<&Client>) {

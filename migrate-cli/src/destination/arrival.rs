@@ -18,7 +18,8 @@ use qemu_glue::ram::GuestRam;
 use tokio::sync::mpsc;
 use transport::messages::{
     self, Abort, Accept, DIGESTS_MAX, Describe, Load, Message, Missing, MissingEnd, Prepared,
-    Ready, Refuse, RefuseCode, Sync, Synced, VerifyChunk, VerifyEnd, VerifyRequest,
+    Ready, Refuse, RefuseCode, RemoteEnd, Split, Sync, Synced, VerifyChunk, VerifyEnd,
+    VerifyRequest,
 };
 use transport::{Closer, ControlReceiver, ControlSender, DestinationSession, close_code};
 use xxhash_rust::xxh3::xxh3_64;
@@ -27,6 +28,7 @@ use super::Place;
 use super::intake::Intake;
 use super::owner::{Owner, Voice};
 use super::paging::{self, Paging};
+use super::remote::{Attached, Reached, RemoteGuest};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
@@ -35,6 +37,9 @@ use crate::{attaching, failpoint, state_parts, verify};
 
 /// Most RAM blocks of a guest whose pages may be missing: the journal holds them all.
 const PAGED_BLOCKS_MAX: usize = 32;
+
+/// Longest plausible direct I/O of the disks of a guest that has none at its source, in milliseconds.
+const DIRECT_IO_WINDOW_MS: u32 = 3000;
 
 /// Longest silence of a source that is connected but does nothing.
 const IDLE_MAX: Duration = Duration::from_secs(120);
@@ -234,6 +239,10 @@ struct Arrival {
     /// A descriptor to page with, and QEMU's copy of it.
     uffd: Option<(OwnedFd, i32)>,
     paging: Option<Paging>,
+    /// The memory servers of a guest whose memory is split, and what lies there.
+    split: Option<(Reached, Vec<PageSet>)>,
+    /// Pages such a guest, once it is loaded.
+    remote: Option<RemoteGuest>,
     control: ControlSender,
     receiver: ControlReceiver,
     closer: Closer,
@@ -261,6 +270,8 @@ impl Arrival {
             verify_seed: None,
             uffd: None,
             paging: None,
+            split: None,
+            remote: None,
             control: session.control_sender,
             receiver: session.control_receiver,
             closer,
@@ -312,6 +323,7 @@ impl Arrival {
             journal,
             voice: Voice { control: self.control, receiver: self.receiver, closer: self.closer },
             paging: self.paging,
+            remote: self.remote,
             faults: None,
             asks,
             migration: self.migration,
@@ -324,6 +336,7 @@ impl Arrival {
             source_knows: true,
         };
         let outcome = owner.drive(Destination::Receiving, input).await;
+        *self.place.remote.lock() = owner.remote.take();
         if let Some(settling) = self.settling
             && let Err(error) = settling.settled().await
         {
@@ -354,6 +367,8 @@ impl Arrival {
                 Message::VerifyRequest(request) => self.verify(&request).await?,
                 Message::Missing(part) => self.drop_pages(&part).await?,
                 Message::Prepare(_) => self.prepare(journal).await?,
+                Message::Split(split) => self.reach(split).await?,
+                Message::RemoteEnd(end) => self.all_remote(&end)?,
                 Message::MissingEnd(end) => self.all_missing(&end)?,
                 Message::DeviceState(part) => {
                     if part.offset != self.device_state.len() as u64 {
@@ -420,7 +435,9 @@ impl Arrival {
         let attached = attaching::attach_shared(self.place.vm.pid).await?;
         let remote_fd = attached.1;
         self.uffd = Some(attached);
-        journal.set_paging(PagingEntry { remote_fd, regions: self.place.vm.regions.clone() })?;
+        let regions = self.place.vm.regions.clone();
+        let split = self.split.as_ref().map(|(reached, _)| reached.split.clone());
+        journal.set_paging(PagingEntry { remote_fd, regions, split })?;
         self.arriving = Arriving::new(self.ram.layout().pages());
         Ok(self.control.send(&Message::Prepared(Prepared {})).await?)
     }
@@ -432,6 +449,68 @@ impl Arrival {
         let fresh = Arriving::new(self.ram.layout().pages());
         self.missing = Some(std::mem::replace(&mut self.arriving, fresh).end(end)?);
         Ok(())
+    }
+
+    /// Reaches the memory servers of the guest.
+    async fn reach(&mut self, mut split: Split) -> Result<(), EngineError> {
+        if self.split.is_some() {
+            return Err(EngineError::OutOfPlace { got: "Split", wanted: "pages" });
+        }
+        if let Some(why) = no_post_copy(&self.place, self.ram.layout()) {
+            return Err(EngineError::Refused { code: RefuseCode::NoPlace, text: why });
+        }
+        if !self.place.vm.direct_io.is_empty() && split.direct_io_window_ms == 0 {
+            split.direct_io_window_ms = DIRECT_IO_WINDOW_MS;
+        }
+        let identity = Arc::new(transport::Identity::load(&self.place.identity_dir)?);
+        let options = transport::Options { dead_peer: self.place.dead_peer, ..Default::default() };
+        let reached = on_thread(move || Reached::connect(split, identity, options)).await??;
+        self.split = Some((reached, vec![]));
+        Ok(self.control.send(&Message::Prepared(Prepared {})).await?)
+    }
+
+    /// The pages that were said to be missing lie on a memory server.
+    fn all_remote(&mut self, end: &RemoteEnd) -> Result<(), EngineError> {
+        let out_of_place = || EngineError::OutOfPlace { got: "RemoteEnd", wanted: "pages" };
+        let (reached, remote) = self.split.as_mut().ok_or_else(out_of_place)?;
+        let in_order = usize::from(end.store) == remote.len();
+        if self.uffd.is_none() || !in_order || remote.len() >= reached.split.stores.len() {
+            return Err(out_of_place());
+        }
+        let fresh = Arriving::new(self.ram.layout().pages());
+        let arrived = std::mem::replace(&mut self.arriving, fresh);
+        remote.push(arrived.end(&MissingEnd { pages: end.pages })?);
+        Ok(())
+    }
+
+    /// Begins to page a guest whose memory is split: loading the device state touches memory.
+    async fn begin_remote(
+        &mut self,
+        mut reached: Reached,
+        remote: Vec<PageSet>,
+    ) -> Result<(), EngineError> {
+        let uffd = self.uffd.take();
+        let (uffd, remote_fd) =
+            uffd.ok_or_else(|| EngineError::Internal("there is nothing to page with".into()))?;
+        let (place, ram) = (Arc::clone(&self.place), Arc::clone(&self.ram));
+        let kept = on_thread(move || reached.keep().map(|()| reached)).await.and_then(|kept| kept);
+        let started = match kept {
+            Ok(reached) => {
+                let attached = Attached { uffd, remote_fd };
+                RemoteGuest::start(place.vm.label(), ram, attached, reached, remote).await
+            }
+            Err(error) => Err(error),
+        };
+        match started {
+            Ok(started) => {
+                self.remote = Some(started);
+                Ok(())
+            }
+            Err(error) => {
+                attaching::close_copy(self.place.vm.pid, remote_fd).await;
+                Err(error)
+            }
+        }
     }
 
     /// Begins to serve faults: loading the device state touches memory.
@@ -481,6 +560,10 @@ impl Arrival {
         if let Some(missing) = self.missing.take() {
             self.begin_paging(missing).await?;
             failpoint::hit("destination-paging").await;
+        }
+        if let Some((reached, remote)) = self.split.take() {
+            self.begin_remote(reached, remote).await?;
+            failpoint::hit("destination-split").await;
         }
         let began = Instant::now();
         let loading = match self.loading.take() {

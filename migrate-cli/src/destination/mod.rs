@@ -19,6 +19,7 @@ pub mod fetcher;
 pub mod intake;
 pub mod owner;
 pub mod paging;
+pub mod remote;
 pub mod rescue;
 
 use std::path::PathBuf;
@@ -28,16 +29,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use migrate_core::handover::Outcome;
+use parking_lot::Mutex;
 use qemu_glue::check::Severity;
 use qemu_glue::qmp::{Client, RunState};
 use qemu_glue::vm::{self, VmInventory};
 use tokio::sync::mpsc;
-use transport::messages::{Intent, RefuseCode};
+use transport::messages::{FEATURE_SPLIT, Intent, RefuseCode};
 use transport::{
     DestinationSession, Identity, Listener, MigrationId, Options, TransportError, close_code,
 };
 
 use self::answer::Archive;
+use self::remote::{Ending, RemoteGuest};
 use crate::args::ReceiveArgs;
 use crate::error::EngineError;
 use crate::{cancel, journal};
@@ -66,6 +69,10 @@ pub struct Place {
     pub lease: Duration,
     /// Whether a guest runs here that lacks pages.
     pub fetches: AtomicBool,
+    /// Seconds of silence after which a memory server counts as dead.
+    pub dead_peer: Duration,
+    /// Pages a guest that runs here while part of its memory is elsewhere.
+    pub remote: Mutex<Option<RemoteGuest>>,
 }
 
 /// Receives guests as asked.
@@ -81,6 +88,7 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         lanes: default.lanes + 1,
         dead_peer: Duration::from_secs(args.common.dead_peer_s),
         expected_peer: args.common.peer.clone(),
+        features: FEATURE_SPLIT,
         ..default
     };
     let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
@@ -88,6 +96,11 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
     if let Some(journal) = archive.take_fetching() {
         let fetches = AtomicBool::new(true);
         let going_on = rescue::rescue(args, &identity, &options, journal, &mut archive, &fetches);
+        return until_cancelled(&fetches, going_on).await;
+    }
+    if let Some(journal) = archive.take_split() {
+        let fetches = AtomicBool::new(true);
+        let going_on = remote::rescue(args, identity, &options, journal, &mut archive);
         return until_cancelled(&fetches, going_on).await;
     }
     let client = Client::connect(&args.common.qmp).await;
@@ -126,6 +139,8 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         qmp: std::path::absolute(&args.common.qmp).unwrap_or_else(|_| args.common.qmp.clone()),
         lease: Duration::from_secs(args.lease_s),
         fetches: AtomicBool::new(false),
+        dead_peer: Duration::from_secs(args.common.dead_peer_s),
+        remote: Mutex::new(None),
     });
     until_cancelled(&place.fetches, serve(&mut listener, &place, &mut archive)).await
 }
@@ -210,6 +225,13 @@ async fn serve(
             Ok(outcome) => eprintln!("{}", describe(*outcome)),
             Err(error) => eprintln!("refused: {}", error.tell()),
         }
+        let remote = place.remote.lock().take();
+        if let Some(remote) = remote {
+            place.fetches.store(true, Ordering::Relaxed);
+            let paged = Paged { client: &place.client, vm: &place.vm };
+            page(listener, paged, archive, remote).await?;
+            return taken;
+        }
         // QEMU takes one guest; after that, or after a failure half-way, it is of no more use.
         let Err(over) = check_waiting(&place.client).await else { continue };
         if !archive.source_knows() {
@@ -217,6 +239,47 @@ async fn serve(
         }
         return taken.map_err(|_told| over);
     }
+}
+
+/// A guest that is paged here.
+struct Paged<'a> {
+    client: &'a Client,
+    vm: &'a VmInventory,
+}
+
+/// Pages a guest whose memory is split, until that is over; answers questions meanwhile.
+async fn page(
+    listener: &mut Listener,
+    Paged { client, vm }: Paged<'_>,
+    archive: &mut Archive,
+    mut remote: RemoteGuest,
+) -> Result<(), EngineError> {
+    let Some((migration, socket)) = archive.latest_socket() else { return Ok(()) };
+    remote.begin_to_ask(client, vm);
+    eprintln!(
+        "part of its memory is elsewhere; this is its pager (`migrate status`, `migrate merge`)"
+    );
+    let (forward, mut asks) = mpsc::channel::<DestinationSession>(ASKS_WAITING);
+    let refusing = async {
+        while let Some(session) = asks.recv().await {
+            session.close(close_code::REJECTED, "nothing of it is missing at its source").await;
+        }
+        std::future::pending().await
+    };
+    let work = async {
+        tokio::select! {
+            ending = remote.run(client, socket) => ending,
+            never = refusing => never,
+        }
+    };
+    let ending = attend(listener, Some(client), archive, migration, &forward, work).await;
+    let ending = ending?;
+    archive.paging_ended();
+    match ending {
+        Ending::Merged => eprintln!("all memory of the guest is here"),
+        Ending::Gone => eprintln!("the guest's QEMU is gone"),
+    }
+    Ok(())
 }
 
 fn describe(outcome: Outcome) -> &'static str {

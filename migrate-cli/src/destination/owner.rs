@@ -24,6 +24,7 @@ use transport::{
 
 use super::arrival::empty;
 use super::paging::{self, Paging};
+use super::remote::RemoteGuest;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::failpoint;
@@ -82,6 +83,8 @@ pub struct Owner<'a> {
     pub voice: Voice,
     /// What brings missing pages in, until all are here.
     pub paging: Option<Paging>,
+    /// What pages a guest whose memory is split.
+    pub remote: Option<RemoteGuest>,
     /// What the guest's page faults cost.
     pub faults: Option<FaultStats>,
     /// Sessions opened to ask about this migration, or to go on with it.
@@ -173,7 +176,12 @@ impl Owner<'_> {
                 failpoint::hit("destination-ready").await;
                 None
             }
-            Output::ResumeGuest => Some(self.resume().await),
+            Output::ResumeGuest => {
+                if self.remote.is_some() {
+                    self.fetches.store(true, Ordering::Relaxed);
+                }
+                Some(self.resume().await)
+            }
             Output::Say(DestinationState::Running) => {
                 let resume_us = self.commit.map_or(0, |commit| commit.at.elapsed().as_micros());
                 let resume_us = u64::try_from(resume_us).unwrap_or(u64::MAX);
@@ -197,6 +205,9 @@ impl Owner<'_> {
                 // Threads of QEMU may wait for pages that nobody sends any more.
                 if let Some(paging) = self.paging.take() {
                     paging.end().await;
+                }
+                if let Some(mut remote) = self.remote.take() {
+                    remote.end().await;
                 }
                 discard(self.client, Some(self.ram)).await;
                 None

@@ -89,6 +89,7 @@ impl Rescued<'_> {
             journal: self.journal,
             voice,
             paging,
+            remote: None,
             faults: None,
             asks,
             migration: self.migration,

@@ -84,6 +84,22 @@ impl Gate {
         inner.entered_bytes += bytes;
     }
 
+    /// Pays for bytes that left another way, beside the window: waits for what the user's limit asks. Says whether the
+    /// session goes on. Blocks.
+    pub fn pay(&self, bytes: u64) -> bool {
+        let mut inner = self.lock();
+        inner.paid_until = inner.paid_until.max(Instant::now()) + self.cost(bytes);
+        while !inner.closed {
+            let early = inner.paid_until.saturating_duration_since(Instant::now());
+            if self.bytes_per_s_max.is_none() || early <= BURST {
+                return true;
+            }
+            let wait = self.changed.wait_timeout(inner, early - BURST);
+            inner = wait.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        false
+    }
+
     /// What entered as `entered_bytes` turns out to be `bytes`.
     pub fn correct(&self, entered_bytes: u64, bytes: u64) {
         let mut inner = self.lock();
@@ -196,6 +212,18 @@ mod tests {
         // 2 MiB at 10 MB/s would be 200 ms.
         gate.enter(1000);
         assert!(start.elapsed() < Duration::from_millis(150), "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn what_leaves_another_way_is_paid_for_and_does_not_wait_for_a_session_that_is_over() {
+        let gate = Gate::new(Some(80_000_000));
+        let start = Instant::now();
+        assert!((0..10).all(|_| gate.pay(100_000)));
+        assert!(start.elapsed() >= Duration::from_millis(60), "{:?}", start.elapsed());
+        assert_eq!(gate.bytes(), (0, 0));
+        gate.close();
+        assert!(!gate.pay(1 << 40));
+        assert!(start.elapsed() < Duration::from_secs(10));
     }
 
     #[test]

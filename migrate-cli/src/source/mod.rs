@@ -23,6 +23,7 @@ pub mod pump;
 pub mod recover;
 pub mod rounds;
 pub mod serve;
+pub mod split;
 pub mod switch;
 pub mod unused;
 
@@ -39,7 +40,8 @@ use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{Precopy, PrecopyConfig};
 use qemu_glue::qmp::Client;
 use qemu_glue::track::DirtyTracker;
-use transport::{Closer, Identity, LaneSender, MigrationId};
+use transport::messages::{FEATURE_SPLIT, Message, Prepare};
+use transport::{Closer, Identity, LaneSender, MigrationId, SourceSession};
 
 use self::answering::UrgentLane;
 use self::contact::Contact;
@@ -53,8 +55,9 @@ use self::prepare::{Accepted, Guest};
 use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
+use self::split::{Room, Split};
 use self::unused::Unused;
-use crate::args::{Mode, PageOrder, SendArgs, Switch};
+use crate::args::{Mode, PageOrder, SendArgs, SplitArgs, Switch};
 use crate::blocking::{on_thread, worker_threads};
 use crate::error::EngineError;
 use crate::journal::Journal;
@@ -71,9 +74,22 @@ const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
 /// Migrates a guest as asked; everything that happens is in the report.
 pub async fn send(args: &SendArgs) -> Report {
+    migrate(args, None).await
+}
+
+/// Migrates a guest whose memory is split; everything that happens is in the report.
+pub async fn split(args: &SplitArgs) -> Report {
+    let mode = Mode::PreCopy;
+    migrate(&SendArgs { mode, ..args.send.clone() }, Some(args)).await
+}
+
+async fn migrate(args: &SendArgs, asked: Option<&SplitArgs>) -> Report {
     let began = Instant::now();
     let mut report = Report::begin(&args.common.qmp.display().to_string());
-    if let Err(error) = Box::pin(run(args, &mut report, began)).await {
+    if asked.is_some() {
+        report.mode = "split";
+    }
+    if let Err(error) = Box::pin(run(args, asked, &mut report, began)).await {
         // Nothing was touched: the guest is as it was.
         let client = Client::connect(&args.common.qmp).await.ok();
         fail(&mut report, &error, place(client.as_ref()).await, GuestPlace::Unknown);
@@ -100,8 +116,16 @@ fn fail(report: &mut Report, error: &EngineError, source: GuestPlace, destinatio
 }
 
 /// Everything up to the journal; errors from here mean that nothing was touched.
-async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(), EngineError> {
+async fn run(
+    args: &SendArgs,
+    asked: Option<&SplitArgs>,
+    report: &mut Report,
+    clock: Instant,
+) -> Result<(), EngineError> {
     prepare::check_asked(args)?;
+    if let Some(asked) = asked {
+        split::check_asked(&asked.send)?;
+    }
     let identity = Arc::new(Identity::load(&args.common.identity)?);
     let addr = prepare::resolve_address(&args.to).await?;
     recover::before_sending(args).await?;
@@ -110,12 +134,20 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
     let migration = prepare::new_migration()?;
     let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count, args.mode));
     options.lane_kind = args.lanes.kind();
+    options.features = FEATURE_SPLIT;
     let accepted = prepare::accepted(addr, &identity, &options, migration, &guest, args).await?;
     let Accepted { session, urgent } = accepted;
     let closer = session.closer.clone();
     report.lanes = Some(LaneReport::of(&closer, session.lanes.len()));
-    let journal = match prepare::journal(args, &guest, migration, &session.peer.name) {
-        Ok(journal) => journal,
+    let recorded = async {
+        let room = match asked {
+            Some(asked) => Some(room(asked, &guest, &identity, &session).await?),
+            None => None,
+        };
+        Ok::<_, EngineError>((room, prepare::journal(args, &guest, migration, &session.peer.name)?))
+    };
+    let (room, journal) = match recorded.await {
+        Ok(recorded) => recorded,
         Err(error) => {
             session.close(transport::close_code::ABORTED, &error.tell()).await;
             return Err(error);
@@ -146,9 +178,27 @@ async fn run(args: &SendArgs, report: &mut Report, clock: Instant) -> Result<(),
         clock,
         lanes: LaneTasks::start(session.lanes),
         urgent,
+        room,
+        split: None,
     };
     migration.run(report).await;
     Ok(())
+}
+
+/// Room on memory servers for a guest whose destination takes such guests.
+async fn room(
+    asked: &SplitArgs,
+    guest: &Guest,
+    identity: &Arc<Identity>,
+    session: &SourceSession,
+) -> Result<Room, EngineError> {
+    if session.selected.features & FEATURE_SPLIT == 0 {
+        return Err(EngineError::Misuse {
+            what: "The destination's engine takes no guests whose memory is split".into(),
+            remedy: "Update it there".into(),
+        });
+    }
+    Room::make(asked, guest, identity, &session.peer.name).await
 }
 
 /// A migration that has left traces: a journal, a session.
@@ -162,6 +212,9 @@ struct Migration<'a> {
     clock: Instant,
     lanes: LaneTasks,
     urgent: Option<LaneSender>,
+    /// Where pages are to go that are not the destination's, until it is decided which.
+    room: Option<Room>,
+    split: Option<Arc<Split>>,
 }
 
 /// A guest whose destination is ready.
@@ -240,6 +293,7 @@ impl Migration<'_> {
     ) {
         let wire = self.closer.stats().wire;
         report.bytes.wire = wire.sent + wire.received;
+        self.conclude_split(report, outcome).await;
         report.end_of_lanes(&self.closer);
         let client = Some(&self.guest.client);
         match outcome {
@@ -277,6 +331,29 @@ impl Migration<'_> {
                 fail(report, &error, place(client).await, GuestPlace::Unknown);
             }
         }
+    }
+
+    /// The stores go with the guest, or away.
+    async fn conclude_split(&mut self, report: &mut Report, outcome: Outcome) {
+        let (room, split) = (self.room.take(), self.split.take());
+        if let Some(split) = &split {
+            let told = split.report();
+            report.bytes.wire += told.to_servers_bytes;
+            report.split = Some(told);
+        }
+        // In doubt, they may be the guest's: the destination keeps them, or their lease ends.
+        if outcome != Outcome::RolledBack {
+            return;
+        }
+        let deleted = on_thread(move || {
+            if let Some(room) = room {
+                room.delete();
+            }
+            if let Some(split) = split {
+                split.delete();
+            }
+        });
+        let _told_in_the_log = deleted.await;
     }
 
     /// A lane that ends is the consequence of something that the control stream tells.
@@ -326,6 +403,16 @@ impl Migration<'_> {
         let looked = unused(self.args, &self.guest, progress, report);
         let (armed, unused) = tokio::join!(armed, looked);
         let (tracker, data) = armed??;
+        if let Some(mut room) = self.room.take() {
+            room.tell(link).await?;
+            let (ram, unused, data) = (Arc::clone(&ram), unused.clone(), data.clone());
+            let gate = Arc::clone(&self.gate);
+            let placed =
+                on_thread(move || (Split::place(&mut room, ram, unused, gate, &data), room));
+            let (split, room) = placed.await?;
+            self.room = Some(room);
+            self.split = Some(Arc::new(split?));
+        }
         let mut precopy = Precopy::new(
             ram.layout(),
             PrecopyConfig {
@@ -356,6 +443,7 @@ impl Migration<'_> {
                 self.args.compression.wanted(),
                 unused.clone(),
             )),
+            split: self.split.clone(),
             unused,
             ram,
             pages,
@@ -379,6 +467,10 @@ impl Migration<'_> {
                 self.hand_over_early(&mover, Some((&mut precopy, &known)), report, stopped_at);
             let server = Some(server.await?);
             return Ok(Moved { mover, server });
+        }
+        if mover.split.is_some() {
+            link.send(Message::Prepare(Prepare {})).await?;
+            split::prepared(link, switch::LOAD_WITHIN).await?;
         }
         let saving = switch::begin(&mover, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
@@ -419,6 +511,7 @@ impl Migration<'_> {
         );
         let mover = Mover {
             pump: Arc::new(pump),
+            split: None,
             unused,
             ram,
             pages,

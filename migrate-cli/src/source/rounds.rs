@@ -16,6 +16,7 @@ use transport::messages::Sync;
 use super::gate::Gate;
 use super::link::Link;
 use super::pump::{Pump, PumpError};
+use super::split::Split;
 use super::unused::Unused;
 use crate::args::Mode;
 use crate::error::EngineError;
@@ -62,6 +63,8 @@ pub struct Mover {
     pub has_urgent_lane: bool,
     /// Tells what the guest does not use.
     pub unused: Option<Arc<Unused>>,
+    /// Where pages go that are not the destination's.
+    pub split: Option<Arc<Split>>,
     /// Encoder threads.
     pub pump: Arc<Pump>,
     /// Back-pressure.
@@ -148,6 +151,15 @@ impl Mover {
         }
     }
 
+    /// Bytes a second that the links carry together, if enough was sent to tell.
+    pub fn goodput_bytes_per_s(&self, link: &Link) -> Option<f64> {
+        let main = link.goodput_bytes_per_s();
+        match &self.split {
+            Some(split) => split.goodput_bytes_per_s(main),
+            None => main,
+        }
+    }
+
     /// What the destination must have in place.
     pub fn sync(&self, sequence: u32) -> Sync {
         let mut batches = self.pump.batches();
@@ -176,14 +188,21 @@ impl Mover {
         mut tick: impl FnMut() -> Result<(), EngineError>,
     ) -> Result<PageCounts, EngineError> {
         let (pump, unused) = (Arc::clone(&self.pump), self.unused.clone());
+        let split = self.split.clone();
         pump.begin_round();
         let mut sending = tokio::task::spawn_blocking(move || -> Result<_, EngineError> {
             if let Some(unused) = unused {
                 unused.begin_round(&round)?;
             }
-            Ok(pump.send(round)?)
+            match split {
+                Some(split) => split.send(&pump, round),
+                None => Ok(pump.send(round)?),
+            }
         });
-        let mut last = (link.applied_bytes(), Instant::now());
+        let moved = || {
+            link.applied_bytes() + self.split.as_ref().map_or(0, |split| split.acknowledged_bytes())
+        };
+        let mut last = (moved(), Instant::now());
         loop {
             tokio::select! {
                 sent = &mut sending => {
@@ -194,8 +213,13 @@ impl Mover {
                 () = tokio::time::sleep(TICK) => {}
             }
             tick()?;
-            if link.applied_bytes() != last.0 {
-                last = (link.applied_bytes(), Instant::now());
+            if let Some(split) = self.split.clone()
+                && split.wants_renewal()
+            {
+                drop(tokio::task::spawn_blocking(move || split.keep_alive()));
+            }
+            if moved() != last.0 {
+                last = (moved(), Instant::now());
             } else if last.1.elapsed() > STUCK_AFTER {
                 let seconds = STUCK_AFTER.as_secs();
                 return Err(EngineError::TooSlow { wanted: "progress with pages", seconds });
@@ -269,7 +293,7 @@ impl Mover {
             }
             let state = LinkState {
                 outstanding_bytes: self.gate.bytes().1,
-                goodput_bytes_per_s: link.goodput_bytes_per_s(),
+                goodput_bytes_per_s: self.goodput_bytes_per_s(link),
                 overhead: STOP_OVERHEAD + self.look_again(),
             };
             step = precopy.scanned(dirty, state, self.clock.elapsed())?;

@@ -96,9 +96,14 @@ pub async fn switch(
     let mut began = Instant::now();
     let digest = mover.pages.digest();
     link.send(Message::Sync(mover.sync(1))).await?;
+    if let Some(split) = &mover.split {
+        split.tell(link).await?;
+    }
     if verify {
         synced(link, digest).await?;
-        compare(mover, link, random::number()?, None, report).await?;
+        let remote = mover.split.as_ref().map(|split| split.remote());
+        compare(mover, link, random::number()?, remote.as_ref(), report).await?;
+        compare_remote(mover, report).await?;
         part(report, "verify", began);
         began = Instant::now();
     }
@@ -126,7 +131,7 @@ async fn last_pages(
     report: &Mutex<&mut Report>,
 ) -> Result<(), EngineError> {
     let began = Instant::now();
-    let goodput = link.goodput_bytes_per_s();
+    let goodput = mover.goodput_bytes_per_s(link);
     let mut written = match precopy.few_written_since(mover.clock.elapsed(), goodput) {
         true => PageSet::new(mover.ram.layout().pages()),
         false => mover.scan()?,
@@ -193,6 +198,16 @@ pub async fn ready(
     };
     report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
     if ready.version_digest == version_digest { Ok(()) } else { Err(other_pages()) }
+}
+
+/// Compares what lies on memory servers.
+async fn compare_remote(mover: &Mover, report: &mut Report) -> Result<(), EngineError> {
+    let Some(split) = mover.split.clone() else { return Ok(()) };
+    let (pages, mismatches) = on_thread(move || split.verify()).await??;
+    let main = report.verify.unwrap_or(VerifyReport { pages: 0, mismatches: 0 });
+    let pages = main.pages + pages;
+    report.verify = Some(VerifyReport { pages, mismatches });
+    if mismatches > 0 { Err(EngineError::Mismatch { mismatches, pages }) } else { Ok(()) }
 }
 
 /// Compares digests of all pages but those `missing`, in the order in which they come; what was found is

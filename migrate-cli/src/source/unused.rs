@@ -24,20 +24,20 @@ use migrate_core::page_table::SourcePages;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Round;
 use parking_lot::{Mutex, RwLock};
-use qemu_glue::qmp::{Client, Event};
+use qemu_glue::qmp::Client;
 use qemu_glue::vm::{self, Processor};
-use tokio::sync::broadcast::{self, error::TryRecvError};
 
 use super::prepare::Guest;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
+use crate::resets::Resets;
 
 /// The guest's kernel, and what is skipped by what it says.
 #[derive(Debug)]
 pub struct Unused {
     client: Client,
-    /// Events since before the kernel was found.
-    events: Mutex<broadcast::Receiver<Event>>,
+    /// Resets since before the kernel was found.
+    resets: Resets,
     kernel: Kernel,
     memory: LiveMemory,
     /// Those of the round being sent.
@@ -53,7 +53,7 @@ impl Unused {
     /// # Errors
     /// Why nothing is skipped.
     pub async fn find(guest: &Guest) -> Result<Self, EngineError> {
-        let events = Mutex::new(guest.client.subscribe());
+        let resets = Resets::watch(&guest.client);
         let processors = vm::processors(&guest.client).await?;
         let memory = LiveMemory::new(Arc::clone(&guest.ram), &guest.vm.guest_physical);
         let pages = guest.ram.layout().pages();
@@ -66,7 +66,7 @@ impl Unused {
         tracing::info!(kernel = kernel.release(), "unused memory is skipped");
         Ok(Self {
             client: guest.client.clone(),
-            events,
+            resets,
             kernel,
             memory,
             of_round: RwLock::new(PageSet::new(pages)),
@@ -78,7 +78,7 @@ impl Unused {
     /// Where the guest's processors are: nowhere if QEMU does not tell, or the guest was reset, and then nothing is
     /// skipped any more.
     pub async fn processors(&self) -> Vec<Processor> {
-        if self.is_over() || self.was_reset() {
+        if self.is_over() || self.resets.happened() {
             return vec![];
         }
         vm::processors(&self.client).await.unwrap_or_else(|error| {
@@ -89,20 +89,6 @@ impl Unused {
 
     fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Acquire)
-    }
-
-    /// Whether the guest was reset since its kernel was found: the next one may look just like it.
-    fn was_reset(&self) -> bool {
-        let mut events = self.events.lock();
-        loop {
-            match events.try_recv() {
-                Ok(event) if event.name == "RESET" => return true,
-                Ok(_) => {}
-                // Some were missed, or there will be none: who knows.
-                Err(TryRecvError::Lagged(_) | TryRecvError::Closed) => return true,
-                Err(TryRecvError::Empty) => return false,
-            }
-        }
     }
 
     /// Finds out which pages of a round are unused, after they were armed. Blocks.
@@ -197,6 +183,32 @@ impl Unused {
         missing.subtract(&unused);
         self.skipped.lock().union_with(&unused);
         Ok(())
+    }
+
+    /// Pages of the round that are unused and were never sent anywhere: skipped from now on, unless a later round has
+    /// them again.
+    pub fn skip(&self, pages: &PageSet) -> PageSet {
+        let mut unused = pages.clone();
+        unused.intersect(&self.of_round.read());
+        self.skipped.lock().union_with(&unused);
+        unused
+    }
+
+    /// Those of the pages with `data` that the guest uses, and of these the ones that it is likely to need soon, as far
+    /// as its kernel tells. Blocks.
+    ///
+    /// # Errors
+    /// If memory cannot be read.
+    pub fn in_use(&self, data: &PageSet) -> Result<(PageSet, PageSet), EngineError> {
+        let unused = self.unused_of(data)?;
+        let mut in_use = data.clone();
+        in_use.subtract(&unused);
+        let mut hot = PageSet::new(data.size());
+        if let Some(set) = self.kernel.working_set(&self.memory, &unused)? {
+            hot = in_use.clone();
+            hot.subtract(&set.cold);
+        }
+        Ok((in_use, hot))
     }
 
     /// Number of pages that are skipped now.

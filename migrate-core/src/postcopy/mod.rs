@@ -32,11 +32,11 @@
 mod budget;
 mod fetch;
 mod push;
-mod stalls;
+pub(crate) mod stalls;
 #[cfg(test)]
 #[expect(clippy::single_range_in_vec_init, reason = "one run is meant")]
 mod tests;
-mod window;
+pub(crate) mod window;
 
 pub use fetch::{Arrival, FaultAction, Fetch};
 pub use push::{Answer, PushConfig, PushCounts, PushPlan};
@@ -87,11 +87,11 @@ impl Classify for PostcopyError {
 
 /// A page of the size that backs its block.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct HostPage {
+pub(crate) struct HostPage {
     /// Its pages of [`PAGE_BYTES`].
-    pages: Range<u64>,
+    pub(crate) pages: Range<u64>,
     /// All pages of its block.
-    block: Range<u64>,
+    pub(crate) block: Range<u64>,
 }
 
 impl HostPage {
@@ -145,7 +145,7 @@ impl HostPages {
 }
 
 /// Adds `run` to `runs`, joined with the last one if they touch.
-fn append(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
+pub(crate) fn append(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
     match runs.last_mut() {
         Some(last) if last.end == run.start => last.end = run.end,
         Some(last) if run.end == last.start => last.start = run.start,

@@ -37,7 +37,7 @@ pub struct FetchStats {
 
 /// Counts faults and measures how long they took.
 #[derive(Debug)]
-pub(super) struct Stalls {
+pub(crate) struct Stalls {
     pub(super) faults: u64,
     pub(super) faults_under_way: u64,
     pub(super) faults_zero: u64,
@@ -50,7 +50,7 @@ pub(super) struct Stalls {
 }
 
 impl Stalls {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             faults: 0,
             faults_under_way: 0,
@@ -66,7 +66,7 @@ impl Stalls {
     }
 
     /// A host page is waited for from `now` on.
-    pub(super) fn began(&mut self, now: Duration) {
+    pub(crate) fn began(&mut self, now: Duration) {
         if self.waiting == 0 {
             self.blocked_since = now;
         }
@@ -74,7 +74,7 @@ impl Stalls {
     }
 
     /// A host page that was waited for since `since` arrived.
-    pub(super) fn ended(&mut self, since: Duration, now: Duration) {
+    pub(crate) fn ended(&mut self, since: Duration, now: Duration) {
         let took = now.saturating_sub(since);
         self.max = self.max.max(took);
         self.service_us.saturating_record(micros(took));
@@ -85,7 +85,7 @@ impl Stalls {
         }
     }
 
-    pub(super) fn stats(&self) -> FetchStats {
+    pub(crate) fn stats(&self) -> FetchStats {
         FetchStats {
             faults: self.faults,
             faults_under_way: self.faults_under_way,

@@ -1,5 +1,7 @@
-//! What the end-to-end tests share: identities, journals, and a migration with its checks.
+//! What the end-to-end tests share: identities, journals, and migrations with their checks.
 
+pub mod reading;
+pub mod split;
 pub mod untouched;
 
 use std::net::{TcpListener, UdpSocket};

@@ -3,35 +3,21 @@
 //! The guest reads its disk all the time with O_DIRECT into reused buffers, several MiB a request,
 //! so that reads are always in flight, and checks what it read. With `cache=none` QEMU
 //! pins the guest's pages: what arrives after a page was armed again is not reported by the kernel.
-//! The disk is made slow, so that data arrives long after the page was armed and copied, and a buffer
-//! is not read into again for a while, so that such a page is not put right by the next read.
+//! What makes that likely is in [`e2e::reading`].
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::reading::{reading, slow_disk};
 use e2e::{PATIENCE, Rig, free_address};
-use framework::{QemuKind, SlowDisk, Vm, VmSpec, disk};
+use framework::{QemuKind, Vm};
 
-const DISK_MIB: u64 = 512;
-const DISK_SEED: u64 = 11;
 const MOVES: usize = 20;
-
-/// Slow enough for a request of 4 MiB to be in flight for tens of milliseconds, and several at once.
-const DISK_BYTES_PER_S: u64 = 100 << 20;
-
-fn reading(path: &Path, kind: QemuKind, cache: &str, aio: &str) -> VmSpec {
-    let words =
-        format!("godwit.diskread=threads=4,request=4096,buffers=6,every=2,seed={DISK_SEED}");
-    VmSpec::new("reading", kind).memory_mib(512).smp(2).disk(path, cache, aio).with(&words)
-}
 
 /// Moves a reading guest back and forth, every page compared each time.
 fn reads_on(cache: &str, aio: &str) -> Result<()> {
     let rig = Rig::new()?;
-    let image = rig.folder.path().join("disk.img");
-    disk::create(&image, DISK_MIB, DISK_SEED)?;
-    let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
+    let (image, slow) = slow_disk(&rig)?;
     let kinds = [QemuKind::V7_2, QemuKind::V10_0];
     for kind in kinds {
         let mut vm = Vm::boot(&rig.env, reading(&image, kind, cache, aio))?;
@@ -71,9 +57,7 @@ fn twenty_moves_with_buffered_io() -> Result<()> {
 #[test]
 fn disks_read_into_memory_that_follows() -> Result<()> {
     let rig = Rig::new()?;
-    let image = rig.folder.path().join("disk.img");
-    disk::create(&image, DISK_MIB, DISK_SEED)?;
-    let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
+    let (image, slow) = slow_disk(&rig)?;
     let kind = QemuKind::V10_0;
     let mut vm = Vm::boot(&rig.env, reading(&image, kind, "none", "native"))?;
     slow.add(vm.pid())?;
@@ -92,9 +76,7 @@ fn disks_read_into_memory_that_follows() -> Result<()> {
 fn without_the_second_look_pages_differ() -> Result<()> {
     let rig = Rig::with_failpoints()?;
     rig.arm("no-second-look")?;
-    let image = rig.folder.path().join("disk.img");
-    disk::create(&image, DISK_MIB, DISK_SEED)?;
-    let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
+    let (image, slow) = slow_disk(&rig)?;
     let mut source = Vm::boot(&rig.env, reading(&image, QemuKind::V7_2, "none", "native"))?;
     slow.add(source.pid())?;
     for attempt in 1..=MOVES {

@@ -8,11 +8,12 @@ use anyhow::{Context as _, Result, bail};
 use crate::wait;
 
 /// What no healthy guest prints. A kernel's texts, and those of the guest's programs.
-const BAD_TEXTS: [&str; 19] = [
+const BAD_TEXTS: [&str; 20] = [
     "APP FAIL",
     "CHECKER FAIL",
     "DISKREAD FAIL",
     "FREED FAIL",
+    "WORKER FAIL",
     "pagealloc: ",
     "GUEST FAIL",
     "GUEST DIED",

@@ -142,14 +142,34 @@ impl Engine {
     /// # Errors
     /// It ended without, or `timeout` passed; the text has stderr.
     pub fn wait_stderr(&mut self, text: &str, timeout: Duration) -> Result<()> {
+        self.wait_said(text, timeout, |stderr| stderr.contains(text).then_some(()))
+    }
+
+    /// Waits until stderr has a whole line that begins with `prefix`, and returns the rest of it.
+    ///
+    /// # Errors
+    /// As [`Self::wait_stderr`].
+    pub fn wait_line(&mut self, prefix: &str, timeout: Duration) -> Result<String> {
+        self.wait_said(prefix, timeout, |stderr| {
+            let mut lines = stderr.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+            lines.find_map(|line| line.strip_prefix(prefix)).map(|rest| rest.trim().to_owned())
+        })
+    }
+
+    /// Waits until `find` finds something in stderr; `text` names it.
+    fn wait_said<T>(
+        &mut self,
+        text: &str,
+        timeout: Duration,
+        find: impl Fn(&str) -> Option<T>,
+    ) -> Result<T> {
         let what = format!("{text:?} on stderr of {}", self.name);
         let found = wait::until(&what, timeout, || {
             // Looked at before the text: what was written before the end is then in the text.
             let ended = self.process.exited()?;
-            match self.stderr().contains(text) {
-                true => Ok(Some(())),
-                false if ended.is_some() => bail!("{} ended without {text:?}", self.name),
-                false => Ok(None),
+            match find(&self.stderr()) {
+                None if ended.is_some() => bail!("{} ended without {text:?}", self.name),
+                found => Ok(found),
             }
         });
         found.with_context(|| format!("Its stderr:\n{}", self.stderr()))
@@ -176,6 +196,12 @@ impl Engine {
         let pid = self.process.pid();
         self.cpu_seconds = crate::cpu::seconds(pid).ok().or(self.cpu_seconds);
         self.peak_bytes = crate::memory::peak_bytes(pid).ok().or(self.peak_bytes);
+    }
+
+    /// CPU seconds that it has used so far, and the most memory that it has had resident, in bytes; as far as known.
+    pub fn used(&mut self) -> (Option<f64>, Option<u64>) {
+        self.look();
+        (self.cpu_seconds, self.peak_bytes)
     }
 
     /// Kills it with SIGKILL and returns what it wrote.
@@ -257,6 +283,12 @@ impl Pki {
         self.folder.path().display().to_string()
     }
 
+    /// Folder of the authority; identities are in it, each by its host's name.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Runs `migrate pki issue` and returns the identity's folder.
     ///
     /// # Errors
@@ -294,6 +326,10 @@ mod tests {
         assert!(engine.running().unwrap());
         let output = engine.kill().unwrap();
         assert_eq!((output.code, output.json.is_none()), (None, true));
+        let mut slow =
+            shell("printf 'listening on 127' >&2; sleep 0.2; echo .0.0.1:7 >&2; sleep 9");
+        let rest = slow.wait_line("listening on ", Duration::from_secs(5)).unwrap();
+        assert_eq!(rest, "127.0.0.1:7", "a line that is not whole says nothing");
         let mut short = shell("echo one >&2");
         let error = short.wait_stderr("two", Duration::from_secs(10)).unwrap_err();
         assert!(format!("{error:#}").contains("ended without"));

@@ -1,6 +1,24 @@
-//! Memory of processes.
+//! Memory of processes and of files on tmpfs.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
+
+/// Bytes of a block as `stat` counts them, whatever the file system's own are.
+const BLOCK_BYTES: u64 = 512;
+
+/// Memory that files on tmpfs take, holes left out, in bytes.
+///
+/// # Errors
+/// A file is not there.
+pub fn allocated_bytes(files: &[PathBuf]) -> Result<u64> {
+    let of = |path: &PathBuf| {
+        let about = std::fs::metadata(path);
+        Ok(about.with_context(|| format!("No {}", path.display()))?.blocks() * BLOCK_BYTES)
+    };
+    files.iter().map(of).sum()
+}
 
 /// The most memory that a process has had resident so far, in bytes, from /proc/PID/status.
 ///

@@ -18,6 +18,8 @@ pub enum Backend {
     Memfd,
     /// Private anonymous memory: only stream mode works.
     Private,
+    /// A shared file on the tmpfs mounted there ([`crate::ram_disk::RamDisk`]).
+    TmpfsAt(PathBuf),
     /// A shared file on the hugetlbfs mounted there ([`crate::hugepages::HugePages`]).
     Hugetlb(PathBuf),
     /// Two NUMA nodes, each in a shared file on tmpfs.
@@ -210,7 +212,7 @@ impl VmSpec {
     pub(crate) fn ram_files(&self, stem: &str) -> Result<Vec<PathBuf>> {
         let folder = match &self.backend {
             Backend::Memfd | Backend::Private => return Ok(Vec::new()),
-            Backend::Hugetlb(mount) => mount.clone(),
+            Backend::Hugetlb(mount) | Backend::TmpfsAt(mount) => mount.clone(),
             Backend::Tmpfs | Backend::Numa2 | Backend::Dimm => PathBuf::from("/dev/shm"),
         };
         let parts = self.memory_parts()?;
@@ -368,6 +370,8 @@ mod tests {
         assert!(words(Backend::Dimm).contains("-m 256M,slots=2,maxmem=1024M"));
         let huge = words(Backend::Hugetlb("/huge".into()));
         assert!(huge.contains("mem-path=/huge/stem-m0"));
+        let own = words(Backend::TmpfsAt("/own".into()));
+        assert!(own.contains("share=on,mem-path=/own/stem-m0"));
         assert!(spec(Backend::Numa2).memory_mib(300).memory_parts().is_err());
     }
 

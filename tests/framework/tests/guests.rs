@@ -8,6 +8,7 @@ use framework::disk;
 use framework::guest::number;
 use framework::hugepages::HugePages;
 use framework::wait::{monotonic_us, until};
+use framework::worker::{self, Phase};
 use framework::{Backend, Env, Pulse, QemuKind, Vm, VmSpec};
 use serde_json::json;
 
@@ -72,6 +73,35 @@ fn boots_beats_checks_and_obeys() -> Result<()> {
         drop(vm.guest().ask("poweroff", second(5)));
         ensure!(vm.wait_exit(second(20))?.success(), "QEMU failed");
     }
+    Ok(())
+}
+
+#[test]
+fn the_worker_goes_through_its_phases_and_finds_a_wrong_byte() -> Result<()> {
+    let _alone = alone();
+    let env = Env::load()?;
+    let spec = VmSpec::new("worker", QemuKind::V7_2).with(
+        "godwit.worker=fill_mib=24,content=mixed,hot_mib=16,fresh_mib=32,phase=idle,report_ms=500",
+    );
+    let mut vm = Vm::boot(&env, spec)?;
+    let idle = worker::report(&mut vm)?;
+    std::thread::sleep(second(1));
+    ensure!(worker::report(&mut vm)?.pages == idle.pages, "An idle worker works");
+    for (phase, mib) in [(Phase::Hot, 16), (Phase::Fresh, 2 * 32), (Phase::Used, 24)] {
+        let first = worker::set_phase(&mut vm, phase)?;
+        let last = worker::wait_pages(&mut vm, mib * 256, second(60))?;
+        println!("{phase:?}: {:?} MiB/s", last.mib_per_s(&first));
+        let told = format!("WORKER OK phase={} ", phase.label());
+        vm.console().wait_for(&told, second(10))?;
+    }
+    worker::set_phase(&mut vm, Phase::Idle)?;
+    worker::check(&mut vm, second(60))?;
+    ensure!(vm.ask("worker phase sleepy").is_err(), "An unknown phase was accepted");
+    vm.ask("worker corrupt 100")?;
+    let error = worker::check(&mut vm, second(60)).unwrap_err().to_string();
+    ensure!(error.contains("WORKER FAIL count=1"), "A wrong byte was not reported: {error}");
+    let console = vm.assert_clean().unwrap_err().to_string();
+    ensure!(console.contains("area=used page=100 offset="), "It is not named: {console}");
     Ok(())
 }
 

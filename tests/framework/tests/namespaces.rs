@@ -1,12 +1,14 @@
 //! Namespaces, links, and the promise that nothing outlives the test.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use framework::engine::Engine;
-use framework::netns::NetnsPair;
+use framework::netns::{Netns, NetnsPair};
 use framework::process::{Process, bound};
+use framework::split_net::SplitNet;
 
 const PORT: &str = "5001";
 
@@ -26,9 +28,42 @@ fn send(pair: &NetnsPair, mib: u64) -> Result<f64> {
     Ok(seconds)
 }
 
+fn pings(from: &Netns, to: Ipv4Addr) -> bool {
+    from.run(&["busybox", "ping", "-c", "1", "-W", "1", &to.to_string()]).is_ok()
+}
+
 fn reaches(pair: &NetnsPair) -> bool {
-    let address = NetnsPair::DESTINATION.to_string();
-    pair.source.run(&["busybox", "ping", "-c", "1", "-W", "1", &address]).is_ok()
+    pings(&pair.source, NetnsPair::DESTINATION)
+}
+
+#[test]
+fn hosts_of_a_split_reach_servers_by_links_of_their_own() -> Result<()> {
+    let net = SplitNet::create(2, 1_000_000_000)?;
+    ensure!(net.source_links() == ["link0", "link1", "link2"], "{:?}", net.source_links());
+    let before = net.source_bytes()?;
+    ensure!(pings(&net.source, SplitNet::MAIN), "The source does not reach the main host");
+    for number in 0..2 {
+        let server = SplitNet::server(number);
+        let device = net.source_links()[1 + number];
+        let sent = net.source.bytes(device)?.1;
+        ensure!(pings(&net.source, server), "The source does not reach {server}");
+        ensure!(net.source.bytes(device)?.1 > sent, "It went over another link than {device}");
+        let seen = net.source_bytes()?;
+        ensure!(pings(&net.main, server), "The main host does not reach {server}");
+        // What else the kernel says on a new link is a few hundred bytes.
+        ensure!(net.source_bytes()?.0 - seen.0 < 1000, "It went by way of the source");
+    }
+    let after = net.source_bytes()?;
+    ensure!(after.0 > before.0 && after.1 > before.1, "Nothing was counted");
+    let names: Vec<String> = [&net.source, &net.main]
+        .into_iter()
+        .chain(&net.servers)
+        .map(|netns| netns.name().to_owned())
+        .collect();
+    drop(net);
+    ensure!(names.iter().all(|name| !Path::new("/run/netns").join(name).exists()), "Left behind");
+    ensure!(SplitNet::create(SplitNet::SERVERS_MAX + 1, 0).is_err(), "More servers than devices");
+    Ok(())
 }
 
 #[test]

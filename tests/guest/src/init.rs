@@ -27,8 +27,8 @@ use nix::sys::wait::{WaitStatus, wait};
 
 use crate::console::{COMMANDS, monotonic_us, open_raw, tell};
 
-/// Longest wait for a program to be ready: it fills its memory first, under emulation.
-const READY_TIMEOUT: Duration = Duration::from_secs(300);
+/// Longest wait for a program to be ready: it fills its memory first, up to 12 GiB of it under emulation.
+const READY_TIMEOUT: Duration = Duration::from_secs(900);
 /// Longest wait for a program's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 const MODULE_LIST: &str = "/lib/modules.list";

@@ -8,6 +8,7 @@
 //!   ├─ checker    owns memory and verifies every byte of it
 //!   ├─ diskread   reads /dev/vda with O_DIRECT and verifies every block
 //!   ├─ freed      fills page cache and frees it again
+//!   ├─ worker     works on memory in phases that are measured, and verifies it
 //!   └─ app        drives one of Debian's programs, if the initramfs has them
 //! ```
 //! A program is a process of its own: it prints `ready ...` as its first line on stdout, then reads
@@ -16,12 +17,14 @@
 mod app;
 mod checker;
 mod console;
+mod content;
 mod diskread;
 mod freed;
 mod heartbeat;
 mod init;
 mod memory;
 mod shell;
+mod worker;
 mod writer;
 
 use std::process::ExitCode;
@@ -37,10 +40,11 @@ fn run(program: &str, options: &str) -> Result<()> {
         "checker" => checker::run(options),
         "diskread" => diskread::run(options),
         "freed" => freed::run(options),
+        "worker" => worker::run(options),
         "app" => app::run(options),
         other => {
             bail!(
-                "Unknown program {other}; there are heartbeat, writer, checker, diskread, freed, app"
+                "Unknown program {other}; there are heartbeat, writer, checker, diskread, freed, worker, app"
             )
         }
     }

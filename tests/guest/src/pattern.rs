@@ -111,6 +111,36 @@ pub fn fill_page(seed: u64, number: u64, generation: u64, out: &mut [u8; PAGE_BY
     }
 }
 
+/// What [`fill_words`] takes for page `number` as it is in `generation`.
+#[must_use]
+pub fn page_key(seed: u64, number: u64, generation: u64) -> u64 {
+    mix(mix(seed ^ mix(number)) ^ generation)
+}
+
+/// An odd number without a pattern in its bits.
+const STRIDE: u64 = 0xd6e8_feb8_6659_fd93;
+
+/// Word `at` of a page that [`fill_words`] filled.
+fn word(key: u64, at: u64) -> u64 {
+    key.wrapping_add(at.wrapping_mul(STRIDE))
+}
+
+/// Fills a page with words that do not compress, at the cost of an addition and a multiplication each: for programs that
+/// measure access to memory.
+pub fn fill_words(key: u64, out: &mut [u8; PAGE_BYTES]) {
+    for (at, bytes) in (0..).zip(out.as_chunks_mut::<8>().0) {
+        *bytes = word(key, at).to_le_bytes();
+    }
+}
+
+/// The offset of the first word that [`fill_words`] did not write.
+#[must_use]
+pub fn wrong_word(key: u64, got: &[u8; PAGE_BYTES]) -> Option<usize> {
+    let (words, _) = got.as_chunks::<8>();
+    let wrong = (0..).zip(words).find(|(at, bytes)| u64::from_le_bytes(**bytes) != word(key, *at));
+    wrong.map(|(at, _)| at as usize * 8)
+}
+
 /// Compares two pages.
 #[must_use]
 pub fn compare(want: &[u8; PAGE_BYTES], got: &[u8; PAGE_BYTES]) -> Option<Mismatch> {
@@ -165,6 +195,38 @@ mod tests {
         let found = compare(&want, &got).unwrap();
         assert_eq!((found.offset, found.want, found.got), (100, want[100], want[100] ^ 1));
         assert_eq!(found.bytes, 2);
+    }
+
+    #[test]
+    fn a_wrong_word_is_found_wherever_it_is() {
+        let keys = [page_key(7, 3, 0), page_key(7, 3, 1), page_key(7, 4, 0), page_key(8, 3, 0)];
+        for (at, key) in keys.into_iter().enumerate() {
+            let mut page = [0; PAGE_BYTES];
+            fill_words(key, &mut page);
+            assert_eq!(wrong_word(key, &page), None);
+            for other in keys.iter().skip(at + 1) {
+                assert_eq!(wrong_word(*other, &page), Some(0));
+            }
+            for offset in [0, 8, 2000, 4095] {
+                let mut wrong = page;
+                wrong[offset] ^= 0x40;
+                assert_eq!(wrong_word(key, &wrong), Some(offset / 8 * 8));
+            }
+        }
+        assert_eq!(wrong_word(keys[0], &[0; PAGE_BYTES]), Some(0));
+    }
+
+    #[test]
+    fn words_are_no_easy_prey_for_compression() {
+        let mut page = [0; PAGE_BYTES];
+        fill_words(page_key(1, 2, 3), &mut page);
+        let mut seen = std::collections::BTreeSet::new();
+        // What LZ4 looks for is four bytes that were there before.
+        let repeats = page.windows(4).filter(|four| !seen.insert(four.to_vec())).count();
+        assert!(repeats < 8, "{repeats}");
+        let mut counts = [0_u32; 256];
+        page.iter().for_each(|byte| counts[usize::from(*byte)] += 1);
+        assert!(counts.iter().all(|count| (1..64).contains(count)), "{counts:?}");
     }
 
     #[test]

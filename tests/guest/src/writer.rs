@@ -18,30 +18,9 @@ use guest_programs::rng::XorShift;
 use guest_programs::{PAGE_BYTES, pattern};
 
 use crate::console::monotonic_us;
+use crate::content::Content;
 use crate::memory::{PAGES_PER_MIB, Page, pages};
 use crate::shell;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Content {
-    Text,
-    Random,
-    Mixed,
-}
-
-impl Content {
-    fn parse(word: &str) -> Result<Self> {
-        Ok(match word {
-            "text" => Self::Text,
-            "random" => Self::Random,
-            "mixed" => Self::Mixed,
-            other => bail!("Unknown content {other:?}; there are text, random, mixed"),
-        })
-    }
-
-    fn is_text(self, page: u64) -> bool {
-        self == Self::Text || (self == Self::Mixed && page.is_multiple_of(2))
-    }
-}
 
 /// More would write hardly anything but one page.
 const SKEW_MAX: u64 = 16;

@@ -8,7 +8,7 @@ use super::{Body, PAGES_MAX, SMALL_BYTES, TEXT_BYTES_MAX, check_text, rule};
 use crate::error::WireError;
 
 /// Most memory servers of a guest.
-pub const STORES_MAX: usize = 16;
+pub const STORES_MAX: usize = 8;
 
 /// Room in bytes for a [`Split`].
 pub(super) const SPLIT_BODY_BYTES: usize =
@@ -22,6 +22,8 @@ pub struct Split {
     pub resident_pages: u64,
     /// On how many servers each page is that is not here: 1 or 2.
     pub copies: u8,
+    /// Longest plausible direct I/O of the guest's disks in milliseconds; 0 if they have none.
+    pub direct_io_window_ms: u32,
     /// The guest's stores, 1 to [`STORES_MAX`].
     pub stores: Vec<Store>,
 }
@@ -67,7 +69,7 @@ impl Body for Split {
         let what = "Split";
         let (resident, count) = (self.resident_pages, self.stores.len());
         rule((1..=PAGES_MAX).contains(&resident), what, "resident_pages", resident, "1 to 2^34")?;
-        rule((1..=STORES_MAX).contains(&count), what, "stores", count as u64, "1 to 16")?;
+        rule((1..=STORES_MAX).contains(&count), what, "stores", count as u64, "1 to 8")?;
         let copies = usize::from(self.copies);
         let enough = (1..=2).contains(&copies) && copies <= count;
         rule(enough, what, "copies", copies as u64, "1, or 2 with two stores or more")?;
@@ -84,7 +86,7 @@ impl Body for Split {
 impl Body for RemoteEnd {
     fn validate(&self) -> Result<(), WireError> {
         let (what, store) = ("RemoteEnd", u64::from(self.store));
-        rule(store < STORES_MAX as u64, what, "store", store, "stores end at 16")?;
+        rule(store < STORES_MAX as u64, what, "store", store, "stores end at 8")?;
         rule(self.pages <= PAGES_MAX, what, "pages", self.pages, "pages end at 2^34")
     }
 }

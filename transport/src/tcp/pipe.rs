@@ -1,17 +1,23 @@
 //! A connection in the hands of one thread, which may block: what waits for nobody else needs no task.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use rustls::Connection;
 
 use super::{READ_AHEAD_BYTES, TcpHandle, TcpIn, TcpOut};
 use crate::control::StreamError;
+
+/// Ready for either.
+const BOTH: PollFlags = PollFlags::IN.union(PollFlags::OUT);
 
 /// Both directions of a connection. Blocked calls end when its [`TcpHandle`] closes it.
 #[derive(Debug)]
@@ -28,23 +34,28 @@ pub(crate) struct Pipe {
 }
 
 impl Pipe {
-    fn new(
-        stream: tokio::net::TcpStream,
+    pub(super) fn new(
+        socket: TcpStream,
         tls: Connection,
         handle: Arc<TcpHandle>,
         ahead: &[u8],
     ) -> io::Result<Self> {
-        let socket = stream.into_std()?;
-        socket.set_nonblocking(false)?;
         let (sealed, received) = (vec![0; READ_AHEAD_BYTES], BytesMut::new());
         let mut pipe = Self { socket, tls, handle, sealed, received, ended: false };
         pipe.tls.set_buffer_limit(None);
         pipe.open(ahead)?;
+        pipe.flush()?;
         Ok(pipe)
     }
 
     pub(crate) fn handle(&self) -> Arc<TcpHandle> {
         Arc::clone(&self.handle)
+    }
+
+    /// Bounds how long one call waits for the socket; one that takes longer fails with `WouldBlock`.
+    pub(crate) fn set_timeouts(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.socket.set_read_timeout(timeout)?;
+        self.socket.set_write_timeout(timeout)
     }
 
     /// What came and was not taken.
@@ -54,10 +65,50 @@ impl Pipe {
 
     /// Writes all pieces; when this returns, the kernel has them.
     pub(crate) fn write(&mut self, pieces: &[impl AsRef<[u8]>]) -> io::Result<()> {
-        for piece in pieces {
-            self.tls.writer().write_all(piece.as_ref())?;
-        }
+        self.seal(pieces)?;
         self.flush()
+    }
+
+    /// The same, but takes in what comes while the peer reads nothing: it may be waiting for that.
+    pub(crate) fn write_and_read(
+        &mut self,
+        pieces: &[impl AsRef<[u8]>],
+    ) -> Result<(), StreamError> {
+        self.seal(pieces).map_err(StreamError::Broken)?;
+        while self.tls.wants_write() {
+            match self.tls.write_tls(&mut WithoutWaiting(&self.socket)) {
+                Ok(written) => self.count_sent(written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let wanted = if self.ended { PollFlags::OUT } else { BOTH };
+                    if self.wait(wanted, None)?.intersects(!PollFlags::OUT) && !self.ended {
+                        self.take_in()?;
+                    }
+                }
+                Err(error) => return Err(StreamError::Broken(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn seal(&mut self, pieces: &[impl AsRef<[u8]>]) -> io::Result<()> {
+        pieces.iter().try_for_each(|piece| self.tls.writer().write_all(piece.as_ref()))
+    }
+
+    /// Waits until the socket is ready; empty after `timeout`.
+    pub(crate) fn wait(
+        &self,
+        wanted: PollFlags,
+        timeout: Option<Duration>,
+    ) -> Result<PollFlags, StreamError> {
+        let timeout = timeout.map(Timespec::try_from).transpose();
+        let timeout = timeout.map_err(|error| StreamError::Broken(io::Error::other(error)))?;
+        let mut fds = [PollFd::new(&self.socket, wanted)];
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) => Ok(fds.iter().fold(PollFlags::empty(), |all, fd| all | fd.revents())),
+            Err(Errno::INTR) => Ok(PollFlags::empty()),
+            Err(error) => Err(StreamError::Broken(error.into())),
+        }
     }
 
     /// Whether [`Self::read`] would not block.
@@ -71,6 +122,28 @@ impl Pipe {
         if self.ended {
             return Err(StreamError::Ended);
         }
+        let before = self.received.len();
+        self.take_in()?;
+        self.flush().map_err(StreamError::Broken)?;
+        if self.ended && self.received.len() == before { Err(StreamError::Ended) } else { Ok(()) }
+    }
+
+    /// Takes in what has come, if anything has. Never blocks.
+    pub(crate) fn read_ready(&mut self) -> Result<(), StreamError> {
+        if self.ended {
+            return Err(StreamError::Ended);
+        }
+        if !self.is_readable() {
+            return Ok(());
+        }
+        let before = self.received.len();
+        self.take_in()?;
+        self.flush_ready().map_err(StreamError::Broken)?;
+        if self.ended && self.received.len() == before { Err(StreamError::Ended) } else { Ok(()) }
+    }
+
+    /// Reads and decrypts once.
+    fn take_in(&mut self) -> Result<(), StreamError> {
         let read = loop {
             match self.socket.read(&mut self.sealed) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -81,12 +154,10 @@ impl Pipe {
             return Err(StreamError::Broken(io::ErrorKind::UnexpectedEof.into()));
         }
         self.handle.meter.received.fetch_add(read as u64, Ordering::Relaxed);
-        let before = self.received.len();
         let sealed = std::mem::take(&mut self.sealed);
         let opened = self.open(sealed.get(..read).unwrap_or_default());
         self.sealed = sealed;
-        opened.map_err(StreamError::Broken)?;
-        if self.ended && self.received.len() == before { Err(StreamError::Ended) } else { Ok(()) }
+        opened.map_err(StreamError::Broken)
     }
 
     /// Decrypts, at first also what is with TLS already.
@@ -105,14 +176,50 @@ impl Pipe {
             }
             self.tls.read_tls(&mut sealed)?;
         }
-        self.flush()
+        Ok(())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         while self.tls.wants_write() {
             let written = self.tls.write_tls(&mut self.socket)?;
-            self.handle.meter.sent.fetch_add(written as u64, Ordering::Relaxed);
+            self.count_sent(written);
         }
+        Ok(())
+    }
+
+    /// Writes what the kernel takes at once; the rest goes with the next request.
+    fn flush_ready(&mut self) -> io::Result<()> {
+        while self.tls.wants_write() {
+            match self.tls.write_tls(&mut WithoutWaiting(&self.socket)) {
+                Ok(written) => self.count_sent(written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn count_sent(&self, bytes: usize) {
+        self.handle.meter.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Writes what the kernel takes at once, to a socket that would block otherwise.
+struct WithoutWaiting<'a>(&'a TcpStream);
+
+impl Write for WithoutWaiting<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let mut nothing_else = SendAncillaryBuffer::default();
+        Ok(sendmsg(self.0, slices, &mut nothing_else, flags)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
@@ -133,11 +240,17 @@ impl AsFd for Pipe {
     }
 }
 
+fn blocking(stream: tokio::net::TcpStream) -> io::Result<TcpStream> {
+    let socket = stream.into_std()?;
+    socket.set_nonblocking(false)?;
+    Ok(socket)
+}
+
 impl TcpOut {
     /// Leaves the async runtime.
     pub(crate) fn into_pipe(self) -> io::Result<Pipe> {
         let (metered, tls) = self.tls.into_inner();
-        Pipe::new(metered.stream, Connection::Client(tls), self.handle, &[])
+        Pipe::new(blocking(metered.stream)?, Connection::Client(tls), self.handle, &[])
     }
 }
 
@@ -146,6 +259,7 @@ impl TcpIn {
     pub(crate) fn into_pipe(self) -> io::Result<Pipe> {
         let (buffered, tls) = self.tls.into_inner();
         let ahead = buffered.buffer().to_vec();
-        Pipe::new(buffered.into_inner().stream, Connection::Server(tls), self.handle, &ahead)
+        let socket = blocking(buffered.into_inner().stream)?;
+        Pipe::new(socket, Connection::Server(tls), self.handle, &ahead)
     }
 }

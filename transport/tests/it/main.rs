@@ -7,6 +7,10 @@ mod handshake;
 #[cfg(test)]
 mod hostile;
 #[cfg(test)]
+mod pages;
+#[cfg(test)]
+mod pages_wire;
+#[cfg(test)]
 mod protocol_doc;
 #[cfg(test)]
 mod relay;

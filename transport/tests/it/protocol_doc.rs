@@ -4,35 +4,51 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use transport::messages::{TYPE_NUMBERS, VERSIONS, message_type};
+use transport::pages;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// The files that say what travels, in this order.
+/// The files that say what travels in a session, in this order.
 const DEFINED_IN: [&str; 4] = ["messages.rs", "messages/split.rs", "wire.rs", "lane_wire.rs"];
+
+/// Those that say what travels on the page channel.
+const PAGES_DEFINED_IN: [&str; 4] = [
+    "pages/wire.rs",
+    "pages/wire/listed.rs",
+    "../../migrate-core/src/store/names.rs",
+    "../../migrate-core/src/store/error.rs",
+];
 
 fn document() -> String {
     let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "..", "docs", "PROTOCOL.md"].iter().collect();
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
+/// The fingerprint of some files, and the one in the document's line that begins with `prefix`.
+fn fingerprints(files: &[&str], prefix: &str) -> (String, String) {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let all: Vec<u8> =
+        files.iter().flat_map(|file| fs::read(sources.join(file)).unwrap()).collect();
+    let written = document()
+        .lines()
+        .find_map(|line| line.strip_prefix(prefix)?.strip_prefix(": `"))
+        .and_then(|rest| rest.split('`').next())
+        .unwrap_or_else(|| panic!("docs/PROTOCOL.md has a line \"{prefix}: `...`\""))
+        .to_owned();
+    (format!("{:016x}", xxh3_64(&all)), written)
+}
+
 #[test]
 fn the_specification_changes_with_the_protocol() {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut all = Vec::new();
-    for file in DEFINED_IN {
-        all.extend(fs::read(sources.join(file)).unwrap());
+    let all =
+        [(&DEFINED_IN, "Fingerprint"), (&PAGES_DEFINED_IN, "Fingerprint of the page channel")];
+    for (files, prefix) in all {
+        let (now, written) = fingerprints(files, prefix);
+        assert_eq!(
+            written, now,
+            "{files:?} changed. Bring docs/PROTOCOL.md up to date, add a version if what travels \
+             is different, then set its line to: {prefix}: `{now}`"
+        );
     }
-    let now = format!("{:016x}", xxh3_64(&all));
-    let document = document();
-    let written = document
-        .lines()
-        .find_map(|line| line.strip_prefix("Fingerprint: `"))
-        .and_then(|rest| rest.split('`').next())
-        .expect("docs/PROTOCOL.md has a line \"Fingerprint: `...`\"");
-    assert_eq!(
-        written, now,
-        "{DEFINED_IN:?} changed. Bring docs/PROTOCOL.md up to date, add a version if what travels \
-         is different, then set its line to: Fingerprint: `{now}`"
-    );
 }
 
 #[test]
@@ -41,6 +57,10 @@ fn the_specification_lists_every_message_with_its_limit() {
     for number in TYPE_NUMBERS {
         let (name, bytes_max) = message_type(*number).unwrap();
         let row = format!("| {number} | `{name}` | {bytes_max} |");
+        assert!(document.contains(&row), "docs/PROTOCOL.md has no row that begins with: {row}");
+    }
+    for (name, number) in pages::wire::KINDS {
+        let row = format!("| {number} | `{name}` | ");
         assert!(document.contains(&row), "docs/PROTOCOL.md has no row that begins with: {row}");
     }
     for version in VERSIONS {

@@ -26,6 +26,9 @@ pub(crate) const ALPN: &[u8] = b"godwit/1";
 /// The name of lanes over TCP.
 pub(crate) const LANE_ALPN: &[u8] = b"godwit-lane/1";
 
+/// The name of the page channel.
+pub(crate) const PAGES_ALPN: &[u8] = b"godwit-pages/1";
+
 /// A client's TLS over TCP.
 pub(crate) type TlsStream = tokio_rustls::client::TlsStream<TcpStream>;
 

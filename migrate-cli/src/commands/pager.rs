@@ -1,0 +1,81 @@
+//! `migrate status` and `migrate merge`: what is asked of the pager of a split guest.
+
+use std::process::ExitCode;
+
+use super::print_json;
+use crate::args::PagerArgs;
+use crate::error::EngineError;
+use crate::pager_socket::{Ask, PagerClient, PagerState, Status};
+
+/// Shows how a guest is doing.
+pub(super) async fn status(args: &PagerArgs) -> ExitCode {
+    end(ask(args, Ask::Status).await, args)
+}
+
+/// Brings all of a guest's memory to its main host; shows how far that is.
+pub(super) async fn merge(args: &PagerArgs) -> ExitCode {
+    let merged = ask(args, Ask::Merge).await.and_then(|status| match status.state {
+        PagerState::Merged => Ok(status),
+        state => Err(EngineError::Internal(format!("the merge ended, the guest is {state:?}"))),
+    });
+    end(merged, args)
+}
+
+fn end(status: Result<Status, EngineError>, args: &PagerArgs) -> ExitCode {
+    match status {
+        Ok(status) if args.json => print_json(&status),
+        Ok(status) => tell(&status),
+        Err(error) => {
+            eprintln!("error: {}", error.tell());
+            return ExitCode::from(if matches!(error, EngineError::Misuse { .. }) { 2 } else { 1 });
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+/// The last thing that the pager says; what comes before it is progress.
+async fn ask(args: &PagerArgs, ask: Ask) -> Result<Status, EngineError> {
+    let mut pager = PagerClient::find(args.journal.as_deref(), args.qmp.as_deref()).await?;
+    pager.ask(ask).await?;
+    let mut last: Option<Status> = None;
+    while let Some(status) = pager.next().await? {
+        if ask == Ask::Merge && status.state == PagerState::Merging {
+            let left: u64 = status.remote_pages.iter().map(|server| server.pages).sum();
+            eprintln!("merging: {:.1} MiB are not here yet", mib(left));
+        }
+        last = Some(status);
+    }
+    last.ok_or_else(|| EngineError::Internal("the pager said nothing".into()))
+}
+
+fn mib(pages: u64) -> f64 {
+    pages as f64 / 256.0
+}
+
+fn tell(status: &Status) {
+    let Status { faults, read_ahead, evicted, bytes, .. } = status;
+    println!("{}: {}", status.vm, format!("{:?}", status.state).to_lowercase());
+    println!(
+        "here       {:.1} MiB of at most {:.1}",
+        mib(status.resident_pages),
+        mib(status.resident_limit_pages)
+    );
+    for server in &status.remote_pages {
+        println!("elsewhere  {:.1} MiB at {} ({})", mib(server.pages), server.server, server.state);
+    }
+    println!(
+        "faults     {} ({} fetched, {} of memory that held nothing): {} us in the median, {} at 99 %, {} at most",
+        faults.count, faults.fetched, faults.zero, faults.p50_us, faults.p99_us, faults.max_us
+    );
+    println!("read ahead {} pages, {} of them used", read_ahead.pages, read_ahead.used);
+    println!(
+        "evicted    {} pages ({} not sent again), {} kept because they were written",
+        evicted.pages, evicted.clean, evicted.cancelled
+    );
+    println!("reclaimed  {} pages that the guest freed", status.reclaimed_pages);
+    println!(
+        "traffic    {:.1} MB sent, {:.1} MB received",
+        bytes.sent as f64 / 1e6,
+        bytes.received as f64 / 1e6
+    );
+}

@@ -1,0 +1,130 @@
+//! The socket on which commands of this host ask how the guest does, or to merge it.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use migrate_core::layout::PAGE_BYTES;
+use migrate_core::remote::ServerPhase;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+use super::Shared;
+use crate::error::EngineError;
+use crate::pager_socket::{
+    Ask, BytesStatus, EvictedStatus, FaultStatus, LINE_BYTES_MAX, PagerState, ReadAheadStatus,
+    STATUS_VERSION, ServerStatus, Status,
+};
+
+/// How often progress is told.
+const TELL_EVERY: Duration = Duration::from_millis(500);
+
+/// Longest wait for the question.
+const ASK_WITHIN: Duration = Duration::from_secs(5);
+
+/// Answers until it is dropped. Returns only if that is not possible.
+pub(super) async fn serve(path: PathBuf, shared: Arc<Shared>) -> EngineError {
+    let failed =
+        |error: std::io::Error| EngineError::Internal(format!("{}: {error}", path.display()));
+    // Left by a pager that was killed.
+    let _none_there = std::fs::remove_file(&path);
+    let listener = match UnixListener::bind(&path) {
+        Ok(listener) => listener,
+        Err(error) => return failed(error),
+    };
+    if let Err(error) = std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)) {
+        return failed(error);
+    }
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => drop(tokio::spawn(answer(stream, Arc::clone(&shared)))),
+            Err(error) => {
+                tracing::warn!(%error, "a question was not taken");
+                tokio::time::sleep(TELL_EVERY).await;
+            }
+        }
+    }
+}
+
+/// Answers one question. The asker may leave at any time.
+async fn answer(stream: UnixStream, shared: Arc<Shared>) {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    let mut reader = BufReader::new(reader.take(LINE_BYTES_MAX));
+    let asked = tokio::time::timeout(ASK_WITHIN, reader.read_line(&mut line)).await;
+    let Ok(Ok(_)) = asked else { return };
+    let Ok(ask) = serde_json::from_str::<Ask>(&line) else {
+        tracing::info!(line, "not understood");
+        return;
+    };
+    if ask == Ask::Merge && !shared.is_merging.swap(true, Ordering::AcqRel) {
+        shared.remote.lock().begin_merge();
+        shared.keeper.notify_all();
+    }
+    loop {
+        let changed = shared.changed.notified();
+        let status = status(&shared);
+        let is_last = ask == Ask::Status || status.state != PagerState::Merging;
+        let Ok(mut line) = serde_json::to_string(&status) else { return };
+        line.push('\n');
+        if writer.write_all(line.as_bytes()).await.is_err() || is_last {
+            return;
+        }
+        tokio::select! {
+            () = changed => {}
+            () = tokio::time::sleep(TELL_EVERY) => {}
+        }
+    }
+}
+
+/// How the guest does.
+fn status(shared: &Shared) -> Status {
+    let state = shared.state();
+    let stats = shared.remote.lock().stats();
+    let (sent, received) = shared.traffic.bytes();
+    let servers = shared.stores.iter().zip(&stats.servers).enumerate();
+    let remote_pages = servers
+        .map(|(number, (store, server))| ServerStatus {
+            server: store.address.clone(),
+            pages: server.pages,
+            bytes: server.pages * PAGE_BYTES as u64,
+            state: match server.state {
+                ServerPhase::Gone => "lost",
+                _ if !shared.traffic.is_reached(number) => "away",
+                ServerPhase::Draining => "draining",
+                ServerPhase::Serving => "connected",
+            }
+            .into(),
+        })
+        .collect();
+    let faults = &stats.faults;
+    Status {
+        v: STATUS_VERSION,
+        vm: shared.vm.clone(),
+        state,
+        resident_limit_pages: stats.resident_limit_pages.unwrap_or_else(|| shared.layout().pages()),
+        resident_pages: stats.resident_pages,
+        remote_pages,
+        faults: FaultStatus {
+            count: faults.zero + faults.fetch + faults.wait,
+            zero: faults.zero,
+            fetched: faults.fetch + faults.wait,
+            p50_us: stats.p50_us,
+            p99_us: stats.p99_us,
+            max_us: stats.max_us,
+        },
+        read_ahead: ReadAheadStatus {
+            pages: stats.read_ahead_pages,
+            used: stats.read_ahead_used_pages,
+        },
+        evicted: EvictedStatus {
+            pages: stats.evicted.clean + stats.evicted.dirty,
+            clean: stats.evicted.clean,
+            cancelled: stats.evicted.cancelled,
+        },
+        reclaimed_pages: stats.reclaimed_pages,
+        bytes: BytesStatus { sent, received },
+    }
+}

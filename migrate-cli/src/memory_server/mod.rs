@@ -1,0 +1,219 @@
+//! `migrate memory-server`: keeps pages of guests that run on other hosts.
+//!
+//! ```text
+//!   listener thread ─► a thread a connection ─► requests ─► stores
+//!   expiry: stores whose lease has ended ─────────────────────┤
+//!   metrics: HTTP, GET /metrics ──────────────────────────────┘
+//! ```
+//!
+//! What may be done to stores is decided in [`migrate_core::store`], what travels is in
+//! [`transport::pages`].
+//!
+//! Invariants: the memory of pages stays within `--capacity`; a client disturbs no other, whatever it
+//! sends; a store that is kept is lost only when this process ends, of which its user is warned.
+
+pub mod connection;
+pub mod http;
+pub mod metrics;
+
+use std::fs;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use migrate_core::layout::PAGE_BYTES;
+use migrate_core::store::Stores;
+use migrate_core::store::stores::StoreInfo;
+use transport::{Identity, Options, PageListener};
+
+use self::connection::accept_all;
+use self::metrics::Counters;
+use crate::args::{MemoryServerArgs, Switch};
+use crate::blocking::on_thread;
+use crate::cancel;
+use crate::error::EngineError;
+
+/// Looks for leases that have ended this many times a lease.
+const LOOKS_A_LEASE: u32 = 10;
+
+/// Longest time between two such looks.
+const LOOK_EVERY_MAX: Duration = Duration::from_secs(1);
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The pages.
+    pub stores: Stores,
+    /// What is counted.
+    pub counters: Counters,
+    /// Names of the hosts whose requests are taken; all of the authority if there are none.
+    pub peers: Vec<String>,
+    began: Instant,
+}
+
+impl Shared {
+    /// No stores yet.
+    pub fn new(stores: Stores, peers: Vec<String>) -> Self {
+        Self { stores, counters: Counters::default(), peers, began: Instant::now() }
+    }
+
+    /// Time since the beginning, as the stores want it.
+    pub fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+}
+
+/// Serves until Ctrl-C; while stores are kept, until the second.
+///
+/// # Errors
+/// What kept it from listening.
+pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
+    check_capacity(args.capacity, available_bytes()?)?;
+    let identity = Identity::load(&args.identity)?;
+    let listener = PageListener::bind(args.listen, &identity, &Options::default())?;
+    let http = match args.metrics {
+        Some(addr) => Some(http::bind(addr).await?),
+        None => None,
+    };
+    let lease = Duration::from_secs(args.lease_s);
+    let stores = Stores::new(args.capacity, lease, args.compress == Switch::On);
+    let shared = Arc::new(Shared::new(stores, args.peer.clone()));
+    let (addr, stop) = (listener.local_addr(), listener.stop());
+    let accepting = Arc::clone(&shared);
+    std::thread::Builder::new()
+        .name("accept".into())
+        .spawn(move || accept_all(&listener, &accepting))
+        .map_err(|error| EngineError::Internal(format!("no thread to accept with: {error}")))?;
+    if let Some(http) = http {
+        eprintln!("metrics on http://{}/metrics", http.addr());
+        tokio::spawn(http.serve(Arc::clone(&shared)));
+    }
+    // Scripts wait for this line.
+    eprintln!("listening on {addr}");
+    tokio::spawn(expire(Arc::clone(&shared), lease));
+    until_cancelled(&shared).await;
+    stop.stop();
+    Ok(())
+}
+
+/// Deletes stores whose lease has ended, for ever.
+async fn expire(shared: Arc<Shared>, lease: Duration) {
+    let every = (lease / LOOKS_A_LEASE).min(LOOK_EVERY_MAX);
+    loop {
+        tokio::time::sleep(every).await;
+        let looking = Arc::clone(&shared);
+        // Giving memory back may take a while.
+        let ended = on_thread(move || looking.stores.expire(looking.now())).await;
+        for store in ended.unwrap_or_default() {
+            shared.counters.expired.add(1);
+            tracing::warn!(vm = store.vm, host = store.host, "nothing came for a store: deleted");
+        }
+    }
+}
+
+/// Returns at Ctrl-C; while stores are kept, at the second.
+async fn until_cancelled(shared: &Shared) {
+    cancel::requested().await;
+    let stores = shared.stores.list();
+    eprintln!("{}", told(&stores));
+    if stores.iter().any(|store| store.stat.kept) {
+        eprintln!(
+            "guests need these pages and cannot run without them: going on. If interrupted again, the \
+             pages are lost; merge the guests first (`migrate merge` on their hosts)"
+        );
+        cancel::requested().await;
+        eprintln!("{}", told(&shared.stores.list()));
+    }
+}
+
+/// What is stored, for people.
+fn told(stores: &[StoreInfo]) -> String {
+    let mut text = match stores.len() {
+        0 => String::from("nothing is stored"),
+        1 => String::from("1 store"),
+        count => format!("{count} stores"),
+    };
+    for store in stores {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let pages = store.stat.stored_pages;
+        text.push_str(&format!(
+            "\n  {} of {}: {pages} pages, {:.1} MiB in {:.1} MiB, {}",
+            store.vm,
+            store.host,
+            mib(pages * PAGE_BYTES as u64),
+            mib(store.stat.stored_bytes),
+            if store.stat.kept { "kept" } else { "leased" },
+        ));
+    }
+    text
+}
+
+/// Memory that the machine has available, in bytes.
+fn available_bytes() -> Result<u64, EngineError> {
+    let path = "/proc/meminfo";
+    let text = fs::read_to_string(path)
+        .map_err(|error| EngineError::Internal(format!("{path} cannot be read: {error}")))?;
+    available(&text).ok_or_else(|| EngineError::Internal(format!("{path} tells no MemAvailable")))
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let rest = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = rest.trim().strip_suffix(" kB")?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+fn check_capacity(wanted: u64, available: u64) -> Result<(), EngineError> {
+    let misuse = |what: String, remedy: String| Err(EngineError::Misuse { what, remedy });
+    if wanted < PAGE_BYTES as u64 {
+        let what = format!("--capacity {wanted} has no room for a page");
+        return misuse(what, "Give a size such as 8G".into());
+    }
+    if wanted > available {
+        let mib = available >> 20;
+        let what =
+            format!("--capacity is {} MiB, but this machine has {mib} MiB available", wanted >> 20);
+        return misuse(what, format!("Give at most {mib}M, or free memory here first"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_capacity_that_is_not_there_is_refused() {
+        check_capacity(1 << 30, 1 << 30).unwrap();
+        let text = check_capacity(2 << 30, 1 << 30).unwrap_err().to_string();
+        assert!(text.contains("2048 MiB") && text.contains("at most 1024M"), "{text}");
+        let text = check_capacity(100, 1 << 30).unwrap_err().to_string();
+        assert!(text.contains("such as 8G"), "{text}");
+    }
+
+    #[test]
+    fn available_memory_is_read() {
+        let text = "MemTotal:  100 kB\nMemFree: 1 kB\nMemAvailable:   12 kB\nBuffers: 3 kB\n";
+        assert_eq!(available(text), Some(12 * 1024));
+        assert_eq!(available("MemTotal: 5 kB\n"), None);
+        assert!(available_bytes().unwrap() > 1 << 20);
+    }
+
+    #[test]
+    fn what_is_stored_is_told() {
+        assert_eq!(told(&[]), "nothing is stored");
+        let stat = migrate_core::store::StoreStat {
+            stored_pages: 512,
+            stored_bytes: 1 << 20,
+            reserve_pages: 1000,
+            kept: true,
+        };
+        let store = StoreInfo {
+            store: migrate_core::store::StoreId([1; 16]),
+            vm: "web".into(),
+            host: "host-a".into(),
+            stat,
+            memory_bytes: 2 << 20,
+        };
+        let text = told(&[store]);
+        assert_eq!(text, "1 store\n  web of host-a: 512 pages, 2.0 MiB in 1.0 MiB, kept");
+    }
+}

@@ -1,0 +1,102 @@
+//! Freed memory: what the guest does not use is dropped instead of paged.
+//!
+//! ```text
+//!   on servers:   begin_reclaim ──► the guest's kernel is asked ──► reclaim_remote
+//!                 └──────── remote all the time: no content is needed ────────┘
+//!   resident:     the guest's kernel is asked ──► reclaim_candidates: protect ──► it is asked again
+//!                                                                  └─ not written ─► reclaim_done: punch
+//! ```
+//!
+//! Why this order is safe: a page was unused at some moment when the kernel was asked. Whoever uses it
+//! later has to write it before its content means anything. A page that is on servers cannot be written
+//! without coming back first; so one that was there from before the question until now was not written
+//! since, and reads as well as zeros. That a page is remote now does not suffice: it may have been
+//! taken, written and evicted after the kernel was asked, which is why pages that became remote since
+//! `begin_reclaim` are left alone. A resident page can be written unseen until it is protected; it is
+//! asked about again after that, and a write from then on is a fault that cancels the drop.
+
+use super::Remote;
+use super::pages::{Class, State};
+use crate::pageset::PageSet;
+
+/// What to do with a page that was about to be dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReclaimDone {
+    /// Punch it and wake who waits for it.
+    Punch,
+    /// It stays, and is dirty: remove its protection.
+    Unprotect,
+    /// It stays, and is clean: leave it protected.
+    Keep,
+    /// It was written meanwhile: nothing to do.
+    Cancelled,
+}
+
+impl Remote {
+    /// Call before the guest's kernel is asked what it does not use.
+    pub fn begin_reclaim(&mut self) {
+        self.returned = Some(PageSet::new(self.pages.len()));
+    }
+
+    /// Drops the pages that are `unused`, as the guest's kernel said after [`Self::begin_reclaim`], and
+    /// were on servers since then; ends what was begun. Returns how many copies each server is to drop
+    /// for it; [`Self::stale`] names them. Linear in the servers' sets.
+    pub fn reclaim_remote(&mut self, unused: &PageSet) -> Vec<u64> {
+        let Some(returned) = self.returned.take() else {
+            return vec![0; self.servers.list.len()];
+        };
+        let mut dropped = self.pages.remote().clone();
+        dropped.intersect(unused);
+        dropped.subtract(&returned);
+        // Someone uses them already.
+        for page in self.waits.keys() {
+            dropped.remove(*page);
+        }
+        self.counts.reclaimed_pages += dropped.len();
+        self.pages.empty_remote(&dropped);
+        self.under_copied.subtract(&dropped);
+        self.servers.give_up_all(&dropped)
+    }
+
+    /// At most `pages_max` resident pages that are `unused`, as the guest's kernel said. Protect them
+    /// before letting go of the lock, ask the kernel again, then call [`Self::reclaim_done`] once for
+    /// each.
+    pub fn reclaim_candidates(&mut self, unused: &PageSet, pages_max: usize) -> Vec<u64> {
+        let mut resident = self.pages.resident().clone();
+        resident.intersect(unused);
+        resident.subtract(&self.pinned);
+        // One that was written since it was named may still be answered for, by what is no longer true.
+        let is_free = |page: &u64| {
+            !self.servers.transfers.contains_key(page) && !self.candidates.contains(page)
+        };
+        let pages: Vec<u64> = resident.iter().filter(is_free).take(pages_max).collect();
+        for page in &pages {
+            self.turn(*page, State::Dropping, self.pages.class(*page));
+            self.candidates.insert(*page);
+        }
+        pages
+    }
+
+    /// The guest's kernel was asked again. Carry the answer out before letting go of the lock.
+    pub fn reclaim_done(&mut self, page: u64, still_unused: bool) -> ReclaimDone {
+        if !self.candidates.remove(&page) || self.pages.state(page) != State::Dropping {
+            return ReclaimDone::Cancelled;
+        }
+        if still_unused {
+            self.servers.give_up(page);
+            self.turn(page, State::Empty, Class::None);
+            self.counts.reclaimed_pages += 1;
+            return ReclaimDone::Punch;
+        }
+        let class = self.pages.class(page);
+        if self.servers.holders(page).is_empty()
+            || self.servers.is_on_draining(page)
+            || self.is_merging()
+        {
+            self.make_dirty(page, class);
+            return ReclaimDone::Unprotect;
+        }
+        self.turn(page, State::Clean, self.class_for(page, class));
+        ReclaimDone::Keep
+    }
+}

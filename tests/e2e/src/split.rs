@@ -1,0 +1,273 @@
+//! Guests that are split: memory servers, the split with its checks, and the merge with its own.
+//!
+//! ```text
+//!  Vm ── Rig::split ──> Split { vm at the main host, paged } ── Split::merge ──> Merged { vm, whole }
+//!                         └─ RamWatch: its RAM file stays below the limit
+//! ```
+//! Invariant: of a guest that [`Split::merge`] gives back nothing is left at any server, and nothing of a
+//! pager at its QEMU.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use framework::memory_server::ServerOptions;
+use framework::split::{SplitState, arguments};
+use framework::{Engine, MemoryServer, Pager, QemuKind, RamSeen, RamWatch, Status, Vm, wait};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::untouched::{assert_detached, source_journals};
+use crate::{PATIENCE, Rig, check_alive, free_address};
+
+/// Pages in one MiB.
+pub const PAGES_PER_MIB: u64 = 256;
+
+const MIB: u64 = 1 << 20;
+
+/// Longest wait for servers to be empty after their guest was merged, or after its source told them.
+const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+
+/// What a server offers and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Offer<'a> {
+    /// Capacity in MiB.
+    pub capacity_mib: u64,
+    /// Further arguments of `migrate memory-server`.
+    pub extra: &'a [&'a str],
+}
+
+/// Identities of memory servers. A name is issued once.
+#[derive(Debug)]
+pub struct ServerIdentities(pub Vec<PathBuf>);
+
+impl Rig {
+    /// Issues identities of `count` memory servers.
+    ///
+    /// # Errors
+    /// It failed, or they were issued before.
+    pub fn server_identities(&self, count: usize) -> Result<ServerIdentities> {
+        let names = (0..count).map(|number| format!("memory-{number}"));
+        names.map(|name| self.pki.issue(&name)).collect::<Result<_>>().map(ServerIdentities)
+    }
+
+    /// Starts a memory server of each identity on loopback.
+    ///
+    /// # Errors
+    /// One does not start.
+    pub fn memory_servers(
+        &self,
+        identities: &ServerIdentities,
+        offer: &Offer<'_>,
+    ) -> Result<Vec<MemoryServer>> {
+        let start = |identity: &PathBuf| {
+            MemoryServer::start(&ServerOptions {
+                program: &self.migrate,
+                identity,
+                listen: "127.0.0.1:0",
+                capacity_mib: offer.capacity_mib,
+                netns: None,
+                extra: offer.extra,
+            })
+        };
+        identities.0.iter().map(start).collect()
+    }
+
+    /// Starts `migrate split --json`.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_split(
+        &self,
+        vm: &Vm,
+        to: &str,
+        servers: &[MemoryServer],
+        resident_mib: u64,
+        extra: &[&str],
+    ) -> Result<Engine> {
+        let own = arguments(servers, Some(resident_mib));
+        let extra: Vec<&str> =
+            own.iter().map(String::as_str).chain(extra.iter().copied()).collect();
+        self.start_end(vm, &["split", "--json", "--to", to], (&self.source, "source"), &extra, None)
+    }
+
+    /// The pager of a VM that was split into this host.
+    #[must_use]
+    pub fn pager(&self, vm: &Vm) -> Pager<'_> {
+        Pager::of(&self.migrate, vm, self.journal("destination"))
+    }
+
+    /// Splits a VM over loopback into a fresh QEMU of `kind` and checks what must hold for every split: it
+    /// completed, the guest runs on at the main host and nowhere else, its report and the pager's status agree with
+    /// what was asked for, and all servers hold some of it.
+    ///
+    /// # Errors
+    /// The first of these that does not hold.
+    pub fn split(
+        &self,
+        mut source: Vm,
+        kind: QemuKind,
+        servers: &[MemoryServer],
+        resident_mib: u64,
+        extra: &[&str],
+    ) -> Result<Split> {
+        let mut vm = Vm::start(&self.env, source.spec().successor("main", kind))?;
+        let watch = RamWatch::begin(&vm);
+        let listen = free_address()?;
+        let receive = self.receive(&vm, &listen, &[])?;
+        let split = self.start_split(&source, &listen, servers, resident_mib, extra)?;
+        let sent = split.wait(PATIENCE)?;
+        let report = sent.json().cloned()?;
+        if sent.code != Some(0) {
+            let there = receive.stderr();
+            anyhow::bail!("split: {}\nreport: {report}\nreceive: {there}", sent.stderr);
+        }
+        let pulse = check_alive(&mut source, &mut vm)?;
+        let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
+        let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
+        let split = Split { vm, receive, report, outage_ms, watch, resident_mib };
+        let copies = if extra.windows(2).any(|pair| pair == ["--copies", "2"]) { 2 } else { 1 };
+        split.check_report(servers, copies).with_context(|| format!("report: {}", split.report))?;
+        split.check_status(self)?;
+        Ok(split)
+    }
+}
+
+/// A split guest.
+#[derive(Debug)]
+pub struct Split {
+    /// The VM at the main host.
+    pub vm: Vm,
+    /// Its pager: `migrate receive`, which stays.
+    pub receive: Engine,
+    /// The report of `migrate split`.
+    pub report: Value,
+    /// Outage of the split as the heartbeat showed it from outside.
+    pub outage_ms: f64,
+    watch: RamWatch,
+    resident_mib: u64,
+}
+
+/// What a merge left.
+#[derive(Debug)]
+pub struct Merged {
+    /// The VM, whole.
+    pub vm: Vm,
+    /// What its RAM file took while it was split, since before the guest came.
+    pub ram: RamSeen,
+    /// The pager's last status before the merge.
+    pub status: Status,
+    /// How long `migrate merge` took.
+    pub took: Duration,
+}
+
+/// A whole number of a report.
+///
+/// # Errors
+/// There is none.
+pub fn number(report: &Value, field: &str) -> Result<u64> {
+    report.pointer(field).and_then(Value::as_u64).with_context(|| format!("{field}: {report}"))
+}
+
+impl Split {
+    fn limit_pages(&self) -> u64 {
+        self.resident_mib * PAGES_PER_MIB
+    }
+
+    fn check_report(&self, servers: &[MemoryServer], copies: u64) -> Result<()> {
+        let report = &self.report;
+        ensure!(report["mode"] == "split", "mode {}", report["mode"]);
+        let resident = number(report, "/split/resident_pages")?;
+        ensure!((1..=self.limit_pages()).contains(&resident), "{resident} pages are resident");
+        let remote = report["split"]["remote_pages"].as_array().context("remote_pages")?;
+        let mut sum = 0;
+        for server in servers {
+            let own = remote.iter().find(|one| one["server"] == server.address());
+            let own = own.with_context(|| format!("No word of {}", server.address()))?;
+            let pages = number(own, "/pages")?;
+            ensure!(pages > 0, "{} got nothing", server.address());
+            sum += pages;
+        }
+        ensure!(remote.len() == servers.len(), "{} servers are named", remote.len());
+        let in_use = number(report, "/split/in_use_pages")?;
+        ensure!(in_use >= resident.max(sum / copies), "{in_use} pages are in use");
+        ensure!(number(report, "/split/to_servers_bytes")? > 0, "Nothing went to servers");
+        if let Some(mismatches) = report["verify"]["mismatches"].as_u64() {
+            ensure!(mismatches == 0, "{mismatches} pages differ");
+        }
+        Ok(())
+    }
+
+    fn check_status(&self, rig: &Rig) -> Result<()> {
+        let status = rig.pager(&self.vm).status()?;
+        ensure!(status.state == SplitState::Split, "{status:?}");
+        ensure!(status.resident_limit_pages == self.limit_pages(), "{status:?}");
+        ensure!(status.resident_pages <= self.limit_pages(), "{status:?}");
+        ensure!(status.remote() > 0, "{status:?}");
+        Ok(())
+    }
+
+    /// Kills its pager with SIGKILL.
+    ///
+    /// # Errors
+    /// It is not gone after 20 s.
+    pub fn kill_pager(&mut self) -> Result<()> {
+        self.receive.signal(Signal::SIGKILL)?;
+        let gone = || Ok((!self.receive.running()?).then_some(()));
+        wait::until("the end of the pager", Duration::from_secs(20), gone)
+    }
+
+    /// Starts its next pager.
+    ///
+    /// # Errors
+    /// It does not go on with the guest.
+    pub fn start_pager(&mut self, rig: &Rig) -> Result<()> {
+        self.receive = rig.receive(&self.vm, &free_address()?, &[])?;
+        self.check_status(rig)
+    }
+
+    /// Merges the guest and checks what must hold then: its main host never had more memory than was allowed, it is whole
+    /// and well, nothing is left at the servers, at its QEMU and in the journals, and `receive` has ended.
+    ///
+    /// # Errors
+    /// The first of these that does not hold.
+    pub fn merge(self, rig: &Rig, servers: &[MemoryServer]) -> Result<Merged> {
+        let Self { mut vm, receive, watch, resident_mib, .. } = self;
+        let status = rig.pager(&vm).status()?;
+        let ram = watch.end()?;
+        ram.assert_at_most(resident_mib * MIB)?;
+        let began = Instant::now();
+        let merged = rig.pager(&vm).merge(PATIENCE);
+        merged.with_context(|| format!("receive: {}", receive.stderr()))?;
+        let took = began.elapsed();
+        receive.wait(PATIENCE)?.success()?;
+        ensure!(rig.pager(&vm).status().is_err(), "Somebody still pages a guest that is whole");
+        for server in servers {
+            server.wait_empty(EMPTY_WITHIN)?;
+        }
+        assert_detached(vm.pid())?;
+        check_journals(rig)?;
+        // What was elsewhere is here now.
+        let bytes = framework::memory::allocated_bytes(vm.ram_files())?;
+        ensure!(bytes > resident_mib * MIB, "{bytes} bytes after the merge");
+        vm.verify_checker(PATIENCE)?;
+        ensure!(vm.qmp().run_state()? == "running", "The guest does not run");
+        Ok(Merged { vm, ram, status, took })
+    }
+}
+
+/// The journals hold nothing but what an ordinary migration leaves: that the guest has run there.
+fn check_journals(rig: &Rig) -> Result<()> {
+    for end in ["source", "destination"] {
+        let folder = rig.journal(end);
+        let folder = Path::new(&folder);
+        let left = source_journals(folder);
+        ensure!(left.is_empty(), "Journals are left: {left:?}");
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let is_arrival = name.starts_with("destination-") && name.ends_with(".journal");
+            ensure!(is_arrival, "{name} is left in the journals");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! Split guests whose memory servers or pager die.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use e2e::split::{Offer, PAGES_PER_MIB, Split};
+use e2e::{PATIENCE, Rig, free_address};
+use framework::memory_server::ServerOptions;
+use framework::split::SplitState;
+use framework::worker::{self, Phase};
+use framework::{MemoryServer, QemuKind, Vm, VmSpec, wait};
+
+/// One test at a time: two cores carry QEMUs, engines and servers.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// What the main host may hold.
+const RESIDENT_MIB: u64 = 128;
+
+/// The worker's area: with the rest of the guest it does not fit there.
+const HOT_MIB: u64 = 140;
+
+/// Pages to work on before and after something dies.
+const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
+
+/// Longest time for that.
+const WORK_WITHIN: Duration = Duration::from_secs(200);
+
+/// How long a thread that waits for memory is looked at.
+const WAITS: Duration = Duration::from_secs(2);
+
+const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
+
+fn in_turn<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    work()
+}
+
+fn working(kind: QemuKind) -> VmSpec {
+    VmSpec::new("working", kind)
+        .memory_mib(512)
+        .with("godwit.checker=size=24,seed=5")
+        .with(&format!("godwit.worker=hot_mib={HOT_MIB},fresh_mib=16,order=random,seed=9"))
+}
+
+/// A guest that is split and at work.
+fn at_work(rig: &Rig, servers: &[MemoryServer], extra: &[&str]) -> Result<Split> {
+    let kind = QemuKind::V10_0;
+    let source = Vm::boot(&rig.env, working(kind))?;
+    let mut split = rig.split(source, kind, servers, RESIDENT_MIB, extra)?;
+    worker::set_phase(&mut split.vm, Phase::Hot)?;
+    worker::wait_pages(&mut split.vm, WORK_PAGES, WORK_WITHIN)?;
+    Ok(split)
+}
+
+/// It works on, and everything is right.
+fn works_on(split: &mut Split) -> Result<()> {
+    worker::wait_pages(&mut split.vm, WORK_PAGES, WORK_WITHIN)?;
+    worker::set_phase(&mut split.vm, Phase::Idle)?;
+    worker::check(&mut split.vm, WORK_WITHIN)?;
+    split.vm.verify_checker(WORK_WITHIN).map(drop)
+}
+
+/// A server at an address that may be used again.
+fn server_at(rig: &Rig, identity: &PathBuf, listen: &str) -> Result<MemoryServer> {
+    let (program, capacity_mib) = (&rig.migrate, OFFER.capacity_mib);
+    MemoryServer::start(&ServerOptions {
+        program,
+        identity,
+        listen,
+        capacity_mib,
+        netns: None,
+        extra: OFFER.extra,
+    })
+}
+
+#[test]
+fn the_next_pager_goes_on_where_one_was_killed() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let mut split = at_work(&rig, &servers, &[])?;
+        for _ in 0..2 {
+            split.kill_pager()?;
+            // Nobody serves its faults, and no thread goes on with a page of zeros.
+            std::thread::sleep(WAITS);
+            split.start_pager(&rig)?;
+            worker::wait_pages(&mut split.vm, WORK_PAGES, WORK_WITHIN)?;
+        }
+        works_on(&mut split)?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
+#[test]
+fn with_two_copies_a_server_may_die_and_copies_are_made_again() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let mut servers = rig.memory_servers(&rig.server_identities(3)?, &OFFER)?;
+        let mut split = at_work(&rig, &servers, &["--copies", "2"])?;
+        let dead = servers.remove(0);
+        let address = dead.address().to_owned();
+        dead.kill()?;
+        works_on(&mut split)?;
+        let whole = rig.pager(&split.vm).wait_status("two copies of all", PATIENCE, |status| {
+            let of = |server: &str| status.remote_pages.iter().find(|one| one.server == server);
+            let elsewhere: Vec<u64> =
+                servers.iter().filter_map(|one| of(one.address())).map(|one| one.pages).collect();
+            // Two servers are left, so each has all that is not at the main host.
+            of(&address).is_some_and(|dead| dead.pages == 0)
+                && matches!(elsewhere.as_slice(), [a, b] if a == b && *a > 0)
+        })?;
+        ensure!(whole.state == SplitState::Split, "{whole:?}");
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
+#[test]
+fn a_server_that_is_away_is_waited_for() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let mut servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let mut split = at_work(&rig, &servers, &[])?;
+        let server = servers.first_mut().expect("there are two");
+        server.engine().signal(nix::sys::signal::Signal::SIGSTOP)?;
+        std::thread::sleep(3 * WAITS);
+        let server = servers.first_mut().expect("there are two");
+        server.engine().signal(nix::sys::signal::Signal::SIGCONT)?;
+        works_on(&mut split)?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
+#[test]
+fn a_guest_whose_memory_is_lost_stands_still() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let identities = rig.server_identities(2)?;
+        let listen = free_address()?;
+        let first = identities.0.first().expect("there are two");
+        let second = identities.0.last().expect("there are two");
+        let servers = [server_at(&rig, first, &listen)?, server_at(&rig, second, "127.0.0.1:0")?];
+        let split = at_work(&rig, &servers, &[])?;
+        let [dead, other] = servers;
+        dead.kill()?;
+        let _empty = server_at(&rig, first, &listen)?;
+        let pager = rig.pager(&split.vm);
+        let lost = |status: &framework::Status| status.state == SplitState::Lost;
+        let status = pager.wait_status("that memory is lost", PATIENCE, lost)?;
+        ensure!(status.remote_pages.iter().any(|one| one.server == other.address()), "{status:?}");
+        // Its heart has stopped, or is about to: whatever it touches next is not there.
+        wait::until("that the guest stands still", PATIENCE, || {
+            let beats = split.vm.heartbeat().count();
+            std::thread::sleep(WAITS);
+            Ok((split.vm.heartbeat().count() == beats).then_some(()))
+        })
+    })
+}
