@@ -183,7 +183,7 @@ async fn a_silent_client_delays_nobody_and_is_closed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn more_silent_clients_than_there_is_room_for_are_turned_away() {
     let pki = Pki::new();
-    let patient = Options { handshake_timeout: Duration::from_secs(6), ..options() };
+    let patient = Options { handshake_timeout: Duration::from_secs(15), ..options() };
     let mut listener = Listener::bind(any_port(), &pki.identity("b"), &patient).unwrap();
     let addr = listener.local_addr();
     let endpoint = rogue::client(&pki.ca(), Some(&pki.path("a")), ALPN);

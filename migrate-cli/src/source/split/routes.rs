@@ -35,6 +35,8 @@ pub(super) struct Routes {
     main_pages_max: u64,
     in_use_pages: u64,
     reserves: Vec<u64>,
+    /// Of these, pages that are not taken.
+    left: Vec<u64>,
     copies: usize,
 }
 
@@ -61,7 +63,10 @@ impl Routes {
         let Placement { main, servers } = placed;
         let main_pages_max = main_pages_max - slack_pages(main_pages_max);
         let in_use_pages = in_use.len();
-        Ok(Self { main, servers, main_pages_max, in_use_pages, reserves, copies })
+        let taken = servers.iter().map(PageSet::len);
+        let left =
+            reserves.iter().zip(taken).map(|(all, taken)| all.saturating_sub(taken)).collect();
+        Ok(Self { main, servers, main_pages_max, in_use_pages, reserves, left, copies })
     }
 
     /// Takes the servers' pages out of a round: what goes to each of them.
@@ -117,11 +122,13 @@ impl Routes {
             if room > 0 {
                 room -= 1;
                 self.main.insert(page);
-                for (server, share) in self.servers.iter_mut().zip(shares.iter_mut()) {
-                    if server.contains(page) {
-                        server.remove(page);
-                        share.drop.insert(page);
-                    }
+                let servers = self.servers.iter_mut().zip(shares.iter_mut()).zip(&mut self.left);
+                for ((server, share), left) in
+                    servers.filter(|((server, _), _)| server.contains(page))
+                {
+                    server.remove(page);
+                    share.drop.insert(page);
+                    *left += 1;
                 }
                 continue;
             }
@@ -132,15 +139,18 @@ impl Routes {
 
     fn insert_remote(&mut self, page: u64) -> Result<(), EngineError> {
         for _ in 0..self.copies {
-            let rooms = self.servers.iter().zip(&self.reserves).enumerate();
-            let open = rooms.filter(|(_, (server, _))| !server.contains(page));
-            let open = open.map(|(number, (server, reserve))| {
-                let left = reserve.saturating_sub(server.len());
-                (number, if left > 0 { *reserve } else { 0 })
+            let rooms = self.servers.iter().zip(&self.reserves).zip(&self.left).enumerate();
+            let open = rooms.filter(|(_, ((server, _), _))| !server.contains(page));
+            let open = open.map(|(number, ((_, reserve), left))| {
+                (number, if *left > 0 { *reserve } else { 0 })
             });
-            let number = server_of(page / CHUNK_PAGES, open);
-            let server = number.and_then(|number| self.servers.get_mut(number));
-            server.ok_or_else(no_room)?.insert(page);
+            let number = server_of(page / CHUNK_PAGES, open).ok_or_else(no_room)?;
+            if let (Some(server), Some(left)) =
+                (self.servers.get_mut(number), self.left.get_mut(number))
+            {
+                server.insert(page);
+                *left = left.saturating_sub(1);
+            }
         }
         Ok(())
     }
@@ -161,5 +171,78 @@ fn no_room() -> EngineError {
         what: "The memory servers have no room for what the guest has taken meanwhile".into(),
         remedy: "Allow more on the main host by --resident, or name another server by --memory"
             .into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const PAGES: u64 = 64 * CHUNK_PAGES;
+
+    fn set(pages: impl IntoIterator<Item = u64>) -> PageSet {
+        let mut set = PageSet::new(PAGES);
+        pages.into_iter().for_each(|page| set.insert(page));
+        set
+    }
+
+    fn round(number: u32, dirty: PageSet) -> Round {
+        let (waves, look) = (vec![dirty.clone()], set([]));
+        Round { number, dirty, waves, look, not_before: Duration::ZERO }
+    }
+
+    /// What two servers have of a guest all of whose pages are in use, but for the last chunk.
+    fn routes(main_pages: u64, reserve: u64, copies: usize) -> Routes {
+        let in_use = set(0..PAGES - CHUNK_PAGES);
+        let limits = (main_pages, main_pages);
+        Routes::new(&in_use, &set(0..100), limits, vec![reserve; 2], copies).unwrap()
+    }
+
+    #[test]
+    fn every_page_goes_to_one_place_and_hot_ones_to_the_main_host() {
+        let mut routes = routes(8 * CHUNK_PAGES, PAGES, 1);
+        let mut first = round(1, set(0..PAGES - CHUNK_PAGES));
+        let shares = routes.divide(&mut first, None).unwrap();
+        assert!((0..100).all(|page| first.dirty.contains(page)));
+        assert!(first.dirty.len() <= routes.main_pages_max);
+        let sent: u64 = shares.iter().map(|share| share.send.len()).sum();
+        assert_eq!(sent + first.dirty.len(), PAGES - CHUNK_PAGES);
+        assert!(shares.iter().all(|share| share.drop.is_empty() && !share.send.is_empty()));
+        assert_eq!(first.waves, [first.dirty.clone()]);
+    }
+
+    #[test]
+    fn what_is_written_again_moves_to_the_main_host_while_there_is_room() {
+        let mut routes = routes(8 * CHUNK_PAGES, PAGES, 2);
+        routes.main_pages_max = routes.main.len() + 3;
+        let written = set((PAGES - 2 * CHUNK_PAGES..).take(5));
+        let mut second = round(2, written.clone());
+        let left: Vec<u64> = routes.left.clone();
+        let shares = routes.divide(&mut second, None).unwrap();
+        assert_eq!(second.dirty.len(), 3);
+        for (share, (before, after)) in shares.iter().zip(left.iter().zip(&routes.left)) {
+            assert_eq!((share.drop.len(), share.send.len()), (3, 2), "with two copies on each");
+            assert_eq!(before + 3, *after);
+        }
+        // In the first round nothing is known to be written.
+        let mut first = round(1, written);
+        routes.main_pages_max += 10;
+        assert!(routes.divide(&mut first, None).unwrap().iter().all(|share| share.drop.is_empty()));
+    }
+
+    #[test]
+    fn what_the_guest_takes_later_is_refused_only_where_no_server_has_room() {
+        let reserve = reserve_pages(PAGES - 8 * CHUNK_PAGES, 1, 2);
+        let mut routes = routes(8 * CHUNK_PAGES, reserve, 1);
+        routes.main_pages_max = routes.main.len();
+        let fresh = set(PAGES - CHUNK_PAGES..PAGES);
+        let shares = routes.divide(&mut round(2, fresh.clone()), None).unwrap();
+        assert_eq!(shares.iter().map(|share| share.send.len()).sum::<u64>(), CHUNK_PAGES);
+        routes.servers.iter_mut().for_each(|server| server.subtract(&fresh));
+        routes.left = vec![0, 0];
+        let error = routes.divide(&mut round(3, fresh), None).unwrap_err();
+        assert!(error.to_string().contains("--memory"), "{error}");
     }
 }
