@@ -49,20 +49,20 @@ pub enum PagerState {
     Merging,
     /// All of it is here.
     Merged,
-    /// Some of it is on no server that answers: the guest waits, or is stopped.
+    /// Some of it is on no server any more: the guest is stopped, or its threads stand still.
     Lost,
 }
 
-/// What lies on one memory server.
+/// What one memory server has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerStatus {
     /// Its address.
     pub server: String,
-    /// Pages that are there and not here.
+    /// Pages of which it has a valid copy, those included that are here as well and were not written since.
     pub pages: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// `connected` or `lost`.
+    /// `connected`, `away` (sought again), `draining`, or `lost` with all that it had.
     pub state: String,
 }
 

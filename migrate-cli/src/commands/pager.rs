@@ -61,7 +61,7 @@ fn tell(status: &Status) {
         mib(status.resident_limit_pages)
     );
     for server in &status.remote_pages {
-        println!("elsewhere  {:.1} MiB at {} ({})", mib(server.pages), server.server, server.state);
+        println!("copies     {:.1} MiB at {} ({})", mib(server.pages), server.server, server.state);
     }
     println!(
         "faults     {} ({} fetched, {} of memory that held nothing): {} us in the median, {} at 99 %, {} at most",

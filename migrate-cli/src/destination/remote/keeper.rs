@@ -1,9 +1,9 @@
 //! The thread that keeps a split guest within its limit, and everything else that no guest waits for.
 //!
 //! ```text
-//!   wait ─► evict ─► drop copies that are out of date ─► move copies ─► reclaim ─► fetch (merging) ─► reconnect ─┐
-//!     ▲                                                                                                      │
-//!     └──────────────────────────────────────────────────────────────────────────────────────────────────────┘
+//!   wait ─► evict ─► drop copies that are out of date ─► make copies again ─► fetch (merging) ─► reach servers ─┐
+//!     ▲                                                                                                         │
+//!     └─────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! Its connections carry all puts and drops, in the order in which they were decided.
