@@ -54,6 +54,19 @@ impl Kernel {
         Ok(None)
     }
 
+    /// Makes sure that free memory may be left out.
+    ///
+    /// # Errors
+    /// [`IntrospectError::Poisoned`] if the kernel relies on what it filled it with, or what cannot be read.
+    pub fn check_unfilled(&self, memory: &impl PhysicalMemory) -> Result<(), IntrospectError> {
+        let mut free = self.usage(memory)?.unused();
+        free.intersect(&memory.data()?);
+        match self.pattern(memory, &free)? {
+            None => Ok(()),
+            Some(how) => Err(IntrospectError::Poisoned { how }),
+        }
+    }
+
     /// The option whose key is on, or cannot be read.
     fn key(
         &self,

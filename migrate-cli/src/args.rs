@@ -48,7 +48,7 @@ pub enum Command {
     /// Sends a running guest to a host that holds part of its memory; the rest goes to memory servers.
     Split(SplitArgs),
     /// Shows how a guest is doing whose memory is split.
-    Status(StatusArgs),
+    Status(PagerArgs),
     /// Brings all memory of a split guest to the host on which it runs.
     Merge(MergeArgs),
     /// Ends a migration that an engine or a link left unfinished.
@@ -341,7 +341,7 @@ pub struct SplitArgs {
     pub copies: u8,
 }
 
-/// What commands need that talk to the pager of a split guest.
+/// `migrate status`, and what other commands need that talk to the pager of a split guest.
 #[derive(Debug, Clone, Args)]
 pub struct PagerArgs {
     /// QMP socket of the VM, as it was given to `migrate receive`. It is not connected to. May be left out where one
@@ -354,14 +354,6 @@ pub struct PagerArgs {
     /// Print one JSON object on stdout.
     #[arg(long)]
     pub json: bool,
-}
-
-/// `migrate status`.
-#[derive(Debug, Clone, Args)]
-pub struct StatusArgs {
-    /// Which guest.
-    #[command(flatten)]
-    pub pager: PagerArgs,
 }
 
 /// `migrate merge`.

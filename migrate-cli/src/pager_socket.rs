@@ -127,6 +127,8 @@ pub struct Status {
     pub resident_pages: u64,
     /// What lies elsewhere.
     pub remote_pages: Vec<ServerStatus>,
+    /// Pages that are on fewer servers than asked for.
+    pub under_copied_pages: u64,
     /// Page faults.
     pub faults: FaultStatus,
     /// Pages fetched before they were asked for.

@@ -63,15 +63,27 @@ pub fn open(
 /// Has a server do something that it answers by a word. Blocks.
 ///
 /// # Errors
-/// [`EngineError::NoStore`] if it does not.
+/// As [`call`].
 pub fn ask(
     client: &mut PageClient,
     address: &str,
     request: &PageRequest,
 ) -> Result<(), EngineError> {
+    call(client, address, request).map(drop)
+}
+
+/// Has a server do something and returns its answer, which is no refusal. Blocks.
+///
+/// # Errors
+/// [`EngineError::NoStore`], or [`EngineError::StoreRefused`].
+pub fn call(
+    client: &mut PageClient,
+    address: &str,
+    request: &PageRequest,
+) -> Result<PageAnswer, EngineError> {
     match client.call(request).map_err(|source| no_store(address, source))? {
         PageAnswer::Failed { error, .. } => Err(refused(address, error)),
-        _ => Ok(()),
+        answer => Ok(answer),
     }
 }
 

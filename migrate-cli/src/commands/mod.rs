@@ -24,7 +24,7 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Receive(args) => receive(&args).await,
         Command::Send(args) => sent(&source::send(&args).await, args.json),
         Command::Split(args) => sent(&source::split(&args).await, args.send.json),
-        Command::Status(args) => pager::status(&args.pager).await,
+        Command::Status(args) => pager::status(&args).await,
         Command::Merge(args) => pager::merge(&args.pager).await,
         Command::Resolve(args) => resolve::run(&args).await,
         Command::MemoryServer(args) => serve_memory(&args).await,

@@ -63,6 +63,12 @@ fn tell(status: &Status) {
     for server in &status.remote_pages {
         println!("copies     {:.1} MiB at {} ({})", mib(server.pages), server.server, server.state);
     }
+    if status.under_copied_pages > 0 {
+        println!(
+            "           {:.1} MiB have fewer copies than asked for",
+            mib(status.under_copied_pages)
+        );
+    }
     println!(
         "faults     {} ({} fetched, {} of memory that held nothing): {} us in the median, {} at 99 %, {} at most",
         faults.count, faults.fetched, faults.zero, faults.p50_us, faults.p99_us, faults.max_us

@@ -12,7 +12,7 @@
 //! Invariant: when the destination is told what is missing, every page that it is not told of is in
 //! place there, and the guest is stopped.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{Precopy, Round};
@@ -39,8 +39,28 @@ pub async fn prepare(mover: &Mover, known: &PageSet, link: &mut Link) -> Result<
     for part in missing::parts(known) {
         link.send(part).await?;
     }
+    prepare_for_faults(link).await
+}
+
+/// Tells the destination to get hold of QEMU's page faults. The guest still runs.
+///
+/// # Errors
+/// What went wrong; the destination may refuse, with its reason.
+pub async fn prepare_for_faults(link: &mut Link) -> Result<(), EngineError> {
     link.send(Message::Prepare(Prepare {})).await?;
-    match link.recv_within("that it is prepared for faults", LOAD_WITHIN).await? {
+    prepared(link, "that it is prepared for faults", LOAD_WITHIN).await
+}
+
+/// Waits for the destination to say that it is prepared.
+///
+/// # Errors
+/// If it does not, or contact is lost.
+pub async fn prepared(
+    link: &mut Link,
+    wanted: &'static str,
+    within: Duration,
+) -> Result<(), EngineError> {
+    match link.recv_within(wanted, within).await? {
         Message::Prepared(_) => Ok(()),
         other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Prepared" }),
     }

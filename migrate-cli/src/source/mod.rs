@@ -40,7 +40,7 @@ use migrate_core::pageset::PageSet;
 use migrate_core::precopy::{Precopy, PrecopyConfig};
 use qemu_glue::qmp::Client;
 use qemu_glue::track::DirtyTracker;
-use transport::messages::{FEATURE_SPLIT, Message, Prepare};
+use transport::messages::FEATURE_SPLIT;
 use transport::{Closer, Identity, LaneSender, MigrationId, SourceSession};
 
 use self::answering::UrgentLane;
@@ -469,8 +469,7 @@ impl Migration<'_> {
             return Ok(Moved { mover, server });
         }
         if mover.split.is_some() {
-            link.send(Message::Prepare(Prepare {})).await?;
-            split::prepared(link, switch::LOAD_WITHIN).await?;
+            early::prepare_for_faults(link).await?;
         }
         let saving = switch::begin(&mover, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());

@@ -419,7 +419,7 @@ impl Remote {
                 continue;
             }
             left -= pages.len();
-            let runs = runs_of(&pages);
+            let runs = runs_of(pages.iter().copied());
             for run in &runs {
                 server.stale.remove_range(run.clone());
             }

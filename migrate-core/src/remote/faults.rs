@@ -24,6 +24,13 @@ pub struct Fetch {
     pub runs: Vec<Range<u64>>,
 }
 
+impl Fetch {
+    /// Of these pages, in their order.
+    pub fn of(server: usize, pages: impl IntoIterator<Item = u64>) -> Self {
+        Self { server, runs: runs_of(pages) }
+    }
+}
+
 /// What to do about a fault on a missing page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MissingFault {
@@ -151,7 +158,7 @@ impl Remote {
         neighbours.truncate(usize::try_from(free.saturating_add(given_up)).unwrap_or(usize::MAX));
         self.ask_neighbours(&mut neighbours, server);
         neighbours.insert(0, page);
-        FaultAnswer::Fetch(Fetch { server, runs: runs_of(&neighbours) })
+        FaultAnswer::Fetch(Fetch::of(server, neighbours))
     }
 
     fn wait(&mut self, page: u64, is_write: bool, now: Duration) -> FaultAnswer {
@@ -269,7 +276,7 @@ impl Remote {
         let mut fetches = Vec::new();
         for (server, pages) in by_server {
             for part in pages.chunks(FETCH_PAGES_MAX as usize) {
-                fetches.push(Fetch { server, runs: runs_of(part) });
+                fetches.push(Fetch::of(server, part.iter().copied()));
             }
         }
         fetches
@@ -389,18 +396,18 @@ impl Remote {
         let mut pages = self.neighbours(ahead.span.clone(), direction, count, server);
         self.ask_neighbours(&mut pages, server);
         if !pages.is_empty() {
-            self.ahead.push(Fetch { server, runs: runs_of(&pages) });
+            self.ahead.push(Fetch::of(server, pages));
         }
     }
 }
 
 /// Pages as runs, in their order.
-pub(super) fn runs_of(pages: &[u64]) -> Vec<Range<u64>> {
+pub fn runs_of(pages: impl IntoIterator<Item = u64>) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     for page in pages {
         match runs.last_mut() {
-            Some(last) if last.end == *page => last.end += 1,
-            _ => runs.push(*page..page + 1),
+            Some(last) if last.end == page => last.end += 1,
+            _ => runs.push(page..page + 1),
         }
     }
     runs

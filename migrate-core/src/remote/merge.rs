@@ -121,13 +121,7 @@ impl Remote {
             self.ask_another(page, &mut again);
         }
         for page in held.iter() {
-            let is_gone = self.servers.holders(page).is_empty();
-            match self.pages.state(page) {
-                State::Remote if is_gone => self.lose(page),
-                State::Remote => self.note_copies(page),
-                State::Clean if is_gone => self.make_dirty(page, self.pages.class(page)),
-                _ => {}
-            }
+            self.note_copy_gone(page);
         }
         self.fetches(again)
     }
@@ -267,13 +261,7 @@ impl Remote {
         self.servers.settle(page);
         if failure == MoveFailure::NotStored {
             self.servers.not_there(page, from);
-            let is_gone = self.servers.holders(page).is_empty();
-            match self.pages.state(page) {
-                State::Remote if is_gone => self.lose(page),
-                State::Remote => self.note_copies(page),
-                State::Clean if is_gone => self.make_dirty(page, self.pages.class(page)),
-                _ => {}
-            }
+            self.note_copy_gone(page);
         }
     }
 }

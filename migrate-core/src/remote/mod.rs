@@ -48,7 +48,7 @@ mod stats;
 mod tests;
 
 pub use eviction::{PutDone, PutFailed, PutFailure, Stale, Victims};
-pub use faults::{Arrived, FaultAnswer, Fetch, MissingFault, WriteFault};
+pub use faults::{Arrived, FaultAnswer, Fetch, MissingFault, WriteFault, runs_of};
 pub use merge::{Move, MoveFailure};
 pub use placement::{CHUNK_PAGES, Placement, PlacementError, place, server_of, slack_pages};
 pub use reclaim::ReclaimDone;
@@ -301,6 +301,17 @@ impl Remote {
             self.under_copied.insert(page);
         } else {
             self.under_copied.remove(page);
+        }
+    }
+
+    /// A server does not have the page any more.
+    fn note_copy_gone(&mut self, page: u64) {
+        let is_gone = self.servers.holders(page).is_empty();
+        match self.pages.state(page) {
+            State::Remote if is_gone => self.lose(page),
+            State::Remote => self.note_copies(page),
+            State::Clean if is_gone => self.make_dirty(page, self.pages.class(page)),
+            _ => {}
         }
     }
 

@@ -6,6 +6,7 @@ pub mod untouched;
 
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -16,6 +17,23 @@ use tempfile::TempDir;
 
 /// Longest time that any command of a test may take.
 pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Held by the one test of a process that runs: two cores carry the QEMUs and engines of one.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Waits until no other test of this process has its turn.
+pub fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does `work` when no other test of this process has its turn.
+///
+/// # Errors
+/// What the work says.
+pub fn in_turn<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let _turn = turn();
+    work()
+}
 
 /// Two hosts' identities and journals, and the command under test.
 #[derive(Debug)]

@@ -60,17 +60,28 @@ impl Rig {
         identities: &ServerIdentities,
         offer: &Offer<'_>,
     ) -> Result<Vec<MemoryServer>> {
-        let start = |identity: &PathBuf| {
-            MemoryServer::start(&ServerOptions {
-                program: &self.migrate,
-                identity,
-                listen: "127.0.0.1:0",
-                capacity_mib: offer.capacity_mib,
-                netns: None,
-                extra: offer.extra,
-            })
-        };
+        let start = |identity: &PathBuf| self.memory_server(identity, "127.0.0.1:0", offer);
         identities.0.iter().map(start).collect()
+    }
+
+    /// Starts a memory server of this identity that listens at `listen`.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn memory_server(
+        &self,
+        identity: &Path,
+        listen: &str,
+        offer: &Offer<'_>,
+    ) -> Result<MemoryServer> {
+        MemoryServer::start(&ServerOptions {
+            program: &self.migrate,
+            identity,
+            listen,
+            capacity_mib: offer.capacity_mib,
+            netns: None,
+            extra: offer.extra,
+        })
     }
 
     /// Starts `migrate split --json`.

@@ -6,17 +6,13 @@
 //! into a fresh QEMU. One guest goes through all cases of a table as long as it survives.
 
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::untouched::{Before, assert_detached};
-use e2e::{PATIENCE, Rig};
+use e2e::{PATIENCE, Rig, turn};
 use framework::{Engine, EngineOutput, NetnsPair, Pulse, QemuKind, Vm, VmSpec};
 use nix::sys::signal::Signal;
-
-/// One table at a time: two cores carry both QEMUs and both engines.
-static TURN: Mutex<()> = Mutex::new(());
 
 const LISTEN: &str = "10.77.0.2:7700";
 
@@ -295,7 +291,7 @@ fn table_in(
     kind: QemuKind,
     cases: &[(&'static str, Victim, End)],
 ) -> Result<()> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     let mut stage = Stage::new(kind, mode)?;
     for (step, victim, end) in cases {
         stage.case(step, *victim, *end)?;
@@ -475,7 +471,7 @@ fn sent_on(stage: &mut Stage, journal: &str) -> Result<(Vm, Vm)> {
 /// The guest came to this host and went on; what the journal says of its arrival resumes it never.
 #[test]
 fn a_guest_that_moved_on_is_not_resumed_by_the_journal_of_its_arrival() -> Result<()> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
     let journal = stage.rig.journal("both");
     let (mut middle, mut last) = sent_on(&mut stage, &journal)?;
@@ -498,7 +494,7 @@ fn a_guest_that_moved_on_is_not_resumed_by_the_journal_of_its_arrival() -> Resul
 /// The destination need not hear the session's close, of which nothing says that it arrives.
 #[test]
 fn a_source_that_is_done_keeps_no_destination_waiting() -> Result<()> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
     let (_vms, [mut send, receive]) = stage.held_at("source-done")?;
     // One that had heard nothing would wait 5 s and then stay for two leases.
@@ -512,7 +508,7 @@ fn a_source_that_is_done_keeps_no_destination_waiting() -> Result<()> {
 /// `resolve` does not decide about a migration that an engine is at work on.
 #[test]
 fn resolve_keeps_its_hands_off_a_migration_under_way() -> Result<()> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     let mut stage = Stage::new(QemuKind::V7_2, "auto")?;
     let (vms, [send, receive]) = stage.held_at("source-recorded")?;
     for (vm, end) in vms.iter().zip(["source", "destination"]) {

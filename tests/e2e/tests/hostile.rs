@@ -9,12 +9,12 @@ mod loading;
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use e2e::untouched::{Before, assert_detached};
-use e2e::{PATIENCE, Rig, free_address};
+use e2e::{PATIENCE, Rig, free_address, turn};
 use framework::{Engine, Pki, QemuKind, Vm, VmSpec};
 use migrate_core::batch::{LAST_VERSION, PageRun, RunKind};
 use migrate_core::codec::Codec;
@@ -32,9 +32,6 @@ use transport::{
     Batch, DestinationSession, Identity, Listener, Message, Offer, Options, SourceSession, connect,
 };
 
-/// One test at a time: two cores carry QEMUs and engines.
-static TURN: Mutex<()> = Mutex::new(());
-
 const MEMORY_MIB: u64 = 192;
 const PAGES: u64 = MEMORY_MIB << 20 >> 12;
 
@@ -46,7 +43,7 @@ fn guest(name: &str) -> VmSpec {
 }
 
 fn in_turn<T>(work: impl FnOnce(&Runtime) -> Result<T>) -> Result<T> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _turn = turn();
     work(&Runtime::new().context("No runtime")?)
 }
 

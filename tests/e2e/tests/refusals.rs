@@ -6,16 +6,12 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::untouched::Before;
-use e2e::{PATIENCE, Rig, free_address};
+use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::{Backend, Engine, EngineOutput, QemuKind, Vm, VmSpec, wait};
-
-/// One test at a time, or the heartbeat would show the machine's load.
-static TURN: Mutex<()> = Mutex::new(());
 
 /// Longest pause of the heartbeat that passes for a loaded machine.
 const PAUSE_US_MAX: u64 = 400_000;
@@ -85,11 +81,6 @@ impl Watched {
         ensure!(receive.running()?, "The destination ended: {}", receive.stderr());
         Ok(())
     }
-}
-
-fn in_turn<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    work()
 }
 
 #[test]

@@ -4,21 +4,17 @@
 //! come all the time; a thread looks every 20 ms whether the host holds to the limit.
 
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::reading::{reading, slow_disk};
 use e2e::split::{Merged, Offer, PAGES_PER_MIB, Split, number};
 use e2e::untouched::Before;
-use e2e::{PATIENCE, Rig, free_address};
+use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
 use framework::{Engine, EngineOutput, MemoryServer, QemuKind, RamWatch, Vm, VmSpec};
 use nix::sys::signal::Signal;
-
-/// One test at a time: two cores carry QEMUs, engines and servers.
-static TURN: Mutex<()> = Mutex::new(());
 
 const MIB: u64 = 1 << 20;
 
@@ -35,11 +31,6 @@ const WORK_WITHIN: Duration = Duration::from_secs(300);
 const SLOWLY: [&str; 2] = ["--max-bandwidth", "150M"];
 
 const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
-
-fn in_turn<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    work()
-}
 
 /// A guest of 512 MiB that uses some 300 of them.
 fn working(kind: QemuKind) -> VmSpec {

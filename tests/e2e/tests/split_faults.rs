@@ -1,19 +1,13 @@
 //! Split guests whose memory servers or pager die.
 
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use e2e::split::{Offer, PAGES_PER_MIB, Split};
-use e2e::{PATIENCE, Rig, free_address};
-use framework::memory_server::ServerOptions;
+use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
 use framework::{MemoryServer, QemuKind, Vm, VmSpec, wait};
-
-/// One test at a time: two cores carry QEMUs, engines and servers.
-static TURN: Mutex<()> = Mutex::new(());
 
 /// What the main host may hold.
 const RESIDENT_MIB: u64 = 128;
@@ -31,11 +25,6 @@ const WORK_WITHIN: Duration = Duration::from_secs(200);
 const WAITS: Duration = Duration::from_secs(2);
 
 const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
-
-fn in_turn<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    work()
-}
 
 fn working(kind: QemuKind) -> VmSpec {
     VmSpec::new("working", kind)
@@ -62,19 +51,6 @@ fn works_on(split: &mut Split) -> Result<()> {
     split.vm.verify_checker(WORK_WITHIN).map(drop)
 }
 
-/// A server at an address that may be used again.
-fn server_at(rig: &Rig, identity: &PathBuf, listen: &str) -> Result<MemoryServer> {
-    let (program, capacity_mib) = (&rig.migrate, OFFER.capacity_mib);
-    MemoryServer::start(&ServerOptions {
-        program,
-        identity,
-        listen,
-        capacity_mib,
-        netns: None,
-        extra: OFFER.extra,
-    })
-}
-
 #[test]
 fn the_next_pager_goes_on_where_one_was_killed() -> Result<()> {
     in_turn(|| {
@@ -99,19 +75,16 @@ fn with_two_copies_a_server_may_die_and_copies_are_made_again() -> Result<()> {
         let rig = Rig::new()?;
         let mut servers = rig.memory_servers(&rig.server_identities(3)?, &OFFER)?;
         let mut split = at_work(&rig, &servers, &["--copies", "2"])?;
-        let dead = servers.remove(0);
-        let address = dead.address().to_owned();
-        dead.kill()?;
+        servers.remove(0).kill()?;
         works_on(&mut split)?;
-        let whole = rig.pager(&split.vm).wait_status("two copies of all", PATIENCE, |status| {
-            let of = |server: &str| status.remote_pages.iter().find(|one| one.server == server);
-            let elsewhere: Vec<u64> =
-                servers.iter().filter_map(|one| of(one.address())).map(|one| one.pages).collect();
-            // Two servers are left, so each has all that is not at the main host.
-            of(&address).is_some_and(|dead| dead.pages == 0)
-                && matches!(elsewhere.as_slice(), [a, b] if a == b && *a > 0)
-        })?;
-        ensure!(whole.state == SplitState::Split, "{whole:?}");
+        let whole = rig
+            .pager(&split.vm)
+            .wait_status("two copies of all", PATIENCE, |status| status.under_copied_pages == 0)?;
+        ensure!(whole.state == SplitState::Split && whole.remote() > 0, "{whole:?}");
+        // Whatever was on it is on the last one as well.
+        servers.remove(0).kill()?;
+        worker::set_phase(&mut split.vm, Phase::Hot)?;
+        works_on(&mut split)?;
         split.merge(&rig, &servers).map(drop)
     })
 }
@@ -140,11 +113,14 @@ fn a_guest_whose_memory_is_lost_stands_still() -> Result<()> {
         let listen = free_address()?;
         let first = identities.0.first().expect("there are two");
         let second = identities.0.last().expect("there are two");
-        let servers = [server_at(&rig, first, &listen)?, server_at(&rig, second, "127.0.0.1:0")?];
+        let servers = [
+            rig.memory_server(first, &listen, &OFFER)?,
+            rig.memory_server(second, "127.0.0.1:0", &OFFER)?,
+        ];
         let split = at_work(&rig, &servers, &[])?;
         let [dead, other] = servers;
         dead.kill()?;
-        let _empty = server_at(&rig, first, &listen)?;
+        let _empty = rig.memory_server(first, &listen, &OFFER)?;
         let pager = rig.pager(&split.vm);
         let lost = |status: &framework::Status| status.state == SplitState::Lost;
         let status = pager.wait_status("that memory is lost", PATIENCE, lost)?;

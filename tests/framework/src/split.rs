@@ -90,6 +90,8 @@ pub struct Status {
     pub resident_pages: u64,
     /// Pages elsewhere, by server.
     pub remote_pages: Vec<RemotePages>,
+    /// Pages that are on fewer servers than asked for.
+    pub under_copied_pages: u64,
     /// Faults.
     pub faults: Faults,
     /// Read ahead.
@@ -189,7 +191,7 @@ mod tests {
 
     const STATUS: &str = r#"{"v":1,"vm":"x","state":"split","resident_limit_pages":10,
         "resident_pages":9,"remote_pages":[{"server":"a:1","pages":5,"bytes":9,"state":"up"},
-        {"server":"b:1","pages":6,"bytes":9,"state":"up"}],"faults":{"count":3,"zero":1,
+        {"server":"b:1","pages":6,"bytes":9,"state":"up"}],"under_copied_pages":0,"faults":{"count":3,"zero":1,
         "fetched":2,"p50_us":70,"p99_us":90,"max_us":99},"read_ahead":{"pages":4,"used":3},
         "evicted":{"pages":8,"clean":2,"cancelled":1},"reclaimed_pages":7,
         "bytes":{"sent":1,"received":2}}"#;

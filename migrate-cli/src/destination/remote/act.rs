@@ -1,9 +1,9 @@
 //! Decisions about pages, carried out under their lock.
 
-use std::ops::Range;
-
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
-use migrate_core::remote::{Arrived, FaultAnswer, Fetch, MissingFault, Remote, WriteFault};
+use migrate_core::remote::{
+    Arrived, FaultAnswer, Fetch, MissingFault, Remote, WriteFault, runs_of,
+};
 use qemu_glue::pager::Fault;
 
 use super::Shared;
@@ -62,7 +62,7 @@ impl Shared {
     /// # Errors
     /// What the pager says.
     pub(super) fn punch(&self, pages: &[u64]) -> Result<(), EngineError> {
-        for run in runs(pages) {
+        for run in runs_of(pages.iter().copied()) {
             for (first, count) in self.layout().split(PageIndex(run.start), run.end - run.start) {
                 self.pager.evict(first, count)?;
                 self.pager.wake(first, count)?;
@@ -76,7 +76,7 @@ impl Shared {
     /// # Errors
     /// What the pager says.
     pub(super) fn protect(&self, pages: &[u64], protected: bool) -> Result<(), EngineError> {
-        for run in runs(pages) {
+        for run in runs_of(pages.iter().copied()) {
             for (first, count) in self.layout().split(PageIndex(run.start), run.end - run.start) {
                 match protected {
                     true => self.pager.protect(first, count)?,
@@ -129,16 +129,4 @@ impl Shared {
         }
         Ok(())
     }
-}
-
-/// Ascending pages as runs.
-fn runs(pages: &[u64]) -> Vec<Range<u64>> {
-    let mut runs: Vec<Range<u64>> = vec![];
-    for page in pages {
-        match runs.last_mut() {
-            Some(last) if last.end == *page => last.end += 1,
-            _ => runs.push(*page..page + 1),
-        }
-    }
-    runs
 }

@@ -245,7 +245,7 @@ impl Serving {
         let Some(way) = self.ways.get_mut(server) else { return };
         way.client = Some(client);
         for (_, pages) in std::mem::take(&mut way.asked) {
-            way.queued.push_back(fetch(server, pages));
+            way.queued.push_back(Fetch::of(server, pages));
         }
         self.send(server);
     }
@@ -322,7 +322,7 @@ impl Serving {
                     asked.remove(&page);
                     // The others were not told of.
                     if !asked.is_empty() {
-                        way.queued.push_back(fetch(server, asked));
+                        way.queued.push_back(Fetch::of(server, asked));
                     }
                     let again = self.shared.remote.lock().fetch_failed(server, &[page]);
                     self.fetches.extend(again);
@@ -355,8 +355,4 @@ impl Serving {
         self.shared.traffic.lost(server);
         self.shared.keeper.notify_one();
     }
-}
-
-fn fetch(server: usize, pages: BTreeSet<u64>) -> Fetch {
-    Fetch { server, runs: pages.into_iter().map(|page| page..page + 1).collect() }
 }

@@ -259,8 +259,13 @@ impl Keeper {
         let mut any = false;
         for page in pages {
             copies.insert(page, shared.copy(page)?);
-            for server in shared.remote.lock().put_to(page) {
-                todo.entry(server).or_default().push(page);
+        }
+        {
+            let remote = shared.remote.lock();
+            for page in copies.keys() {
+                for server in remote.put_to(*page) {
+                    todo.entry(server).or_default().push(*page);
+                }
             }
         }
         while !todo.is_empty() {
@@ -485,8 +490,7 @@ impl Keeper {
             Ok(_) | Err(_) => {}
         }
         if !pages.is_empty() {
-            let runs = pages.into_iter().map(|page| page..page + 1).collect();
-            self.postponed.push(Fetch { server, runs });
+            self.postponed.push(Fetch::of(server, pages));
         }
         Ok(false)
     }

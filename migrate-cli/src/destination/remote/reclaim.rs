@@ -185,12 +185,8 @@ impl Reclaimer {
     /// A kernel that does not fill what it frees.
     fn find(&self) -> Result<Kernel, EngineError> {
         let kernel = Kernel::find(&self.memory, &self.processors()?)?;
-        let mut free = kernel.usage(&self.memory)?.unused();
-        free.intersect(&self.memory.data()?);
-        match kernel.pattern(&self.memory, &free)? {
-            None => Ok(kernel),
-            Some(how) => Err(IntrospectError::Poisoned { how }.into()),
-        }
+        kernel.check_unfilled(&self.memory)?;
+        Ok(kernel)
     }
 
     fn processors(&self) -> Result<Vec<Processor>, EngineError> {

@@ -168,14 +168,12 @@ pub(super) fn found(
 fn list(client: &mut PageClient, address: &str) -> Result<Vec<(Extent, u64)>, EngineError> {
     let (mut all, mut next) = (vec![], Some(0));
     while let Some(from_page) = next {
-        let answer = client.call(&PageRequest::List { from_page });
-        match answer.map_err(|source| stores::no_store(address, source))? {
+        match stores::call(client, address, &PageRequest::List { from_page })? {
             PageAnswer::Listed { entries, next_page, .. } => {
                 all.extend(entries);
                 // Whatever the server says, it comes to an end.
                 next = next_page.filter(|next| *next > from_page);
             }
-            PageAnswer::Failed { error, .. } => return Err(stores::refused(address, error)),
             _ => next = None,
         }
     }

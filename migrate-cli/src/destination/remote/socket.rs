@@ -107,6 +107,7 @@ fn status(shared: &Shared) -> Status {
         resident_limit_pages: stats.resident_limit_pages.unwrap_or_else(|| shared.layout().pages()),
         resident_pages: stats.resident_pages,
         remote_pages,
+        under_copied_pages: stats.under_copied_pages,
         faults: FaultStatus {
             count: faults.zero + faults.fetch + faults.wait,
             zero: faults.zero,

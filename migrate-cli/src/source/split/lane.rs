@@ -11,7 +11,7 @@ use migrate_core::pageset::PageSet;
 use qemu_glue::ram::GuestRam;
 use transport::messages::Store;
 use transport::pages::wire::{DROP_EXTENTS_MAX, REQUEST_PAGES_MAX};
-use transport::pages::{Extent, PageAnswer, PageClient, PageRequest, PageStop};
+use transport::pages::{Extent, PageAnswer, PageClient, PageRequest};
 
 use super::super::gate::Gate;
 use super::super::pump::PumpError;
@@ -52,24 +52,9 @@ struct Put {
 
 impl StoreLane {
     /// A store that was just made, of a guest of so many pages.
-    pub(super) fn new(store: Store, client: PageClient, pages: u64) -> Self {
-        let (stored, moved) = (PageSet::new(pages), Arc::default());
-        Self { store, client, stored, answers: vec![], moved }
-    }
-
-    /// Where the server is.
-    pub(super) fn address(&self) -> &str {
-        &self.store.address
-    }
-
-    /// Bytes that travelled, told at any time.
-    pub(super) fn moved(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.moved)
-    }
-
-    /// Cuts the connection at any time.
-    pub(super) fn stop(&self) -> PageStop {
-        self.client.stop()
+    /// What travels is told in `moved`.
+    pub(super) fn new(store: Store, client: PageClient, pages: u64, moved: Arc<AtomicU64>) -> Self {
+        Self { store, client, stored: PageSet::new(pages), answers: vec![], moved }
     }
 
     /// Tells the server that the store is still wanted. Blocks.
@@ -221,13 +206,8 @@ impl StoreLane {
         for pages in stored.chunks(REQUEST_PAGES_MAX as usize) {
             let extents = Extent::join(pages.iter().copied());
             let request = PageRequest::Get { extents, take: false, packed: true };
-            let answer = self.client.call(&request);
-            let answer = answer.map_err(|source| stores::no_store(&self.store.address, source))?;
-            let contents = match answer {
+            let contents = match stores::call(&mut self.client, &self.store.address, &request)? {
                 PageAnswer::Pages { contents, .. } => contents,
-                PageAnswer::Failed { error, .. } => {
-                    return Err(stores::refused(&self.store.address, error));
-                }
                 _ => Bytes::new(),
             };
             for (at, page) in pages.iter().enumerate() {

@@ -26,16 +26,17 @@ use parking_lot::Mutex;
 use qemu_glue::ram::GuestRam;
 use transport::Identity;
 use transport::messages::{Message, RemoteEnd, STORES_MAX, Store};
-use transport::pages::{PageRequest, PageStop};
+use transport::pages::{PageClient, PageRequest, PageStop};
 
 use self::lane::StoreLane;
 use self::routes::Routes;
+use super::early;
 use super::gate::Gate;
 use super::link::Link;
 use super::prepare::{self, Guest};
 use super::pump::Pump;
 use super::unused::Unused;
-use crate::args::{SendArgs, SplitArgs};
+use crate::args::{Mode, SendArgs, SplitArgs};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::report::{RemoteReport, SplitReport};
@@ -63,7 +64,42 @@ pub struct Room {
     resident_pages: u64,
     copies: usize,
     direct_io_window_ms: u32,
-    lanes: Vec<(Store, StoreLane)>,
+    ways: Vec<Way>,
+}
+
+/// The way to a store, and what is wanted of it while a round has it.
+#[derive(Debug)]
+struct Way {
+    store: Store,
+    lane: Mutex<StoreLane>,
+    moved: Arc<AtomicU64>,
+    stop: PageStop,
+}
+
+impl Way {
+    fn new(store: Store, client: PageClient, pages: u64) -> Self {
+        let (moved, stop) = (Arc::default(), client.stop());
+        let lane = StoreLane::new(store.clone(), client, pages, Arc::clone(&moved));
+        Self { store, lane: Mutex::new(lane), moved, stop }
+    }
+}
+
+/// Deletes stores: the guest stays here. A server that does not answer is left to its lease. Blocks.
+fn delete(ways: &[Way]) {
+    let (done, is_done) = mpsc::channel::<()>();
+    let stops: Vec<PageStop> = ways.iter().map(|way| way.stop.clone()).collect();
+    let watch = std::thread::spawn(move || {
+        if is_done.recv_timeout(DELETE_WITHIN) == Err(mpsc::RecvTimeoutError::Timeout) {
+            stops.iter().for_each(PageStop::cut);
+        }
+    });
+    for way in ways {
+        way.lane.lock().delete();
+    }
+    drop(done);
+    if watch.join().is_err() {
+        tracing::error!("a thread of the engine panicked");
+    }
 }
 
 impl Room {
@@ -86,17 +122,17 @@ impl Room {
                 remedy: "Name another one by --memory, or use --copies 1".into(),
             });
         }
-        // All that may ever not be here, spread evenly.
-        let reserve_pages = routes::reserve_pages(pages - resident_pages, copies, count);
         if count > STORES_MAX {
             return Err(EngineError::Misuse {
                 what: format!("{count} memory servers were named"),
                 remedy: format!("Name at most {STORES_MAX}"),
             });
         }
+        // All that may ever not be here, spread evenly.
+        let reserve_pages = routes::reserve_pages(pages - resident_pages, copies, count);
         let window = prepare::direct_io_window(&asked.send, &guest.vm).unwrap_or_default();
         let direct_io_window_ms = u32::try_from(window.as_millis()).unwrap_or(u32::MAX);
-        let mut room = Self { resident_pages, copies, direct_io_window_ms, lanes: vec![] };
+        let mut room = Self { resident_pages, copies, direct_io_window_ms, ways: vec![] };
         for address in &asked.memory {
             match room.add(asked, guest, identity, (address, reserve_pages), main).await {
                 Ok(()) => {}
@@ -129,7 +165,7 @@ impl Room {
             stores::create(place, &identity, &options, (&vm, pages, reserve_pages), &main)
         });
         let (store, mut client) = made.await??;
-        if self.lanes.iter().any(|(other, _)| other.name == store.name) {
+        if self.ways.iter().any(|way| way.store.name == store.name) {
             let what = format!("{} is named twice as a memory server", store.name);
             // Not added, so nobody else would delete it.
             let asked =
@@ -137,8 +173,7 @@ impl Room {
             let _told_by_its_lease = asked.await;
             return Err(EngineError::Misuse { what, remedy: "Name each server once".into() });
         }
-        let lane = StoreLane::new(store.clone(), client, pages);
-        self.lanes.push((store, lane));
+        self.ways.push(Way::new(store, client, pages));
         Ok(())
     }
 
@@ -151,28 +186,15 @@ impl Room {
             resident_pages: self.resident_pages,
             copies: u8::try_from(self.copies).unwrap_or(1),
             direct_io_window_ms: self.direct_io_window_ms,
-            stores: self.lanes.iter().map(|(store, _)| store.clone()).collect(),
+            stores: self.ways.iter().map(|way| way.store.clone()).collect(),
         };
         link.send(Message::Split(split)).await?;
-        prepared(link, PREPARED_WITHIN).await
+        early::prepared(link, "that it is prepared", PREPARED_WITHIN).await
     }
 
     /// Deletes the stores. Blocks.
     pub fn delete(self) {
-        for (_, mut lane) in self.lanes {
-            lane.delete();
-        }
-    }
-}
-
-/// Waits for the destination to say that it is prepared.
-///
-/// # Errors
-/// If it does not, or contact is lost.
-pub async fn prepared(link: &mut Link, within: Duration) -> Result<(), EngineError> {
-    match link.recv_within("that it is prepared", within).await? {
-        Message::Prepared(_) => Ok(()),
-        other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Prepared" }),
+        delete(&self.ways);
     }
 }
 
@@ -206,10 +228,7 @@ pub struct Split {
     unused: Option<Arc<Unused>>,
     gate: Arc<Gate>,
     routes: Mutex<Routes>,
-    lanes: Vec<Mutex<StoreLane>>,
-    /// What travelled on each way, and how to cut it, for who does not want to wait for it.
-    moved: Vec<Arc<AtomicU64>>,
-    stops: Vec<PageStop>,
+    ways: Vec<Way>,
     rate_bytes_per_s: Mutex<Option<f64>>,
     renewed: Mutex<Instant>,
 }
@@ -230,17 +249,14 @@ impl Split {
             Some(unused) => unused.in_use(data)?,
             None => (data.clone(), PageSet::new(data.size())),
         };
-        let reserves = room.lanes.iter().map(|(store, _)| store.reserve_pages).collect();
+        let reserves = room.ways.iter().map(|way| way.store.reserve_pages).collect();
         let first = room.resident_pages - room.resident_pages / SPARE_SHARE;
         let routes =
             Routes::new(&in_use, &hot, (first, room.resident_pages), reserves, room.copies)?;
-        let lanes = std::mem::take(&mut room.lanes);
-        let moved = lanes.iter().map(|(_, lane)| lane.moved()).collect();
-        let stops = lanes.iter().map(|(_, lane)| lane.stop()).collect();
-        let lanes = lanes.into_iter().map(|(_, lane)| Mutex::new(lane)).collect();
+        let ways = std::mem::take(&mut room.ways);
         let (routes, rate_bytes_per_s) = (Mutex::new(routes), Mutex::default());
         let renewed = Mutex::new(Instant::now());
-        Ok(Self { ram, unused, gate, routes, lanes, moved, stops, rate_bytes_per_s, renewed })
+        Ok(Self { ram, unused, gate, routes, ways, rate_bytes_per_s, renewed })
     }
 
     /// Sends a round to where its pages go, and waits until the servers have theirs. Blocks.
@@ -249,29 +265,28 @@ impl Split {
     /// The first thing that goes wrong on any way; the migration cannot go on then.
     pub fn send(&self, pump: &Pump, mut round: Round) -> Result<PageCounts, EngineError> {
         let shares = self.routes.lock().divide(&mut round, self.unused.as_deref())?;
-        let sent = std::thread::scope(|scope| {
-            let ways: Vec<_> = self
-                .lanes
+        let (main, sent) = std::thread::scope(|scope| {
+            let sending: Vec<_> = self
+                .ways
                 .iter()
                 .zip(&shares)
-                .map(|(lane, share)| {
+                .map(|(way, share)| {
                     let (ram, unused, gate) = (&*self.ram, self.unused.as_deref(), &*self.gate);
                     scope.spawn(move || {
                         let began = Instant::now();
-                        let counts = lane.lock().send(share, ram, unused, gate)?;
+                        let counts = way.lane.lock().send(share, ram, unused, gate)?;
                         Ok::<_, EngineError>((counts, began.elapsed()))
                     })
                 })
                 .collect();
             let main = pump.send(round).map_err(EngineError::from);
             let panicked = |_| EngineError::Internal("a store's thread panicked".into());
-            let sent: Vec<_> = ways
+            let sent: Vec<_> = sending
                 .into_iter()
-                .map(|way| way.join().map_err(panicked).and_then(|sent| sent))
+                .map(|sent| sent.join().map_err(panicked).and_then(|sent| sent))
                 .collect();
             (main, sent)
         });
-        let (main, sent) = sent;
         let (mut counts, mut rate) = (main?, 0.0);
         for way in sent {
             let (way, took) = way?;
@@ -299,8 +314,8 @@ impl Split {
 
     /// Renews the leases of stores that nothing is being sent to. Blocks.
     pub fn keep_alive(&self) {
-        for lane in &self.lanes {
-            if let Some(mut lane) = lane.try_lock() {
+        for way in &self.ways {
+            if let Some(mut lane) = way.lane.try_lock() {
                 lane.keep_alive();
             }
         }
@@ -317,7 +332,7 @@ impl Split {
 
     /// Bytes that servers have answered for so far.
     pub fn acknowledged_bytes(&self) -> u64 {
-        self.moved.iter().map(|moved| moved.load(Ordering::Relaxed)).sum()
+        self.ways.iter().map(|way| way.moved.load(Ordering::Relaxed)).sum()
     }
 
     /// Tells the destination what lies on which server.
@@ -325,8 +340,8 @@ impl Split {
     /// # Errors
     /// If contact is lost.
     pub async fn tell(&self, link: &Link) -> Result<(), EngineError> {
-        for (number, lane) in self.lanes.iter().enumerate() {
-            let stored = lane.lock().stored().clone();
+        for (number, way) in self.ways.iter().enumerate() {
+            let stored = way.lane.lock().stored().clone();
             for part in missing::parts(&stored) {
                 link.send(part).await?;
             }
@@ -339,8 +354,8 @@ impl Split {
     /// All pages that lie on servers.
     pub fn remote(&self) -> PageSet {
         let mut all = PageSet::new(self.ram.layout().pages());
-        for lane in &self.lanes {
-            all.union_with(lane.lock().stored());
+        for way in &self.ways {
+            all.union_with(way.lane.lock().stored());
         }
         all
     }
@@ -352,8 +367,8 @@ impl Split {
     /// If a server does not answer.
     pub fn verify(&self) -> Result<(u64, u64), EngineError> {
         let mut all = (0, 0);
-        for lane in &self.lanes {
-            let (pages, mismatches) = lane.lock().verify(&self.ram)?;
+        for way in &self.ways {
+            let (pages, mismatches) = way.lane.lock().verify(&self.ram)?;
             all = (all.0 + pages, all.1 + mismatches);
         }
         Ok(all)
@@ -361,38 +376,22 @@ impl Split {
 
     /// What became of pages, for the report.
     pub fn report(&self) -> SplitReport {
-        let lanes: Vec<_> = self.lanes.iter().map(|lane| lane.lock()).collect();
+        let on_servers = |way: &Way| {
+            let pages = way.lane.lock().stored().len();
+            RemoteReport { server: way.store.address.clone(), pages }
+        };
         let routes = self.routes.lock();
         SplitReport {
             resident_pages: routes.main_pages(),
             in_use_pages: routes.in_use_pages(),
-            to_servers_bytes: lanes.iter().map(|lane| lane.wire_bytes()).sum(),
-            remote_pages: lanes
-                .iter()
-                .map(|lane| RemoteReport {
-                    server: lane.address().to_owned(),
-                    pages: lane.stored().len(),
-                })
-                .collect(),
+            to_servers_bytes: self.ways.iter().map(|way| way.lane.lock().wire_bytes()).sum(),
+            remote_pages: self.ways.iter().map(on_servers).collect(),
         }
     }
 
-    /// Deletes the stores: the guest stays here. A server that does not answer is left to its lease. Blocks.
+    /// Deletes the stores: the guest stays here. Blocks.
     pub fn delete(&self) {
-        let (done, is_done) = mpsc::channel::<()>();
-        let stops = self.stops.clone();
-        let watch = std::thread::spawn(move || {
-            if is_done.recv_timeout(DELETE_WITHIN) == Err(mpsc::RecvTimeoutError::Timeout) {
-                stops.iter().for_each(PageStop::cut);
-            }
-        });
-        for lane in &self.lanes {
-            lane.lock().delete();
-        }
-        drop(done);
-        if watch.join().is_err() {
-            tracing::error!("a thread of the engine panicked");
-        }
+        delete(&self.ways);
     }
 }
 
@@ -401,7 +400,6 @@ impl Split {
 /// # Errors
 /// [`EngineError::Misuse`] with the remedy.
 pub fn check_asked(args: &SendArgs) -> Result<(), EngineError> {
-    use crate::args::Mode;
     let refuse = |what: &str, remedy: &str| {
         Err(EngineError::Misuse { what: what.into(), remedy: remedy.into() })
     };
