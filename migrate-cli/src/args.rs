@@ -51,6 +51,8 @@ pub enum Command {
     Status(PagerArgs),
     /// Brings all memory of a split guest to the host on which it runs.
     Merge(MergeArgs),
+    /// Moves what one memory server has of a split guest to others.
+    MoveFragment(MoveFragmentArgs),
     /// Ends a migration that an engine or a link left unfinished.
     Resolve(ResolveArgs),
     /// Keeps memory of guests that run on other hosts.
@@ -366,6 +368,25 @@ pub struct MergeArgs {
     /// Which guest.
     #[command(flatten)]
     pub pager: PagerArgs,
+}
+
+/// `migrate move-fragment`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "The guest goes on meanwhile. The servers to which pages move reserve room for all that the guest may \
+        ever have there, or refuse before anything is moved. Interrupted, the command leaves the move under way; asked \
+        again, it shows how far that is."
+)]
+pub struct MoveFragmentArgs {
+    /// Which guest.
+    #[command(flatten)]
+    pub pager: PagerArgs,
+    /// Address and port of the memory server that is to have nothing of the guest any more.
+    #[arg(long, value_name = "ADDR")]
+    pub from: String,
+    /// Address and port of a further memory server. Without it, pages move to those that the guest has.
+    #[arg(long, value_name = "ADDR")]
+    pub to: Option<String>,
 }
 
 /// `migrate resolve`.

@@ -195,6 +195,14 @@ pub enum EngineError {
         /// What to do.
         remedy: String,
     },
+    /// The pager of a split guest does not do what was asked of it.
+    #[error("{text}")]
+    PagerRefused {
+        /// Why, with the remedy.
+        text: String,
+        /// Whether it made no sense.
+        is_misuse: bool,
+    },
     /// An earlier migration is unfinished.
     #[error(
         "An earlier migration of this VM is not over ({migration}); end it with \
@@ -275,6 +283,7 @@ impl Classify for EngineError {
             | Self::NotConverging(_)
             | Self::Cancelled
             | Self::Misuse { .. }
+            | Self::PagerRefused { is_misuse: true, .. }
             | Self::Unresolved { .. } => ErrorBin::CallerMisuse,
             Self::PeerAborted { code, .. } => match code {
                 AbortCode::Protocol => ErrorBin::PeerMisbehaved,
@@ -296,6 +305,7 @@ impl Classify for EngineError {
             | Self::Unserved { .. }
             | Self::Unreachable { .. }
             | Self::Stuck { .. }
+            | Self::PagerRefused { is_misuse: false, .. }
             | Self::Internal(_) => ErrorBin::System,
         }
     }

@@ -4,8 +4,13 @@
 //! ```text
 //!   migrate status ── {"ask":"status"} ─► receive ── one Status
 //!   migrate merge ─── {"ask":"merge"} ──► receive ── a Status every half second, until all is here
+//!   migrate move-fragment ── {"ask":"move-fragment",...} ─► receive ── the same, until the server is drained
 //! ```
+//!
+//! What cannot be done is answered by one [`Refused`].
 
+use std::fmt;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,6 +42,71 @@ pub enum Ask {
     Status,
     /// To bring all memory here.
     Merge,
+    /// To move what one memory server has to others.
+    MoveFragment {
+        /// The server.
+        from: SocketAddr,
+        /// One of the others, which may be new to the guest.
+        to: Option<SocketAddr>,
+    },
+}
+
+impl Ask {
+    /// Whether a status is the last word about it.
+    pub fn is_over(&self, status: &Status) -> bool {
+        match self {
+            Self::Status => true,
+            Self::Merge => status.state != PagerState::Merging,
+            Self::MoveFragment { from, .. } => {
+                status.state != PagerState::Split || !status.drains(*from)
+            }
+        }
+    }
+}
+
+/// The answer to what is not done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Why, and what to do instead.
+    pub refused: String,
+    /// Whether it made no sense.
+    pub is_misuse: bool,
+}
+
+/// What a pager says.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Answer {
+    Refused(Refused),
+    Status(Box<Status>),
+}
+
+/// How a memory server does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServerState {
+    /// It answers.
+    Connected,
+    /// It does not, and is sought.
+    Away,
+    /// What it has moves to others.
+    Draining,
+    /// All that it had was moved; it serves the guest no more.
+    Drained,
+    /// It is gone with all that it had.
+    Lost,
+}
+
+impl fmt::Display for ServerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Connected => "connected",
+            Self::Away => "away",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Lost => "lost",
+        })
+    }
 }
 
 /// What state a split guest is in.
@@ -62,8 +132,8 @@ pub struct ServerStatus {
     pub pages: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// `connected`, `away` (sought again), `draining`, or `lost` with all that it had.
-    pub state: String,
+    /// How it does.
+    pub state: ServerState,
 }
 
 /// Page faults of the guest.
@@ -141,6 +211,16 @@ pub struct Status {
     pub bytes: BytesStatus,
 }
 
+impl Status {
+    /// Whether the server at an address has pages of the guest that are to move to others.
+    pub fn drains(&self, server: SocketAddr) -> bool {
+        use ServerState::{Drained, Lost};
+        let mut found = self.remote_pages.iter().rev();
+        let found = found.find(|one| one.server.parse() == Ok(server));
+        found.is_some_and(|one| !matches!(one.state, Drained | Lost))
+    }
+}
+
 /// A connection to the pager of a split guest.
 #[derive(Debug)]
 pub struct PagerClient {
@@ -188,7 +268,7 @@ impl PagerClient {
     /// The next answer; nothing at the end.
     ///
     /// # Errors
-    /// If the pager is gone or does not answer.
+    /// If the pager is gone or does not answer, or what it says against what was asked for.
     pub async fn next(&mut self) -> Result<Option<Status>, EngineError> {
         let late = |_| EngineError::TooSlow {
             wanted: "how the guest does",
@@ -197,11 +277,16 @@ impl PagerClient {
         let line =
             tokio::time::timeout(ANSWER_WITHIN, self.lines.next_line()).await.map_err(late)?;
         let Some(line) = line.map_err(|error| gone(&error))? else { return Ok(None) };
-        serde_json::from_str(&line).map(Some).map_err(|error| gone(&error))
+        match serde_json::from_str(&line).map_err(|error| gone(&error))? {
+            Answer::Status(status) => Ok(Some(*status)),
+            Answer::Refused(Refused { refused: text, is_misuse }) => {
+                Err(EngineError::PagerRefused { text, is_misuse })
+            }
+        }
     }
 }
 
-fn gone(error: &dyn std::fmt::Display) -> EngineError {
+fn gone(error: &dyn fmt::Display) -> EngineError {
     EngineError::Internal(format!("the guest's pager (`migrate receive`) does not answer: {error}"))
 }
 

@@ -11,8 +11,8 @@ use transport::{Identity, Options};
 use crate::error::EngineError;
 use crate::random;
 
-/// Makes a store on the server at `address` for a guest of `pages` pages, that this host may use and the
-/// host `main`. Blocks.
+/// Makes a store on the server at `address` for a guest of `pages` pages, that this host may use and
+/// `another`. Blocks.
 ///
 /// # Errors
 /// [`EngineError::NoStore`] with the server's address: it is not reached, or does not have the room.
@@ -21,7 +21,7 @@ pub fn create(
     identity: &Identity,
     options: &Options,
     (vm, pages, reserve_pages): (&str, u64, u64),
-    main: &str,
+    another: Option<&str>,
 ) -> Result<(Store, PageClient), EngineError> {
     let failed = |source| no_store(address, source);
     // The option names the destination.
@@ -34,7 +34,7 @@ pub fn create(
         vm: vm.to_owned(),
         pages,
         reserve_pages,
-        hosts: vec![main.to_owned()],
+        hosts: another.map(str::to_owned).into_iter().collect(),
     });
     ask(&mut client, address, &request)?;
     Ok((Store { address: resolved.to_string(), name, id, secret, reserve_pages }, client))

@@ -26,6 +26,7 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Split(args) => sent(&source::split(&args).await, args.send.json),
         Command::Status(args) => pager::status(&args).await,
         Command::Merge(args) => pager::merge(&args.pager).await,
+        Command::MoveFragment(args) => pager::move_fragment(&args).await,
         Command::Resolve(args) => resolve::run(&args).await,
         Command::MemoryServer(args) => serve_memory(&args).await,
         Command::Demo(args) => demo::run(&args).await,

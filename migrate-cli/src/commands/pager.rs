@@ -1,11 +1,14 @@
-//! `migrate status` and `migrate merge`: what is asked of the pager of a split guest.
+//! `migrate status`, `migrate merge` and `migrate move-fragment`: what is asked of the pager of a split guest.
 
 use std::process::ExitCode;
 
+use migrate_core::error::{Classify, ErrorBin};
+
 use super::print_json;
-use crate::args::PagerArgs;
+use crate::args::{MoveFragmentArgs, PagerArgs};
 use crate::error::EngineError;
-use crate::pager_socket::{Ask, PagerClient, PagerState, Status};
+use crate::pager_socket::{Ask, PagerClient, PagerState, ServerStatus, Status};
+use crate::source::prepare::resolve_address;
 
 /// Shows how a guest is doing.
 pub(super) async fn status(args: &PagerArgs) -> ExitCode {
@@ -21,13 +24,34 @@ pub(super) async fn merge(args: &PagerArgs) -> ExitCode {
     end(merged, args)
 }
 
+/// Moves what a server has to others; shows how far that is.
+pub(super) async fn move_fragment(args: &MoveFragmentArgs) -> ExitCode {
+    let moved = async {
+        let from = resolve_address(&args.from).await?;
+        let to = match &args.to {
+            Some(to) => Some(resolve_address(to).await?),
+            None => None,
+        };
+        let status = ask(&args.pager, Ask::MoveFragment { from, to }).await?;
+        match status.drains(from) {
+            false => Ok(status),
+            true => Err(EngineError::Internal(format!(
+                "pages are left at {from}, the guest is {:?}",
+                status.state
+            ))),
+        }
+    };
+    end(moved.await, &args.pager)
+}
+
 fn end(status: Result<Status, EngineError>, args: &PagerArgs) -> ExitCode {
     match status {
         Ok(status) if args.json => print_json(&status),
         Ok(status) => tell(&status),
         Err(error) => {
             eprintln!("error: {}", error.tell());
-            return ExitCode::from(if matches!(error, EngineError::Misuse { .. }) { 2 } else { 1 });
+            let is_misuse = error.bin() == ErrorBin::CallerMisuse;
+            return ExitCode::from(if is_misuse { 2 } else { 1 });
         }
     }
     ExitCode::SUCCESS
@@ -39,13 +63,29 @@ async fn ask(args: &PagerArgs, ask: Ask) -> Result<Status, EngineError> {
     pager.ask(ask).await?;
     let mut last: Option<Status> = None;
     while let Some(status) = pager.next().await? {
-        if ask == Ask::Merge && status.state == PagerState::Merging {
-            let left: u64 = status.remote_pages.iter().map(|server| server.pages).sum();
-            eprintln!("merging: {:.1} MiB are not here yet", mib(left));
+        if !ask.is_over(&status) {
+            eprintln!("{}", progress(ask, &status));
         }
         last = Some(status);
     }
     last.ok_or_else(|| EngineError::Internal("the pager said nothing".into()))
+}
+
+/// How far something is that was asked for.
+fn progress(ask: Ask, status: &Status) -> String {
+    let left = |is_meant: &dyn Fn(&ServerStatus) -> bool| {
+        let meant = status.remote_pages.iter().filter(|server| is_meant(server));
+        mib(meant.map(|server| server.pages).sum())
+    };
+    match ask {
+        Ask::MoveFragment { from, .. } => {
+            let left = left(&|server| server.server.parse() == Ok(from));
+            format!("moving: {left:.1} MiB are left at {from}")
+        }
+        Ask::Merge | Ask::Status => {
+            format!("merging: {:.1} MiB are not here yet", left(&|_| true))
+        }
+    }
 }
 
 fn mib(pages: u64) -> f64 {

@@ -6,13 +6,13 @@ use std::time::Duration;
 use migrate_core::handover::destination::{Input, Output};
 use migrate_core::handover::{Destination, DestinationRecord, DestinationState};
 use qemu_glue::qmp::{Client, RunState};
-use transport::messages::{Message, Verdict};
+use transport::messages::{Message, Split, Verdict};
 use transport::{DestinationSession, MigrationId, TransportError, close_code};
 
 use super::owner::{discard, farewell, resume_guest};
 use super::paging::release_abandoned;
 use crate::error::EngineError;
-use crate::journal::{Entry, Journal, Record};
+use crate::journal::{Entry, Journal, JournalError, PagingEntry, Record};
 use crate::source::parse_migration;
 use crate::source::recover::{free_journals, is_same_qemu};
 
@@ -185,6 +185,18 @@ impl Archive {
     pub fn latest_socket(&self) -> Option<(MigrationId, PathBuf)> {
         let journal = self.journals.last()?;
         Some((parse_migration(&journal.entry().migration)?, journal.socket()))
+    }
+
+    /// Notes where the memory of the latest guest is.
+    ///
+    /// # Errors
+    /// [`JournalError`] if that cannot be written.
+    pub fn note_split(&mut self, split: Split) -> Result<(), JournalError> {
+        let Some(journal) = self.journals.last_mut() else { return Ok(()) };
+        match journal.entry().paging.clone() {
+            Some(paging) => journal.set_paging(PagingEntry { split: Some(split), ..paging }),
+            None => Ok(()),
+        }
     }
 
     /// The latest guest is not paged any more.

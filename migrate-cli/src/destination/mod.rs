@@ -40,7 +40,7 @@ use transport::{
 };
 
 use self::answer::Archive;
-use self::remote::{Ending, RemoteGuest};
+use self::remote::{Ending, Note, RemoteGuest};
 use crate::args::ReceiveArgs;
 use crate::error::EngineError;
 use crate::{cancel, journal};
@@ -256,6 +256,7 @@ async fn page(
 ) -> Result<(), EngineError> {
     let Some((migration, socket)) = archive.latest_socket() else { return Ok(()) };
     remote.begin_to_ask(client, vm);
+    let notes = remote.take_notes();
     eprintln!(
         "part of its memory is elsewhere; this is its pager (`migrate status`, `migrate merge`)"
     );
@@ -272,8 +273,8 @@ async fn page(
             never = refusing => never,
         }
     };
-    let ending = attend(listener, Some(client), archive, migration, &forward, work).await;
-    let ending = ending?;
+    let attendant = Attendant::new(listener, Some(client), archive, (migration, &forward));
+    let ending = Attendant { notes, ..attendant }.attend(work).await?;
     archive.paging_ended();
     match ending {
         Ending::Merged => eprintln!("all memory of the guest is here"),
@@ -301,52 +302,75 @@ async fn take(
     let (forward, mut asks) = mpsc::channel(ASKS_WAITING);
     let arrival = arrival::take_guest(Arc::clone(place), session, &mut asks);
     let client = Some(&place.client);
-    let (journal, outcome) = attend(listener, client, archive, migration, &forward, arrival).await;
+    let attendant = Attendant::new(listener, client, archive, (migration, &forward));
+    let (journal, outcome) = attendant.attend(arrival).await;
     if let Some(journal) = journal {
         archive.add(journal);
     }
     outcome
 }
 
-/// Answers sessions while `work` is going on; those about its migration are forwarded to it.
-async fn attend<T>(
-    listener: &mut Listener,
-    client: Option<&Client>,
-    archive: &mut Archive,
+/// Attends to the port and the journals while something goes on.
+struct Attendant<'a> {
+    listener: &'a mut Listener,
+    client: Option<&'a Client>,
+    archive: &'a mut Archive,
     migration: MigrationId,
-    forward: &mpsc::Sender<DestinationSession>,
-    work: impl Future<Output = T>,
-) -> T {
-    let mut work = pin!(work);
-    loop {
-        let other = tokio::select! {
-            done = &mut work => return done,
-            other = listener.accept() => other,
-        };
-        let answered = async {
-            match other {
-                Ok(other) if other.intent == Intent::Migrate => {
-                    let text = "another guest is arriving here";
-                    arrival::refuse(&other, RefuseCode::Busy, text).await;
+    /// Takes sessions about this migration.
+    forward: &'a mpsc::Sender<DestinationSession>,
+    /// What the journal of the latest guest is to say.
+    notes: mpsc::UnboundedReceiver<Note>,
+}
+
+impl<'a> Attendant<'a> {
+    fn new(
+        listener: &'a mut Listener,
+        client: Option<&'a Client>,
+        archive: &'a mut Archive,
+        (migration, forward): (MigrationId, &'a mpsc::Sender<DestinationSession>),
+    ) -> Self {
+        let (_, notes) = mpsc::unbounded_channel();
+        Self { listener, client, archive, migration, forward, notes }
+    }
+
+    /// Answers sessions while `work` is going on; those about its migration are forwarded to it.
+    async fn attend<T>(mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            let other = tokio::select! {
+                done = &mut work => return done,
+                Some(Note { split, noted }) = self.notes.recv() => {
+                    let _left = noted.send(self.archive.note_split(split));
+                    continue;
                 }
-                Ok(other) if other.migration == migration => {
-                    if let Err(full) = forward.try_send(other) {
-                        full.into_inner().close(close_code::REJECTED, "asked already").await;
-                    }
+                other = self.listener.accept() => other,
+            };
+            // A slow asker must not hold up the guest that is arriving; but it is answered, also when
+            // the work is over meanwhile.
+            let mut answered = pin!(self.answer(other));
+            tokio::select! {
+                done = &mut work => {
+                    answered.await;
+                    return done;
                 }
-                Ok(other) => archive.answer(client, other).await,
-                Err(error) => tracing::info!(%error, "session refused"),
+                () = &mut answered => {}
             }
-        };
-        // A slow asker must not hold up the guest that is arriving; but it is answered, also when
-        // the work is over meanwhile.
-        let mut answered = pin!(answered);
-        tokio::select! {
-            done = &mut work => {
-                answered.await;
-                return done;
+        }
+    }
+
+    async fn answer(&mut self, other: Result<DestinationSession, TransportError>) {
+        match other {
+            Ok(other) if other.intent == Intent::Migrate => {
+                let text = "another guest is arriving here";
+                arrival::refuse(&other, RefuseCode::Busy, text).await;
             }
-            () = &mut answered => {}
+            Ok(other) if other.migration == self.migration => {
+                if let Err(full) = self.forward.try_send(other) {
+                    full.into_inner().close(close_code::REJECTED, "asked already").await;
+                }
+            }
+            Ok(other) => self.archive.answer(self.client, other).await,
+            Err(error) => tracing::info!(%error, "session refused"),
         }
     }
 }

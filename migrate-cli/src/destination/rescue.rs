@@ -17,7 +17,7 @@ use transport::{DestinationSession, Identity, Listener, MigrationId, Options};
 use super::answer::Archive;
 use super::owner::{Owner, Voice};
 use super::paging::Paging;
-use super::{ASKS_WAITING, attend, describe, linger};
+use super::{ASKS_WAITING, Attendant, describe, linger};
 use crate::args::ReceiveArgs;
 use crate::error::EngineError;
 use crate::journal::{Journal, Record};
@@ -53,7 +53,8 @@ pub async fn rescue(
         let guest = Rescued { args, migration, journal: &mut journal, ram: &ram, lease, fetches };
         guest.go_on(paging, &mut asks).await
     };
-    let outcome = attend(&mut listener, None, archive, migration, &forward, work).await?;
+    let attendant = Attendant::new(&mut listener, None, archive, (migration, &forward));
+    let outcome = attendant.attend(work).await?;
     eprintln!("{}", describe(outcome));
     let heard = journal.entry().heard;
     archive.add(journal);

@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use framework::memory_server::ServerOptions;
 use framework::split::{SplitState, arguments};
-use framework::{Engine, MemoryServer, Pager, QemuKind, RamSeen, RamWatch, Status, Vm, wait};
+use framework::worker::{self, Phase};
+use framework::{
+    Engine, MemoryServer, Pager, QemuKind, RamSeen, RamWatch, Status, Vm, VmSpec, wait,
+};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -24,6 +27,18 @@ use crate::{PATIENCE, Rig, check_alive, free_address};
 pub const PAGES_PER_MIB: u64 = 256;
 
 const MIB: u64 = 1 << 20;
+
+/// What the main host may hold of a guest that works on more than that.
+pub const WORKING_RESIDENT_MIB: u64 = 128;
+
+/// The area that it works on: with the rest of the guest it does not fit there.
+const HOT_MIB: u64 = 140;
+
+/// Pages of it to work on before and after something happens.
+const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
+
+/// Longest time for that.
+const WORK_WITHIN: Duration = Duration::from_secs(200);
 
 /// Longest wait for servers to be empty after their guest was merged, or after its source told them.
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
@@ -108,6 +123,23 @@ impl Rig {
         Pager::of(&self.migrate, vm, self.journal("destination"))
     }
 
+    /// A guest that is split and at work on more memory than its main host may hold.
+    ///
+    /// # Errors
+    /// As [`Self::split`].
+    pub fn split_at_work(&self, servers: &[MemoryServer], extra: &[&str]) -> Result<Split> {
+        let kind = QemuKind::V10_0;
+        let working = VmSpec::new("working", kind)
+            .memory_mib(512)
+            .with("godwit.checker=size=24,seed=5")
+            .with(&format!("godwit.worker=hot_mib={HOT_MIB},fresh_mib=16,order=random,seed=9"));
+        let source = Vm::boot(&self.env, working)?;
+        let mut split = self.split(source, kind, servers, WORKING_RESIDENT_MIB, extra)?;
+        worker::set_phase(&mut split.vm, Phase::Hot)?;
+        split.work()?;
+        Ok(split)
+    }
+
     /// Splits a VM over loopback into a fresh QEMU of `kind` and checks what must hold for every split: it
     /// completed, the guest runs on at the main host and nowhere else, its report and the pager's status agree with
     /// what was asked for, and all servers hold some of it.
@@ -181,6 +213,25 @@ pub fn number(report: &Value, field: &str) -> Result<u64> {
 }
 
 impl Split {
+    /// A guest that was made by [`Rig::split_at_work`] goes through half of what it works on.
+    ///
+    /// # Errors
+    /// It does not get on.
+    pub fn work(&mut self) -> Result<()> {
+        worker::wait_pages(&mut self.vm, WORK_PAGES, WORK_WITHIN).map(drop)
+    }
+
+    /// The same, and then it rests and everything is right.
+    ///
+    /// # Errors
+    /// It does not get on, or memory is not what it should be.
+    pub fn works_on(&mut self) -> Result<()> {
+        self.work()?;
+        worker::set_phase(&mut self.vm, Phase::Idle)?;
+        worker::check(&mut self.vm, WORK_WITHIN)?;
+        self.vm.verify_checker(WORK_WITHIN).map(drop)
+    }
+
     fn limit_pages(&self) -> u64 {
         self.resident_mib * PAGES_PER_MIB
     }

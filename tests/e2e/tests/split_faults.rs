@@ -3,68 +3,31 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::split::{Offer, PAGES_PER_MIB, Split};
+use e2e::split::Offer;
 use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::split::SplitState;
+use framework::wait;
 use framework::worker::{self, Phase};
-use framework::{MemoryServer, QemuKind, Vm, VmSpec, wait};
-
-/// What the main host may hold.
-const RESIDENT_MIB: u64 = 128;
-
-/// The worker's area: with the rest of the guest it does not fit there.
-const HOT_MIB: u64 = 140;
-
-/// Pages to work on before and after something dies.
-const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
-
-/// Longest time for that.
-const WORK_WITHIN: Duration = Duration::from_secs(200);
 
 /// How long a thread that waits for memory is looked at.
 const WAITS: Duration = Duration::from_secs(2);
 
 const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
 
-fn working(kind: QemuKind) -> VmSpec {
-    VmSpec::new("working", kind)
-        .memory_mib(512)
-        .with("godwit.checker=size=24,seed=5")
-        .with(&format!("godwit.worker=hot_mib={HOT_MIB},fresh_mib=16,order=random,seed=9"))
-}
-
-/// A guest that is split and at work.
-fn at_work(rig: &Rig, servers: &[MemoryServer], extra: &[&str]) -> Result<Split> {
-    let kind = QemuKind::V10_0;
-    let source = Vm::boot(&rig.env, working(kind))?;
-    let mut split = rig.split(source, kind, servers, RESIDENT_MIB, extra)?;
-    worker::set_phase(&mut split.vm, Phase::Hot)?;
-    worker::wait_pages(&mut split.vm, WORK_PAGES, WORK_WITHIN)?;
-    Ok(split)
-}
-
-/// It works on, and everything is right.
-fn works_on(split: &mut Split) -> Result<()> {
-    worker::wait_pages(&mut split.vm, WORK_PAGES, WORK_WITHIN)?;
-    worker::set_phase(&mut split.vm, Phase::Idle)?;
-    worker::check(&mut split.vm, WORK_WITHIN)?;
-    split.vm.verify_checker(WORK_WITHIN).map(drop)
-}
-
 #[test]
 fn the_next_pager_goes_on_where_one_was_killed() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
         let servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
-        let mut split = at_work(&rig, &servers, &[])?;
+        let mut split = rig.split_at_work(&servers, &[])?;
         for _ in 0..2 {
             split.kill_pager()?;
             // Nobody serves its faults, and no thread goes on with a page of zeros.
             std::thread::sleep(WAITS);
             split.start_pager(&rig)?;
-            worker::wait_pages(&mut split.vm, WORK_PAGES, WORK_WITHIN)?;
+            split.work()?;
         }
-        works_on(&mut split)?;
+        split.works_on()?;
         split.merge(&rig, &servers).map(drop)
     })
 }
@@ -74,9 +37,9 @@ fn with_two_copies_a_server_may_die_and_copies_are_made_again() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
         let mut servers = rig.memory_servers(&rig.server_identities(3)?, &OFFER)?;
-        let mut split = at_work(&rig, &servers, &["--copies", "2"])?;
+        let mut split = rig.split_at_work(&servers, &["--copies", "2"])?;
         servers.remove(0).kill()?;
-        works_on(&mut split)?;
+        split.works_on()?;
         let whole = rig
             .pager(&split.vm)
             .wait_status("two copies of all", PATIENCE, |status| status.under_copied_pages == 0)?;
@@ -84,7 +47,7 @@ fn with_two_copies_a_server_may_die_and_copies_are_made_again() -> Result<()> {
         // Whatever was on it is on the last one as well.
         servers.remove(0).kill()?;
         worker::set_phase(&mut split.vm, Phase::Hot)?;
-        works_on(&mut split)?;
+        split.works_on()?;
         split.merge(&rig, &servers).map(drop)
     })
 }
@@ -94,13 +57,13 @@ fn a_server_that_is_away_is_waited_for() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
         let mut servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
-        let mut split = at_work(&rig, &servers, &[])?;
+        let mut split = rig.split_at_work(&servers, &[])?;
         let server = servers.first_mut().expect("there are two");
         server.engine().signal(nix::sys::signal::Signal::SIGSTOP)?;
         std::thread::sleep(3 * WAITS);
         let server = servers.first_mut().expect("there are two");
         server.engine().signal(nix::sys::signal::Signal::SIGCONT)?;
-        works_on(&mut split)?;
+        split.works_on()?;
         split.merge(&rig, &servers).map(drop)
     })
 }
@@ -117,7 +80,7 @@ fn a_guest_whose_memory_is_lost_stands_still() -> Result<()> {
             rig.memory_server(first, &listen, &OFFER)?,
             rig.memory_server(second, "127.0.0.1:0", &OFFER)?,
         ];
-        let split = at_work(&rig, &servers, &[])?;
+        let split = rig.split_at_work(&servers, &[])?;
         let [dead, other] = servers;
         dead.kill()?;
         let _empty = rig.memory_server(first, &listen, &OFFER)?;

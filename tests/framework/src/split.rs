@@ -168,6 +168,23 @@ impl<'a> Pager<'a> {
         met.with_context(|| format!("{last:?}"))
     }
 
+    /// Runs `migrate move-fragment`.
+    ///
+    /// # Errors
+    /// It was not over within `timeout`; how it ended is in the answer.
+    pub fn move_fragment(
+        &self,
+        from: &str,
+        to: Option<&str>,
+        timeout: Duration,
+    ) -> Result<EngineOutput> {
+        let qmp = self.qmp.display().to_string();
+        let mut words = vec!["move-fragment", "--json", "--qmp", &qmp, "--journal", &self.journal];
+        words.extend(["--from", from]);
+        words.extend(to.into_iter().flat_map(|to| ["--to", to]));
+        Engine::run(self.program, &words, None, timeout)
+    }
+
     /// Runs `migrate merge` to its end.
     ///
     /// # Errors

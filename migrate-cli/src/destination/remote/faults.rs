@@ -37,7 +37,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 pub(super) enum Command {
     /// Ask for pages.
     Fetch(Vec<Fetch>),
-    /// Use another connection to a server.
+    /// Use this connection to a server, which may be one more than there were.
     Connect(usize, Box<PageClient>),
     /// A server is not coming back.
     Forget(usize),
@@ -240,9 +240,17 @@ impl Serving {
         self.ask();
     }
 
-    /// Asks over a new connection for what was asked for over the last one.
+    /// The way to a server, which may have joined just now.
+    fn way(&mut self, server: usize) -> Option<&mut Way> {
+        if server >= self.ways.len() {
+            self.ways.resize_with(server + 1, || Way::new(None));
+        }
+        self.ways.get_mut(server)
+    }
+
+    /// Asks over a new connection for what was asked for over the last one, if there was one.
     fn reconnected(&mut self, server: usize, client: PageClient) {
-        let Some(way) = self.ways.get_mut(server) else { return };
+        let Some(way) = self.way(server) else { return };
         way.client = Some(client);
         for (_, pages) in std::mem::take(&mut way.asked) {
             way.queued.push_back(Fetch::of(server, pages));
@@ -263,7 +271,7 @@ impl Serving {
     fn ask(&mut self) {
         for fetch in std::mem::take(&mut self.fetches) {
             let server = fetch.server;
-            let Some(way) = self.ways.get_mut(server) else { continue };
+            let Some(way) = self.way(server) else { continue };
             // The guest may wait for it, and hardly for what was queued: that is what was read ahead.
             way.queued.push_front(fetch);
             self.send(server);

@@ -16,11 +16,13 @@
 
 mod act;
 mod faults;
+mod fragment;
 mod keeper;
 mod prepare;
 mod reclaim;
 mod rescue;
 mod socket;
+mod traffic;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -31,24 +33,26 @@ use std::time::{Duration, Instant};
 use migrate_core::layout::RamLayout;
 use migrate_core::pageset::PageSet;
 use migrate_core::remote::{Remote, RemoteConfig, ServerRoom};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use qemu_glue::attach;
 use qemu_glue::pager::{Duty, Pager};
 use qemu_glue::qmp::Client;
 use qemu_glue::ram::GuestRam;
 use qemu_glue::vm::VmInventory;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc, oneshot};
 use transport::Identity;
 use transport::messages::{Split, Store};
 
 use self::faults::FaultThread;
-use self::keeper::KeeperThread;
+use self::keeper::{KeeperThread, Order};
 pub use self::prepare::Reached;
 use self::reclaim::ReclaimThread;
 pub use self::rescue::rescue;
+use self::traffic::Traffic;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
+use crate::journal::JournalError;
 use crate::pager_socket::PagerState;
 
 /// Most pages that are fetched with the one that the guest waits for.
@@ -71,8 +75,16 @@ struct Shared {
     remote_fd: i32,
     identity: Arc<Identity>,
     options: transport::Options,
-    stores: Vec<Store>,
-    copies: usize,
+    /// As the guest came; of its stores, those that it had then.
+    split: Split,
+    /// By the numbers of their servers, those included that it has no more.
+    stores: RwLock<Vec<Store>>,
+    /// What the journal is to say of them.
+    notes: mpsc::UnboundedSender<Note>,
+    /// One order is prepared at a time.
+    ordering: tokio::sync::Mutex<()>,
+    /// For the keeper.
+    orders: Mutex<Vec<Order>>,
     remote: Mutex<Remote>,
     began: Instant,
     /// Wakes the keeper.
@@ -85,14 +97,24 @@ struct Shared {
     is_merged: AtomicBool,
     /// Rings when the state changes.
     changed: Notify,
-    traffic: keeper::Traffic,
+    traffic: Traffic,
     failure: Mutex<Option<EngineError>>,
+}
+
+/// Something that the journal is to say before the pager goes on.
+#[derive(Debug)]
+pub struct Note {
+    /// Where the guest's memory is from now on.
+    pub split: Split,
+    /// Told once that is durable.
+    pub noted: oneshot::Sender<Result<(), JournalError>>,
 }
 
 /// The pager of a split guest.
 #[derive(Debug)]
 pub struct RemoteGuest {
     shared: Arc<Shared>,
+    notes: mpsc::UnboundedReceiver<Note>,
     faults: Option<FaultThread>,
     keeper: Option<KeeperThread>,
     reclaim: Option<ReclaimThread>,
@@ -180,6 +202,7 @@ impl RemoteGuest {
         version: u64,
     ) -> Result<Self, EngineError> {
         let Reached { split, identity, options, for_faults, for_keeper } = reached;
+        let (notes, to_note) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             vm,
             ram,
@@ -187,8 +210,11 @@ impl RemoteGuest {
             remote_fd,
             identity,
             options,
-            copies: usize::from(split.copies),
-            stores: split.stores,
+            stores: RwLock::new(split.stores.clone()),
+            split,
+            notes,
+            ordering: tokio::sync::Mutex::default(),
+            orders: Mutex::default(),
             remote: Mutex::new(remote),
             began: Instant::now(),
             keeper: Condvar::new(),
@@ -196,13 +222,14 @@ impl RemoteGuest {
             is_merging: AtomicBool::new(false),
             is_merged: AtomicBool::new(false),
             changed: Notify::new(),
-            traffic: keeper::Traffic::default(),
+            traffic: Traffic::default(),
             failure: Mutex::new(None),
         });
         let faults = FaultThread::start(Arc::clone(&shared), for_faults)?;
         let clients = keeper::Clients { list: for_keeper, version };
         let keeper = KeeperThread::start(Arc::clone(&shared), clients, faults.handle());
-        Ok(Self { shared, faults: Some(faults), keeper: Some(keeper), reclaim: None })
+        let (faults, keeper) = (Some(faults), Some(keeper));
+        Ok(Self { shared, notes: to_note, faults, keeper, reclaim: None })
     }
 
     /// The guest runs: its kernel is asked from now on.
@@ -212,6 +239,11 @@ impl RemoteGuest {
         let memory = &vm.guest_physical;
         let asking = ReclaimThread::start(shared, memory, client.clone(), runtime, faults.handle());
         self.reclaim = Some(asking);
+    }
+
+    /// What the journal is to say, once.
+    pub fn take_notes(&mut self) -> mpsc::UnboundedReceiver<Note> {
+        std::mem::replace(&mut self.notes, mpsc::unbounded_channel().1)
     }
 
     /// Pages the guest until all of its memory is here or its QEMU is gone; answers on the socket meanwhile. What is
@@ -272,7 +304,7 @@ impl RemoteGuest {
             let clients = keeper.map(KeeperThread::stop).unwrap_or_default();
             drop(faults);
             shared.end_paging();
-            keeper::delete_stores(&shared.stores, clients);
+            keeper::delete_stores(&shared.stores.read(), clients);
         });
         let _told_in_the_log = ended.await;
     }
@@ -308,6 +340,30 @@ impl Shared {
 
     fn layout(&self) -> &RamLayout {
         self.ram.layout()
+    }
+
+    /// The store on a server.
+    fn store(&self, server: usize) -> Option<Store> {
+        self.stores.read().get(server).cloned()
+    }
+
+    /// The guest's stores on servers that have not gone, `except` this one.
+    fn split_now(&self, except: Option<usize>) -> Split {
+        let gone = self.traffic.gone.lock();
+        let stores = self.stores.read();
+        let there = stores
+            .iter()
+            .enumerate()
+            .filter(|(server, _)| !gone.contains(server) && Some(*server) != except);
+        Split { stores: there.map(|(_, store)| store.clone()).collect(), ..self.split.clone() }
+    }
+
+    /// Has the journal say where the guest's memory is. The answer comes once that is durable; none if nobody keeps the
+    /// journal.
+    fn note(&self, split: Split) -> oneshot::Receiver<Result<(), JournalError>> {
+        let (noted, answer) = oneshot::channel();
+        let _unkept = self.notes.send(Note { split, noted });
+        answer
     }
 
     /// The state, for people.

@@ -6,16 +6,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::remote::ServerPhase;
+use serde::Serialize;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::Shared;
+use super::{Shared, fragment};
 use crate::error::EngineError;
 use crate::pager_socket::{
-    Ask, BytesStatus, EvictedStatus, FaultStatus, LINE_BYTES_MAX, PagerState, ReadAheadStatus,
-    STATUS_VERSION, ServerStatus, Status,
+    Ask, BytesStatus, EvictedStatus, FaultStatus, LINE_BYTES_MAX, ReadAheadStatus, Refused,
+    STATUS_VERSION, ServerState, ServerStatus, Status,
 };
 
 /// How often progress is told.
@@ -59,17 +62,16 @@ async fn answer(stream: UnixStream, shared: Arc<Shared>) {
         tracing::info!(line, "not understood");
         return;
     };
-    if ask == Ask::Merge && !shared.is_merging.swap(true, Ordering::AcqRel) {
-        shared.remote.lock().begin_merge();
-        shared.keeper.notify_all();
+    if let Err(error) = begin(&shared, &ask).await {
+        let is_misuse = error.bin() == ErrorBin::CallerMisuse;
+        let _left = say(&mut writer, &Refused { refused: error.tell(), is_misuse }).await;
+        return;
     }
     loop {
         let changed = shared.changed.notified();
         let status = status(&shared);
-        let is_last = ask == Ask::Status || status.state != PagerState::Merging;
-        let Ok(mut line) = serde_json::to_string(&status) else { return };
-        line.push('\n');
-        if writer.write_all(line.as_bytes()).await.is_err() || is_last {
+        let is_last = ask.is_over(&status);
+        if !say(&mut writer, &status).await || is_last {
             return;
         }
         tokio::select! {
@@ -79,24 +81,47 @@ async fn answer(stream: UnixStream, shared: Arc<Shared>) {
     }
 }
 
+/// Begins what is asked for.
+async fn begin(shared: &Arc<Shared>, ask: &Ask) -> Result<(), EngineError> {
+    match ask {
+        Ask::Status => Ok(()),
+        Ask::Merge => {
+            if !shared.is_merging.swap(true, Ordering::AcqRel) {
+                shared.remote.lock().begin_merge();
+                shared.keeper.notify_all();
+            }
+            Ok(())
+        }
+        Ask::MoveFragment { from, to } => fragment::begin(shared, *from, *to).await,
+    }
+}
+
+/// Writes a line. Says whether anybody reads.
+async fn say(writer: &mut OwnedWriteHalf, line: &impl Serialize) -> bool {
+    let Ok(mut line) = serde_json::to_string(line) else { return false };
+    line.push('\n');
+    writer.write_all(line.as_bytes()).await.is_ok()
+}
+
 /// How the guest does.
 fn status(shared: &Shared) -> Status {
     let state = shared.state();
     let stats = shared.remote.lock().stats();
     let (sent, received) = shared.traffic.bytes();
-    let servers = shared.stores.iter().zip(&stats.servers).enumerate();
+    let (stores, drained) = (shared.stores.read(), shared.traffic.drained.lock());
+    let servers = stores.iter().zip(&stats.servers).enumerate();
     let remote_pages = servers
         .map(|(number, (store, server))| ServerStatus {
             server: store.address.clone(),
             pages: server.pages,
             bytes: server.pages * PAGE_BYTES as u64,
             state: match server.state {
-                ServerPhase::Gone => "lost",
-                _ if !shared.traffic.is_reached(number) => "away",
-                ServerPhase::Draining => "draining",
-                ServerPhase::Serving => "connected",
-            }
-            .into(),
+                ServerPhase::Gone if drained.contains(&number) => ServerState::Drained,
+                ServerPhase::Gone => ServerState::Lost,
+                _ if !shared.traffic.is_reached(number) => ServerState::Away,
+                ServerPhase::Draining => ServerState::Draining,
+                ServerPhase::Serving => ServerState::Connected,
+            },
         })
         .collect();
     let faults = &stats.faults;

@@ -162,7 +162,7 @@ impl Room {
         let (vm, pages) = (guest.vm.label(), guest.ram.layout().pages());
         let made = on_thread(move || {
             let place = (address.as_str(), resolved);
-            stores::create(place, &identity, &options, (&vm, pages, reserve_pages), &main)
+            stores::create(place, &identity, &options, (&vm, pages, reserve_pages), Some(&main))
         });
         let (store, mut client) = made.await??;
         if self.ways.iter().any(|way| way.store.name == store.name) {
