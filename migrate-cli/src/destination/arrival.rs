@@ -28,7 +28,7 @@ use super::Place;
 use super::intake::Intake;
 use super::owner::{Owner, Voice};
 use super::paging::{self, Paging};
-use super::remote::{Attached, Reached, RemoteGuest};
+use super::remote::{Attached, Reached, RemoteGuest, VERSIONS_BELIEVED};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
@@ -241,6 +241,8 @@ struct Arrival {
     paging: Option<Paging>,
     /// The memory servers of a guest whose memory is split, and what lies there.
     split: Option<(Reached, Vec<PageSet>)>,
+    /// The highest version of a page that lies there.
+    remote_version: u64,
     /// Pages such a guest, once it is loaded.
     remote: Option<RemoteGuest>,
     control: ControlSender,
@@ -271,6 +273,7 @@ impl Arrival {
             uffd: None,
             paging: None,
             split: None,
+            remote_version: 0,
             remote: None,
             control: session.control_sender,
             receiver: session.control_receiver,
@@ -477,6 +480,11 @@ impl Arrival {
         if self.uffd.is_none() || !in_order || remote.len() >= reached.split.stores.len() {
             return Err(out_of_place());
         }
+        if end.version > VERSIONS_BELIEVED {
+            let text = format!("that a page has version {}", end.version);
+            return Err(EngineError::Contradiction(text));
+        }
+        self.remote_version = self.remote_version.max(end.version);
         let fresh = Arriving::new(self.ram.layout().pages());
         let arrived = std::mem::replace(&mut self.arriving, fresh);
         remote.push(arrived.end(&MissingEnd { pages: end.pages })?);
@@ -493,6 +501,7 @@ impl Arrival {
         let (uffd, remote_fd) =
             uffd.ok_or_else(|| EngineError::Internal("there is nothing to page with".into()))?;
         let (place, ram) = (Arc::clone(&self.place), Arc::clone(&self.ram));
+        let remote = (remote, self.remote_version);
         let kept = on_thread(move || reached.keep().map(|()| reached)).await.and_then(|kept| kept);
         let started = match kept {
             Ok(reached) => {

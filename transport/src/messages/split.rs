@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use migrate_core::store::names::VERSION_MAX;
 use serde::{Deserialize, Serialize};
 
 use super::{Body, PAGES_MAX, SMALL_BYTES, TEXT_BYTES_MAX, check_text, rule};
@@ -62,6 +63,9 @@ pub struct RemoteEnd {
     pub store: u16,
     /// How many pages these are.
     pub pages: u64,
+    /// The highest version that a page in this store has, or had: 1 to 2^63, or 0 if none was put. The
+    /// destination puts its own pages with higher ones than that of any store.
+    pub version: u64,
 }
 
 impl Body for Split {
@@ -87,6 +91,9 @@ impl Body for RemoteEnd {
     fn validate(&self) -> Result<(), WireError> {
         let (what, store) = ("RemoteEnd", u64::from(self.store));
         rule(store < STORES_MAX as u64, what, "store", store, "stores end at 8")?;
-        rule(self.pages <= PAGES_MAX, what, "pages", self.pages, "pages end at 2^34")
+        rule(self.pages <= PAGES_MAX, what, "pages", self.pages, "pages end at 2^34")?;
+        let version = self.version;
+        let is_version = (self.pages.min(1)..=VERSION_MAX).contains(&version);
+        rule(is_version, what, "version", version, "1 to 2^63, or 0 without pages")
     }
 }

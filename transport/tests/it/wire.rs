@@ -85,7 +85,7 @@ fn samples() -> Vec<Message> {
             direct_io_window_ms: 3000,
             stores: vec![store("192.0.2.7:7701"), store("[2001:db8::7]:7701")],
         }),
-        Message::RemoteEnd(RemoteEnd { store: 1, pages: 4097 }),
+        Message::RemoteEnd(RemoteEnd { store: 1, pages: 4097, version: 70_000 }),
         Message::DeviceState(DeviceState {
             offset: 524_288,
             part_bytes: 8,
@@ -376,8 +376,12 @@ fn one_more_than_allowed_is_refused_by_both_ends() {
     {
         split(resident_pages, copies, stores);
     }
-    refused(Message::RemoteEnd(RemoteEnd { store: 8, pages: 1 }));
-    refused(Message::RemoteEnd(RemoteEnd { store: 0, pages: (1 << 34) + 1 }));
+    let remote_end = RemoteEnd { store: 7, pages: 1 << 34, version: 1 << 63 };
+    wire::encode(&Message::RemoteEnd(remote_end.clone()), 1).unwrap();
+    refused(Message::RemoteEnd(RemoteEnd { store: 8, ..remote_end.clone() }));
+    refused(Message::RemoteEnd(RemoteEnd { pages: (1 << 34) + 1, ..remote_end.clone() }));
+    refused(Message::RemoteEnd(RemoteEnd { version: 0, ..remote_end.clone() }));
+    refused(Message::RemoteEnd(RemoteEnd { version: (1 << 63) + 1, ..remote_end }));
     refused(Message::Load(Load { total_bytes: u64::MAX, digest: 0, version_digest: 0 }));
 }
 

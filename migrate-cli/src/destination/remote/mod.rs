@@ -58,8 +58,8 @@ use crate::pager_socket::PagerState;
 /// Most pages that are fetched with the one that the guest waits for.
 const READ_AHEAD_PAGES_MAX: u64 = 256;
 
-/// Version of the first pages that the pager puts; those of the source have a lower one.
-const FIRST_VERSION: u64 = 2;
+/// Highest version of a page that a peer is believed: a guest comes to it in no lifetime, and there is room above it.
+pub const VERSIONS_BELIEVED: u64 = 1 << 55;
 
 /// How often QEMU is looked after.
 const WATCH_EVERY: Duration = Duration::from_millis(200);
@@ -140,6 +140,7 @@ pub enum Ending {
 
 impl RemoteGuest {
     /// Begins to page a guest of which `remote` pages are on the servers, by number, and the others here or nowhere.
+    /// No page on a server has a higher version than `version`.
     ///
     /// # Errors
     /// What the pager says, or if there are more pages here than may be. Nothing is paged then.
@@ -148,7 +149,7 @@ impl RemoteGuest {
         ram: Arc<GuestRam>,
         attached: Attached,
         reached: Reached,
-        remote: Vec<PageSet>,
+        (remote, version): (Vec<PageSet>, u64),
     ) -> Result<Self, EngineError> {
         let started = on_thread(move || {
             let config = config(&reached.split);
@@ -160,7 +161,7 @@ impl RemoteGuest {
             match placed() {
                 Ok(remote) => {
                     let paged = (pager, attached.remote_fd, remote);
-                    Self::begin(name, ram, paged, reached, FIRST_VERSION)
+                    Self::begin(name, ram, paged, reached, version + 1)
                 }
                 Err(error) => {
                     // The guest was not loaded: nobody waits for more than zeros.

@@ -27,15 +27,12 @@ use transport::{Identity, Listener, Options};
 
 use super::super::answer::Archive;
 use super::super::{Paged, page};
-use super::{Attached, Reached, RemoteGuest};
+use super::{Attached, Reached, RemoteGuest, VERSIONS_BELIEVED};
 use crate::args::ReceiveArgs;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Journal, PagingEntry};
 use crate::stores;
-
-/// Highest version that a server is believed: a guest comes to it in no lifetime, and there is room above it.
-const VERSIONS_BELIEVED: u64 = 1 << 55;
 
 /// Pause between attempts to reach the servers.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);

@@ -29,7 +29,7 @@ const READ_PAGES: u64 = 64;
 /// Pages from which on they are sent.
 const PUT_PAGES: u64 = REQUEST_PAGES_MAX - READ_PAGES;
 
-/// Version of all pages that the source puts; the pager goes on from the next.
+/// Version of all pages that the source puts.
 const VERSION: u64 = 1;
 
 /// A store and what it holds.
@@ -38,6 +38,8 @@ pub(super) struct StoreLane {
     store: Store,
     client: PageClient,
     stored: PageSet,
+    /// The highest that pages were put with; 0 if none was.
+    version: u64,
     answers: Vec<PageAnswer>,
     /// Bytes that travelled, for who does not want to wait for the lane.
     moved: Arc<AtomicU64>,
@@ -54,7 +56,7 @@ impl StoreLane {
     /// A store that was just made, of a guest of so many pages.
     /// What travels is told in `moved`.
     pub(super) fn new(store: Store, client: PageClient, pages: u64, moved: Arc<AtomicU64>) -> Self {
-        Self { store, client, stored: PageSet::new(pages), answers: vec![], moved }
+        Self { store, client, stored: PageSet::new(pages), version: 0, answers: vec![], moved }
     }
 
     /// Tells the server that the store is still wanted. Blocks.
@@ -70,6 +72,11 @@ impl StoreLane {
     /// The pages that the server holds.
     pub(super) fn stored(&self) -> &PageSet {
         &self.stored
+    }
+
+    /// A version that no page has a higher one than; the pager goes on from the next.
+    pub(super) fn version(&self) -> u64 {
+        self.version
     }
 
     /// Bytes that travelled, in both directions.
@@ -156,6 +163,7 @@ impl StoreLane {
         }
         let (extents, contents) = (Extent::join(pages), Bytes::from(contents));
         let before = self.client.bytes().0;
+        self.version = self.version.max(VERSION);
         self.request(&PageRequest::Put { extents, contents, version: VERSION, packed: true })?;
         // The session is over, and its own error says why.
         let goes_on = gate.pay(self.client.bytes().0 - before);

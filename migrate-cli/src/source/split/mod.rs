@@ -341,12 +341,16 @@ impl Split {
     /// If contact is lost.
     pub async fn tell(&self, link: &Link) -> Result<(), EngineError> {
         for (number, way) in self.ways.iter().enumerate() {
-            let stored = way.lane.lock().stored().clone();
+            let (stored, version) = {
+                let lane = way.lane.lock();
+                (lane.stored().clone(), lane.version())
+            };
             for part in missing::parts(&stored) {
                 link.send(part).await?;
             }
             let store = u16::try_from(number).unwrap_or(u16::MAX);
-            link.send(Message::RemoteEnd(RemoteEnd { store, pages: stored.len() })).await?;
+            let end = RemoteEnd { store, pages: stored.len(), version };
+            link.send(Message::RemoteEnd(end)).await?;
         }
         Ok(())
     }
