@@ -425,7 +425,8 @@ pub struct ResolveArgs {
 #[derive(Debug, Clone, Args)]
 #[command(
     after_long_help = "Memory: what is stored of --capacity, less what compression saves; 1 % of it to find pages by; for each \
-        guest up to 14 MiB more; 3 MiB for each connection that is busy."
+        guest up to 14 MiB more; 3 MiB for each connection that is busy.\n\n\
+        Whatever --per-host says, one host has at most a quarter of the stores and of the connections that there may be."
 )]
 pub struct MemoryServerArgs {
     /// Address and TCP port to listen on.
@@ -437,6 +438,10 @@ pub struct MemoryServerArgs {
     /// Memory that guests may reserve here in all, at most what this machine has available. Suffixes K, M and G.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub capacity: u64,
+    /// Memory of --capacity that one host, by the name in its certificate, may reserve for the guests that it brings
+    /// here [default: all of --capacity, so that one host can take all of it]. Suffixes K, M and G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub per_host: Option<u64>,
     /// Whether pages are kept compressed. What that saves is not promised to further guests.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     pub compress: Switch,

@@ -15,11 +15,7 @@ use transport::pages::{Arriving, Extent, StoreError};
 use transport::{PageAnswer, PageListener, PageRequest, PageServer, TransportError};
 
 use super::Shared;
-use super::metrics::Counter;
 use crate::error::EngineError;
-
-/// Most connections that are served at a time.
-pub const CONNECTIONS_MAX: u64 = 1024;
 
 /// Most connections that have not shown yet who they are.
 pub const HANDSHAKES_MAX: u64 = 128;
@@ -29,23 +25,6 @@ const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 /// Stack of a connection's thread in bytes; what is large lies on the heap.
 const STACK_BYTES: usize = 512 << 10;
-
-/// One of those that may be there at a time, until it is dropped.
-struct Place<'a>(&'a Counter);
-
-impl<'a> Place<'a> {
-    fn take(taken: &'a Counter, max: u64) -> Option<Self> {
-        // Who comes too late gives its place back by the drop.
-        let place = Self(taken);
-        (taken.add(1) < max).then_some(place)
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.subtract(1);
-    }
-}
 
 /// Accepts connections until the listener is stopped.
 pub fn accept_all(listener: &PageListener, shared: &Arc<Shared>) {
@@ -114,8 +93,9 @@ fn welcome(mut server: PageServer, shared: &Shared) -> Result<(), TransportError
     if !shared.peers.is_empty() && !shared.peers.contains(&host) {
         return refuse(server, StoreError::NotTaken);
     }
-    let Some(_place) = Place::take(&shared.counters.connections, CONNECTIONS_MAX) else {
-        return refuse(server, StoreError::Busy { max: CONNECTIONS_MAX });
+    let _place = match shared.places.take(&host) {
+        Ok(place) => place,
+        Err(error) => return refuse(server, error),
     };
     server.welcome()?;
     tracing::info!(peer = %server.peer().addr, host, "a host has connected");
@@ -185,6 +165,7 @@ impl<'a> Connection<'a> {
             PageRequest::Keep => self.store()?.keep(now)?,
             PageRequest::Grant { host } => self.store()?.grant(&host, now)?,
             PageRequest::Revoke { host } => self.store()?.revoke(&host, now)?,
+            PageRequest::Reserve { pages } => self.store()?.reserve(pages, now)?,
             PageRequest::Put { extents, contents, version, .. } => {
                 self.store()?.put(&extents, &contents, version, now)?;
                 self.shared.counters.put_pages.add(Extent::count(&extents));

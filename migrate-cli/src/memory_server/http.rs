@@ -84,7 +84,7 @@ async fn answer(mut stream: TcpStream, shared: &Shared) -> io::Result<()> {
     let request = read_request(&mut stream).await?;
     let response = match target(&request) {
         Some("/metrics") => {
-            let text = metrics::text(&shared.stores, &shared.counters);
+            let text = metrics::text(shared);
             response("200 OK", CONTENT_TYPE, &text)
         }
         Some(_) => response("404 Not Found", "text/plain", "Metrics are at /metrics.\n"),

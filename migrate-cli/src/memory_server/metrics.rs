@@ -1,16 +1,19 @@
 //! What a memory server counts, and how it is told to Prometheus.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::store::StoreError;
-use migrate_core::store::stores::{StoreInfo, Stores};
+use migrate_core::store::stores::{HostShare, StoreInfo};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 use transport::PageRequest;
+
+use super::Shared;
 
 /// A number that threads count up, and some down.
 #[derive(Debug, Default)]
@@ -34,17 +37,18 @@ impl Counter {
 }
 
 /// Kinds of requests, as they are told.
-const REQUESTS: [&str; 11] =
-    ["create", "open", "keep", "grant", "revoke", "put", "get", "drop", "stat", "delete", "list"];
+const REQUESTS: [&str; 12] = [
+    "create", "open", "keep", "grant", "revoke", "put", "get", "drop", "stat", "delete", "list",
+    "reserve",
+];
 
 /// Reasons for which requests are refused, as they are told.
-const REFUSALS: [&str; 6] = ["unknown", "full", "not-stored", "not-open", "rule", "system"];
+const REFUSALS: [&str; 7] =
+    ["unknown", "full", "not-stored", "not-open", "rule", "system", "share"];
 
 /// What is counted.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Connections now.
-    pub connections: Counter,
     /// Connections now that have not shown yet who they are.
     pub handshakes: Counter,
     /// Connections so far.
@@ -82,6 +86,7 @@ impl Counters {
             PageRequest::Stat => 8,
             PageRequest::Delete => 9,
             PageRequest::List { .. } => 10,
+            PageRequest::Reserve { .. } => 11,
         };
         self.requests[kind].add(1);
     }
@@ -94,6 +99,7 @@ impl Counters {
             StoreError::NotStored { .. } => 2,
             StoreError::NotOpen | StoreError::OpenAlready => 3,
             StoreError::NoMemory | StoreError::Damaged { .. } => 5,
+            StoreError::HostFull { .. } | StoreError::HostStores { .. } => 6,
             _ => 4,
         };
         self.refusals[reason].add(1);
@@ -103,18 +109,22 @@ impl Counters {
 type Label = [(&'static str, String); 1];
 
 /// All metrics as text.
-pub fn text(stores: &Stores, counters: &Counters) -> String {
+pub fn text(shared: &Shared) -> String {
+    let Shared { stores, counters, places, .. } = shared;
     let mut registry = Registry::with_prefix("godwit_memory");
     let (capacity, reserved) = stores.capacity();
+    let connections = places.hosts();
     let gauges = [
         ("capacity_bytes", "Bytes that may be reserved", capacity),
         ("reserved_bytes", "Bytes that are reserved", reserved),
-        ("connections", "Connections now", counters.connections.get()),
+        ("per_host_bytes", "Bytes that may be reserved by one host", stores.per_host_bytes()),
+        ("connections", "Connections now", connections.values().sum()),
     ];
     for (name, help, value) in gauges {
         registry.register(name, help, ConstGauge::new(value as i64));
     }
     register_stores(&mut registry, &stores.list());
+    register_hosts(&mut registry, &stores.hosts(), connections);
     let counted = [
         ("accepted", "Connections so far", &counters.accepted),
         ("turned_away", "Connections that were closed or refused at once", &counters.turned_away),
@@ -136,6 +146,28 @@ pub fn text(stores: &Stores, counters: &Counters) -> String {
     // Writing to a string does not fail.
     let _infallible = encode(&mut text, &registry);
     text
+}
+
+/// Metrics of every host: what its stores take, and its connections. Its name is the one in its certificate.
+fn register_hosts(
+    registry: &mut Registry,
+    shares: &[HostShare],
+    connections: BTreeMap<String, u64>,
+) {
+    let bytes = shares.iter().map(|share| (share.host.clone(), share.reserved_bytes)).collect();
+    let stores = shares.iter().map(|share| (share.host.clone(), share.stores as u64)).collect();
+    let of_host: [(&str, &str, BTreeMap<String, u64>); 3] = [
+        ("host_reserved_bytes", "Bytes reserved for stores that a host created", bytes),
+        ("host_stores", "Stores that a host created", stores),
+        ("host_connections", "Connections of a host now", connections),
+    ];
+    for (name, help, values) in of_host {
+        let family = Family::<Label, Gauge>::default();
+        for (host, value) in values {
+            family.get_or_create(&[("host", host)]).set(value as i64);
+        }
+        registry.register(name, help, family);
+    }
 }
 
 /// Metrics of every VM. Two stores of one VM count together.
@@ -177,13 +209,14 @@ fn register_counts(
 mod tests {
     use std::time::Duration;
 
-    use migrate_core::store::{Extent, NewStore, StoreId, StoreSecret};
+    use migrate_core::store::{Extent, NewStore, StoreId, StoreSecret, Stores};
 
     use super::*;
 
     #[test]
     fn everything_is_told_with_its_vm_or_kind() {
-        let stores = Stores::new(1 << 20, Duration::from_secs(60), false);
+        let stores = Stores::new(1 << 20, Duration::from_secs(60), false).with_per_host(1 << 19);
+        let shared = Shared::new(stores, vec![]);
         let wanted = NewStore {
             store: StoreId([1; 16]),
             secret: StoreSecret::new([2; 32]),
@@ -192,13 +225,15 @@ mod tests {
             reserve_pages: 10,
             hosts: vec![],
         };
-        let mut store = stores.create(wanted, "a", Duration::ZERO).unwrap();
+        let mut store = shared.stores.create(wanted, "a", Duration::ZERO).unwrap();
         store.put(&[Extent::new(0, 2)], &[7; 2 * PAGE_BYTES], 1, Duration::ZERO).unwrap();
-        let counters = Counters::default();
+        let counters = &shared.counters;
         counters.count(&PageRequest::Stat);
         counters.count_refused(&StoreError::NotStored { page: 3 });
+        counters.count_refused(&StoreError::HostStores { max: 3 });
         counters.sent_bytes.add(11);
-        let text = text(&stores, &counters);
+        let _places = ["b", "b", "c"].map(|host| shared.places.take(host).unwrap());
+        let text = text(&shared);
         for line in [
             "godwit_memory_capacity_bytes 1048576",
             "godwit_memory_reserved_bytes 40960",
@@ -208,7 +243,12 @@ mod tests {
             "godwit_memory_requests_total{kind=\"get\"} 0",
             "godwit_memory_refused_total{reason=\"not-stored\"} 1",
             "godwit_memory_sent_bytes_total 11",
-            "godwit_memory_connections 0",
+            "godwit_memory_refused_total{reason=\"share\"} 1",
+            "godwit_memory_connections 3",
+            "godwit_memory_per_host_bytes 524288",
+            "godwit_memory_host_reserved_bytes{host=\"a\"} 40960",
+            "godwit_memory_host_stores{host=\"a\"} 1",
+            "godwit_memory_host_connections{host=\"b\"} 2",
         ] {
             assert!(text.lines().any(|other| other == line), "{line}\nis not in\n{text}");
         }

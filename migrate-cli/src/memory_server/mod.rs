@@ -10,11 +10,13 @@
 //! [`transport::pages`].
 //!
 //! Invariants: the memory of pages stays within `--capacity`; a client disturbs no other, whatever it
-//! sends; a store that is kept is lost only when this process ends, of which its user is warned.
+//! sends, and no host takes more than its share of memory, stores and connections; a store that is
+//! kept is lost only when this process ends, of which its user is warned.
 
 pub mod connection;
 pub mod http;
 pub mod metrics;
+pub mod places;
 
 use std::fs;
 use std::sync::Arc;
@@ -27,6 +29,7 @@ use transport::{Identity, Options, PageListener};
 
 use self::connection::accept_all;
 use self::metrics::Counters;
+use self::places::Places;
 use crate::args::{MemoryServerArgs, Switch};
 use crate::blocking::on_thread;
 use crate::cancel;
@@ -45,6 +48,8 @@ pub struct Shared {
     pub stores: Stores,
     /// What is counted.
     pub counters: Counters,
+    /// Who is connected.
+    pub places: Places,
     /// Names of the hosts whose requests are taken; all of the authority if there are none.
     pub peers: Vec<String>,
     began: Instant,
@@ -53,7 +58,8 @@ pub struct Shared {
 impl Shared {
     /// No stores yet.
     pub fn new(stores: Stores, peers: Vec<String>) -> Self {
-        Self { stores, counters: Counters::default(), peers, began: Instant::now() }
+        let (counters, places) = (Counters::default(), Places::default());
+        Self { stores, counters, places, peers, began: Instant::now() }
     }
 
     /// Time since the beginning, as the stores want it.
@@ -68,6 +74,8 @@ impl Shared {
 /// What kept it from listening.
 pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
     check_capacity(args.capacity, available_bytes()?)?;
+    let per_host = args.per_host.unwrap_or(args.capacity);
+    check_per_host(per_host, args.capacity)?;
     let identity = Identity::load(&args.identity)?;
     let listener = PageListener::bind(args.listen, &identity, &Options::default())?;
     let http = match args.metrics {
@@ -76,6 +84,7 @@ pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
     };
     let lease = Duration::from_secs(args.lease_s);
     let stores = Stores::new(args.capacity, lease, args.compress == Switch::On);
+    let stores = stores.with_per_host(per_host);
     let shared = Arc::new(Shared::new(stores, args.peer.clone()));
     let (addr, stop) = (listener.local_addr(), listener.stop());
     let accepting = Arc::clone(&shared);
@@ -176,9 +185,30 @@ fn check_capacity(wanted: u64, available: u64) -> Result<(), EngineError> {
     Ok(())
 }
 
+fn check_per_host(wanted: u64, capacity: u64) -> Result<(), EngineError> {
+    let fault = match wanted {
+        _ if wanted < PAGE_BYTES as u64 => "has no room for a page",
+        _ if wanted > capacity => "is more than --capacity",
+        _ => return Ok(()),
+    };
+    let what = format!("--per-host {wanted} {fault}");
+    let remedy = format!("Give at most {}M, or leave it out for all of --capacity", capacity >> 20);
+    Err(EngineError::Misuse { what, remedy })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_share_that_makes_no_sense_is_refused() {
+        check_per_host(1 << 30, 1 << 30).unwrap();
+        check_per_host(4096, 1 << 30).unwrap();
+        let text = check_per_host((1 << 30) + 1, 1 << 30).unwrap_err().to_string();
+        assert!(text.contains("more than --capacity") && text.contains("at most 1024M"), "{text}");
+        let text = check_per_host(4095, 1 << 30).unwrap_err().to_string();
+        assert!(text.contains("no room for a page") && text.contains("leave it out"), "{text}");
+    }
 
     #[test]
     fn a_capacity_that_is_not_there_is_refused() {
@@ -210,6 +240,7 @@ mod tests {
             store: migrate_core::store::StoreId([1; 16]),
             vm: "web".into(),
             host: "host-a".into(),
+            creator: "host-a".into(),
             stat,
             memory_bytes: 2 << 20,
         };

@@ -176,17 +176,30 @@ impl Arena {
     ) -> Result<Slot, NoMemory> {
         let size = SIZES.iter().position(|size| bytes <= *size).ok_or(NoMemory)?;
         if self.classes[size].open.is_empty() {
-            let more = CHUNK_BYTES as u64;
-            // The chunk that drains already may find no place; another one then does.
-            let mut tries = 2;
-            while tries > 0 && self.memory_bytes() + more > self.bytes_max + SLACK_BYTES {
-                match self.move_one(true) {
-                    Some((page, slot)) => moved(page, slot),
-                    None => tries -= 1,
-                }
+            while let Some((page, slot)) = self.make_room(CHUNK_BYTES as u64) {
+                moved(page, slot);
             }
         }
         self.allocate_of(size, page)
+    }
+
+    /// Changes what all slots in use may have together; they have no more. Where the chunks take too
+    /// much for that, a slot is moved and returned as by [`Self::tidy`], and this is to be called again;
+    /// until nothing is returned they may take what they do, so that nobody waits long for it.
+    pub fn fit(&mut self, bytes_max: u64) -> Option<(u64, Slot)> {
+        self.bytes_max = bytes_max;
+        let moved = self.make_room(0);
+        self.bytes_max = bytes_max.max(self.memory_bytes().saturating_sub(SLACK_BYTES));
+        moved
+    }
+
+    /// Moves a slot if there is no room for so many bytes of chunks more.
+    fn make_room(&mut self, more: u64) -> Option<(u64, Slot)> {
+        if self.memory_bytes() + more <= self.bytes_max + SLACK_BYTES {
+            return None;
+        }
+        // The chunk that drains already may find no place; another one then does.
+        self.move_one(true).or_else(|| self.move_one(true))
     }
 
     fn allocate_of(&mut self, size: usize, page: u64) -> Result<Slot, NoMemory> {

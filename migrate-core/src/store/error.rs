@@ -29,13 +29,13 @@ pub enum StoreError {
     Full {
         /// Bytes that may be reserved.
         free_bytes: u64,
-        /// Bytes that were to be.
+        /// Bytes that were to be, besides those that are.
         wanted_bytes: u64,
     },
-    /// The store holds as many pages as it has reserved.
+    /// The store would hold more pages than it has reserved, or is to have.
     #[error(
-        "The store's reservation of {reserve_pages} pages is used up: {wanted_pages} are wanted; drop \
-         pages, or reserve more when it is created"
+        "A reservation of {reserve_pages} pages is too small for the {wanted_pages} that the store \
+         would hold; drop pages, or reserve more"
     )]
     Reserved {
         /// Pages that it may hold.
@@ -108,6 +108,36 @@ pub enum StoreError {
         /// The page.
         page: u64,
     },
+    /// The host that created the store has reserved its share of the capacity.
+    #[error(
+        "The memory server has {free_bytes} bytes left for the host that created the store where \
+         {wanted_bytes} are wanted; delete stores of that host, use a further server, or start this one \
+         with a larger --per-host"
+    )]
+    HostFull {
+        /// Bytes that the host may still reserve.
+        free_bytes: u64,
+        /// Bytes that were to be, besides those that are.
+        wanted_bytes: u64,
+    },
+    /// As many stores as one host may create.
+    #[error(
+        "This host has created {max} stores at the memory server, as many as one host may; delete \
+         one, or use another server"
+    )]
+    HostStores {
+        /// How many there may be.
+        max: u64,
+    },
+    /// As many connections as one host may have.
+    #[error(
+        "This host has {max} connections to the memory server, as many as one host may; close some, \
+         or use another server"
+    )]
+    HostBusy {
+        /// How many there may be.
+        max: u64,
+    },
 }
 
 impl StoreError {
@@ -129,9 +159,13 @@ impl StoreError {
 impl Classify for StoreError {
     fn bin(&self) -> ErrorBin {
         match self {
-            Self::Full { .. } | Self::TooManyStores { .. } | Self::Busy { .. } | Self::NotTaken => {
-                ErrorBin::PeerIncompatible
-            }
+            Self::Full { .. }
+            | Self::TooManyStores { .. }
+            | Self::Busy { .. }
+            | Self::NotTaken
+            | Self::HostFull { .. }
+            | Self::HostStores { .. }
+            | Self::HostBusy { .. } => ErrorBin::PeerIncompatible,
             Self::NoMemory | Self::Damaged { .. } => ErrorBin::System,
             Self::Unknown
             | Self::Exists

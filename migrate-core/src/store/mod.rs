@@ -16,11 +16,11 @@
 //! | [`content`] | one page as it is kept: zero, raw or packed |
 //! | [`arena`] | memory in chunks, given back when it is empty |
 //! | [`shelf`] | the pages of one guest |
-//! | [`stores`] | all stores of a server: who may use them, what is reserved, leases |
+//! | [`stores`] | all stores of a server: who may use them, what is reserved, shares of hosts, leases |
 //!
 //! Invariants:
-//! - What is reserved never exceeds the capacity, and no store holds more pages than it has reserved. What
-//!   compression saves is not promised to anybody.
+//! - What is reserved never exceeds the capacity, nor what is for one host its share, and no store holds
+//!   more pages than it has reserved. What compression saves is not promised to anybody.
 //! - A page that is not stored is never answered with anything but an error.
 //! - A host learns nothing of a store that it may not use, not even that it exists.
 

@@ -134,23 +134,30 @@ impl NewStore {
     /// # Errors
     /// [`StoreError::Field`] with the first that breaks a rule.
     pub fn check(&self) -> Result<(), StoreError> {
-        let rule = |holds, field, value, rule| match holds {
-            true => Ok(()),
-            false => Err(StoreError::field(field, value, rule)),
-        };
         let clean = self.vm.len() <= VM_BYTES_MAX && !self.vm.chars().any(char::is_control);
         let vm_bytes = self.vm.len() as u64;
         rule(clean, "vm", vm_bytes, "at most 255 bytes without control characters")?;
         let pages = self.pages;
         rule((1..=PAGES_MAX).contains(&pages), "pages", pages, "1 to 2^34 pages are allowed")?;
-        let reserve = self.reserve_pages;
-        let fits = (1..=pages).contains(&reserve);
-        rule(fits, "reserve_pages", reserve, "at least one page and at most the guest's")?;
+        check_reserve(self.reserve_pages, pages)?;
         let hosts = self.hosts.len();
         // The one that creates the store is one of them.
         rule(hosts < HOSTS_MAX, "hosts", hosts as u64, "at most 15 others are allowed")?;
         self.hosts.iter().try_for_each(|host| check_host(host))
     }
+}
+
+fn rule(holds: bool, field: &str, value: u64, rule: &str) -> Result<(), StoreError> {
+    if holds { Ok(()) } else { Err(StoreError::field(field, value, rule)) }
+}
+
+/// Checks a reservation for a guest of `pages` pages.
+///
+/// # Errors
+/// [`StoreError::Field`] if it is for no page, or for more than the guest has.
+pub fn check_reserve(reserve_pages: u64, pages: u64) -> Result<(), StoreError> {
+    let fits = (1..=pages).contains(&reserve_pages);
+    rule(fits, "reserve_pages", reserve_pages, "at least one page and at most the guest's")
 }
 
 /// Checks a host's name.

@@ -37,10 +37,9 @@ pub struct Shelf {
 impl Shelf {
     /// An empty shelf for at most `pages_max` pages; who puts them sees to that.
     pub fn new(pages_max: u64) -> Self {
-        let bytes_max = pages_max.saturating_mul(PAGE_BYTES as u64);
         Self {
             entries: BTreeMap::new(),
-            arena: Arena::new(bytes_max),
+            arena: Arena::new(bytes_of(pages_max)),
             stamp: Stamp::default(),
             content_bytes: 0,
         }
@@ -145,6 +144,21 @@ impl Shelf {
             move_entry(&mut self.entries, page, slot);
         }
     }
+
+    /// Changes how many pages there may be, no fewer than there are, and gives back memory that is too
+    /// much for them, a little at a time. Whether this is to be called again.
+    #[must_use]
+    pub fn fit(&mut self, pages_max: u64) -> bool {
+        for _ in 0..TIDY_BYTES / PAGE_BYTES {
+            let Some((page, slot)) = self.arena.fit(bytes_of(pages_max)) else { return false };
+            move_entry(&mut self.entries, page, slot);
+        }
+        true
+    }
+}
+
+fn bytes_of(pages: u64) -> u64 {
+    pages.saturating_mul(PAGE_BYTES as u64)
 }
 
 fn move_entry(entries: &mut BTreeMap<u64, Entry>, page: u64, slot: Slot) {

@@ -1,4 +1,11 @@
-//! All stores of a server: who may use which, what is reserved, and how long they stay.
+//! All stores of a server: who may use which, what is reserved for whom, and how long they stay.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `ledger` | what of the capacity is promised, in all and to each host |
+//! | `reserve` | changing a store's reservation |
+//! | `put` | storing pages |
+//! | `list` | which pages are stored |
 //!
 //! Several threads use them at once. Each store has a lock of its own, held while one piece of 64 KiB is
 //! copied at most, so that guests do not wait for one another, and a guest's faults hardly for its own
@@ -12,18 +19,26 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
 
+use self::ledger::Ledger;
 use super::content::{Packing, unpack};
 use super::error::StoreError;
 use super::names::{Extent, HOSTS_MAX, NewStore, StoreId, StoreSecret, StoreStat, check_host};
 use super::shelf::{Shelf, Stamp};
 use crate::layout::PAGE_BYTES;
 
+mod ledger;
 mod list;
+mod put;
+mod reserve;
 
+pub use ledger::HostShare;
 pub use list::Listing;
 
 /// Most stores of a server.
 pub const STORES_MAX: usize = 1024;
+
+/// Most stores that one host may create: a quarter, so that none takes all.
+pub const STORES_PER_HOST_MAX: usize = STORES_MAX / 4;
 
 /// Pages that are copied under one lock: 64 KiB.
 pub const PIECE_PAGES: usize = 16;
@@ -34,15 +49,14 @@ const DROP_PAGES: usize = 1024;
 /// All stores of a server.
 #[derive(Debug)]
 pub struct Stores {
-    capacity_bytes: u64,
     lease: Duration,
     compresses: bool,
     all: Mutex<All>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct All {
-    reserved_bytes: u64,
+    ledger: Ledger,
     stores: BTreeMap<StoreId, Arc<Store>>,
 }
 
@@ -50,8 +64,9 @@ struct All {
 struct Store {
     secret: StoreSecret,
     vm: String,
+    /// The host that created it, whose share it takes.
+    creator: String,
     pages: u64,
-    reserve_pages: u64,
     inner: Mutex<Inner>,
 }
 
@@ -64,6 +79,8 @@ struct Inner {
     kept: bool,
     /// It was deleted, or its lease has ended.
     gone: bool,
+    /// Pages that it may hold. Changes with the lock of all stores held, too.
+    reserve_pages: u64,
     /// Pages that are being put and have no place yet.
     claimed_pages: u64,
     shelf: Shelf,
@@ -78,17 +95,20 @@ pub struct StoreInfo {
     pub vm: String,
     /// The host that created it, or the first that still may use it.
     pub host: String,
+    /// The host that created it, whose share it takes.
+    pub creator: String,
     /// What it holds.
     pub stat: StoreStat,
     /// Memory for contents in bytes, with what is free in between.
     pub memory_bytes: u64,
 }
 
-impl Store {
-    fn reserved_bytes(&self) -> u64 {
-        self.reserve_pages.saturating_mul(PAGE_BYTES as u64)
-    }
+/// Bytes that are reserved for so many pages.
+fn bytes_of(pages: u64) -> u64 {
+    pages.saturating_mul(PAGE_BYTES as u64)
+}
 
+impl Store {
     /// The store for a host that may use it.
     fn enter(&self, host: &str) -> Result<MutexGuard<'_, Inner>, StoreError> {
         let inner = self.inner.lock();
@@ -100,7 +120,7 @@ impl Store {
         StoreStat {
             stored_pages: inner.shelf.len(),
             stored_bytes: inner.shelf.content_bytes(),
-            reserve_pages: self.reserve_pages,
+            reserve_pages: inner.reserve_pages,
             kept: inner.kept,
         }
     }
@@ -119,18 +139,27 @@ impl Inner {
 }
 
 impl Stores {
-    /// No stores yet. Together they may reserve `capacity_bytes`; one that is not kept ends when
-    /// nothing is asked of it for `lease`. Pages are compressed if `compresses`.
+    /// No stores yet. Together they may reserve `capacity_bytes`, and so may those of one host; one that
+    /// is not kept ends when nothing is asked of it for `lease`. Pages are compressed if `compresses`.
     pub fn new(capacity_bytes: u64, lease: Duration, compresses: bool) -> Self {
-        Self { capacity_bytes, lease, compresses, all: Mutex::default() }
+        let all = All { ledger: Ledger::new(capacity_bytes), stores: BTreeMap::new() };
+        Self { lease, compresses, all: Mutex::new(all) }
+    }
+
+    /// The same, but the stores that one host creates may reserve no more than `bytes` together.
+    #[must_use]
+    pub fn with_per_host(mut self, bytes: u64) -> Self {
+        self.all.get_mut().ledger.set_per_host(bytes);
+        self
     }
 
     /// Creates a store for `host` and opens it.
     ///
     /// # Errors
-    /// [`StoreError::Full`] if the reservation exceeds what is free; [`StoreError::Exists`],
-    /// [`StoreError::Unknown`] if the id is taken by a store that this host may not use,
-    /// [`StoreError::TooManyStores`], or a field that breaks a rule.
+    /// [`StoreError::Full`] or [`StoreError::HostFull`] if the reservation exceeds what is free, or what
+    /// the host has left; [`StoreError::Exists`], [`StoreError::Unknown`] if the id is taken by a store
+    /// that this host may not use, [`StoreError::TooManyStores`], [`StoreError::HostStores`], or a field
+    /// that breaks a rule.
     pub fn create(
         &self,
         wanted: NewStore,
@@ -144,9 +173,7 @@ impl Stores {
             let may = other.secret == wanted.secret && other.enter(host).is_ok();
             return Err(if may { StoreError::Exists } else { StoreError::Unknown });
         }
-        if all.stores.len() >= STORES_MAX {
-            return Err(StoreError::TooManyStores { max: STORES_MAX as u64 });
-        }
+        all.ledger.add_store(host, bytes_of(wanted.reserve_pages))?;
         let mut hosts = vec![host.to_owned()];
         for other in wanted.hosts {
             if !hosts.contains(&other) {
@@ -156,23 +183,18 @@ impl Stores {
         let store = Store {
             secret: wanted.secret,
             vm: wanted.vm,
+            creator: host.to_owned(),
             pages: wanted.pages,
-            reserve_pages: wanted.reserve_pages,
             inner: Mutex::new(Inner {
                 hosts,
                 used: now,
                 kept: false,
                 gone: false,
+                reserve_pages: wanted.reserve_pages,
                 claimed_pages: 0,
                 shelf: Shelf::new(wanted.reserve_pages),
             }),
         };
-        let wanted_bytes = store.reserved_bytes();
-        let free_bytes = self.capacity_bytes.saturating_sub(all.reserved_bytes);
-        if wanted_bytes > free_bytes {
-            return Err(StoreError::Full { free_bytes, wanted_bytes });
-        }
-        all.reserved_bytes = all.reserved_bytes.saturating_add(wanted_bytes);
         let store = Arc::new(store);
         all.stores.insert(wanted.store, Arc::clone(&store));
         Ok(OpenStore::new(self, wanted.store, store, host))
@@ -201,7 +223,7 @@ impl Stores {
     pub fn expire(&self, now: Duration) -> Vec<StoreInfo> {
         let (mut ended, mut shelves) = (vec![], vec![]);
         let mut all = self.all.lock();
-        let All { reserved_bytes, stores } = &mut *all;
+        let All { ledger, stores } = &mut *all;
         stores.retain(|id, store| {
             let mut inner = store.inner.lock();
             // One that is being deleted by its host is taken out by that.
@@ -211,7 +233,7 @@ impl Stores {
             }
             ended.push(info(*id, store, &inner));
             shelves.push(inner.end());
-            *reserved_bytes = reserved_bytes.saturating_sub(store.reserved_bytes());
+            ledger.remove_store(&store.creator, bytes_of(inner.reserve_pages));
             false
         });
         drop(all);
@@ -222,7 +244,17 @@ impl Stores {
 
     /// Bytes that may be reserved, and that are.
     pub fn capacity(&self) -> (u64, u64) {
-        (self.capacity_bytes, self.all.lock().reserved_bytes)
+        self.all.lock().ledger.capacity()
+    }
+
+    /// Bytes that the stores of one host may reserve together.
+    pub fn per_host_bytes(&self) -> u64 {
+        self.all.lock().ledger.per_host_bytes()
+    }
+
+    /// What each host has, by name. Those that have nothing are not named.
+    pub fn hosts(&self) -> Vec<HostShare> {
+        self.all.lock().ledger.hosts()
     }
 
     /// All stores.
@@ -238,6 +270,7 @@ fn info(id: StoreId, store: &Store, inner: &Inner) -> StoreInfo {
         store: id,
         vm: store.vm.clone(),
         host: inner.hosts.first().cloned().unwrap_or_default(),
+        creator: store.creator.clone(),
         stat: store.stat(inner),
         memory_bytes: inner.shelf.memory_bytes(),
     }
@@ -332,56 +365,6 @@ impl<'a> OpenStore<'a> {
         }
         inner.hosts.retain(|other| other != host);
         Ok(())
-    }
-
-    /// Puts pages of one version, in the place of those with the same numbers, whatever their versions.
-    /// `contents` has 4096 bytes for each.
-    ///
-    /// # Errors
-    /// [`StoreError::Reserved`] or [`StoreError::OutOfRange`] before anything is put;
-    /// [`StoreError::NoMemory`], or [`StoreError::Reserved`] where others drop and put the same pages
-    /// meanwhile, after some of the pages.
-    pub fn put(
-        &mut self,
-        extents: &[Extent],
-        contents: &[u8],
-        version: u64,
-        now: Duration,
-    ) -> Result<(), StoreError> {
-        self.check_range(extents)?;
-        let pages: Vec<u64> = extents.iter().flat_map(Extent::iter).collect();
-        if contents.len() != pages.len().saturating_mul(PAGE_BYTES) {
-            let bytes = contents.len() as u64;
-            return Err(StoreError::field("contents", bytes, "4096 bytes a page are needed"));
-        }
-        let mut claimed = self.claim(&pages, now)?;
-        let pieces = pages.chunks(PIECE_PAGES).zip(contents.chunks(PIECE_PAGES * PAGE_BYTES));
-        let mut put = Ok(());
-        for (pages, contents) in pieces {
-            let kept = self.packing.pack(contents);
-            put = self.store.enter(&self.host).and_then(|mut inner| {
-                let pages = pages.iter().copied().zip(kept);
-                put_piece(&mut inner, pages, version, &mut claimed, self.store.reserve_pages)
-            });
-            if put.is_err() {
-                break;
-            }
-        }
-        self.store.inner.lock().claimed_pages -= claimed;
-        put
-    }
-
-    /// Makes sure that all of these pages find a place, however many threads put at once.
-    fn claim(&self, pages: &[u64], now: Duration) -> Result<u64, StoreError> {
-        let mut inner = self.enter(now)?;
-        let new = pages.iter().filter(|page| !inner.shelf.contains(**page)).count() as u64;
-        let wanted_pages = inner.shelf.len() + inner.claimed_pages + new;
-        let reserve_pages = self.store.reserve_pages;
-        if wanted_pages > reserve_pages {
-            return Err(StoreError::Reserved { reserve_pages, wanted_pages });
-        }
-        inner.claimed_pages += new;
-        Ok(new)
     }
 
     fn check_range(&self, extents: &[Extent]) -> Result<(), StoreError> {
@@ -494,43 +477,16 @@ impl<'a> OpenStore<'a> {
     /// # Errors
     /// [`StoreError::Unknown`]
     pub fn delete(&self, now: Duration) -> Result<(), StoreError> {
-        let shelf = self.enter(now)?.end();
+        let mut inner = self.enter(now)?;
+        let (shelf, reserve_pages) = (inner.end(), inner.reserve_pages);
+        drop(inner);
         // What is free for others is so when the kernel has it back.
         drop(shelf);
         let mut all = self.stores.all.lock();
         all.stores.remove(&self.id);
-        all.reserved_bytes = all.reserved_bytes.saturating_sub(self.store.reserved_bytes());
+        all.ledger.remove_store(&self.store.creator, bytes_of(reserve_pages));
         Ok(())
     }
-}
-
-/// Puts a piece; pages that are new use up what was `claimed`.
-fn put_piece<'a>(
-    inner: &mut Inner,
-    pages: impl Iterator<Item = (u64, &'a [u8])>,
-    version: u64,
-    claimed: &mut u64,
-    reserve_pages: u64,
-) -> Result<(), StoreError> {
-    for (page, kept) in pages {
-        if !inner.shelf.contains(page) {
-            let wanted_pages = inner.shelf.len() + inner.claimed_pages + 1;
-            match claimed.checked_sub(1) {
-                Some(rest) => {
-                    *claimed = rest;
-                    inner.claimed_pages -= 1;
-                }
-                // It was there when this began, and somebody has dropped it since.
-                None if wanted_pages > reserve_pages => {
-                    return Err(StoreError::Reserved { reserve_pages, wanted_pages });
-                }
-                None => {}
-            }
-        }
-        inner.shelf.put(page, kept, version).map_err(|_| StoreError::NoMemory)?;
-    }
-    inner.shelf.tidy();
-    Ok(())
 }
 
 #[cfg(test)]

@@ -250,6 +250,92 @@ fn what_does_not_fit_is_refused_before_anything_moves() -> Result<()> {
     Ok(())
 }
 
+/// Up and down, by any host of the store, and only where there is room.
+#[test]
+fn a_reservation_changes_where_there_is_room() -> Result<()> {
+    let hosts = Hosts::new()?;
+    let server = hosts.serve(&["--capacity", "8M"])?;
+    let mut client = hosts.connect(&server, "host-a")?;
+    let reserve = |pages| PageRequest::Reserve { pages };
+    ensure!(failed(&mut client, &reserve(1))? == StoreError::NotOpen);
+    done(&mut client, &PageRequest::Create(new_store(1, 500, &["host-b"])))?;
+    done(&mut client, &put(0, 250))?;
+    done(&mut client, &put(250, 250))?;
+    let full = StoreError::Reserved { reserve_pages: 500, wanted_pages: 501 };
+    ensure!(failed(&mut client, &put(500, 1))? == full);
+    let mut granted = hosts.connect(&server, "host-b")?;
+    done(&mut granted, &open(1, 1))?;
+    done(&mut granted, &reserve(1500))?;
+    ensure!(server.metric("godwit_memory_reserved_bytes")? == 1500 * 4096);
+    ensure!(server.metric("godwit_memory_host_reserved_bytes{host=\"host-a\"}")? == 1500 * 4096);
+    done(&mut client, &put(500, 100))?;
+    // What is refused changes nothing.
+    let mut other = hosts.connect(&server, "host-c")?;
+    done(&mut other, &PageRequest::Create(new_store(2, 500, &[])))?;
+    let full = StoreError::Full { free_bytes: 48 * 4096, wanted_bytes: 49 * 4096 };
+    ensure!(failed(&mut client, &reserve(1549))? == full);
+    let small = StoreError::Reserved { reserve_pages: 599, wanted_pages: 600 };
+    ensure!(failed(&mut client, &reserve(599))? == small);
+    for pages in [(1 << 20) + 1, 1 << 34] {
+        let error = failed(&mut client, &reserve(pages))?;
+        ensure!(matches!(&error, StoreError::Field { value, .. } if *value == pages), "{error}");
+    }
+    let held = stat(&mut client)?.store.context("A store is open")?;
+    ensure!((held.reserve_pages, held.stored_pages) == (1500, 600), "{held:?}");
+    check(&mut client, 400, 200, false)?;
+    // What one gives back another one has.
+    done(&mut client, &reserve(600))?;
+    done(&mut other, &reserve(2048 - 600))?;
+    let held = stat(&mut granted)?;
+    ensure!((held.reserved_bytes, held.free_bytes()) == (8 << 20, 0), "{held:?}");
+    check(&mut granted, 0, 256, false)?;
+    done(&mut client, &PageRequest::Revoke { host: "host-b".into() })?;
+    ensure!(failed(&mut granted, &reserve(600))? == StoreError::Unknown);
+    ensure!(server.metric("godwit_memory_requests_total{kind=\"reserve\"}")? == 9);
+    Ok(())
+}
+
+/// Whatever one host does, there is memory, a store and a connection for another one.
+#[test]
+fn no_host_takes_all() -> Result<()> {
+    let hosts = Hosts::new()?;
+    let server = hosts.serve(&["--capacity", "4M", "--per-host", "2M"])?;
+    let create = |id: u16, pages| {
+        let mut wanted = new_store(0, pages, &[]);
+        wanted.store.0[..2].copy_from_slice(&id.to_le_bytes());
+        PageRequest::Create(wanted)
+    };
+    let mut greedy = vec![];
+    let refused = loop {
+        match hosts.connect(&server, "host-a") {
+            Ok(client) => greedy.push(client),
+            Err(error) => break format!("{error:#}"),
+        }
+    };
+    ensure!(refused.contains("256 connections") && refused.contains("close some"), "{refused}");
+    ensure!(greedy.len() == 256, "{} connections", greedy.len());
+    ensure!(server.metric("godwit_memory_host_connections{host=\"host-a\"}")? == 256);
+    let full = StoreError::HostFull { free_bytes: 2 << 20, wanted_bytes: 513 * 4096 };
+    ensure!(failed(&mut greedy[0], &create(0, 513))? == full);
+    for (id, client) in (0..).zip(&mut greedy) {
+        done(client, &create(id, 1))?;
+    }
+    let full = StoreError::HostFull { free_bytes: 256 * 4096, wanted_bytes: 257 * 4096 };
+    ensure!(failed(&mut greedy[0], &PageRequest::Reserve { pages: 258 })? == full);
+    done(&mut greedy[0], &PageRequest::Reserve { pages: 257 })?;
+    greedy.truncate(1);
+    let mut again = wait::until("a place that was given back", PATIENCE, || {
+        Ok(hosts.connect(&server, "host-a").ok())
+    })?;
+    ensure!(failed(&mut again, &create(256, 1))? == StoreError::HostStores { max: 256 });
+    ensure!(server.metric("godwit_memory_host_stores{host=\"host-a\"}")? == 256);
+    ensure!(server.metric("godwit_memory_refused_total{reason=\"share\"}")? == 3);
+    let mut other = hosts.connect(&server, "host-b")?;
+    done(&mut other, &create(256, 512))?;
+    ensure!(stat(&mut other)?.free_bytes() == 0);
+    Ok(())
+}
+
 #[test]
 fn a_store_is_for_its_hosts_alone() -> Result<()> {
     let hosts = Hosts::new()?;
@@ -412,9 +498,13 @@ fn what_is_asked_for_in_vain_is_refused() -> Result<()> {
     let server = hosts.serve(&["--capacity", "1M"])?;
     let (taken, metrics) = (server.addr.to_string(), server.metrics.to_string());
     let any = "127.0.0.1:0";
-    let cases: [(&[&str], &[&str]); 4] = [
+    let cases: [(&[&str], &[&str]); 5] = [
         (&["--listen", any, "--capacity", "100000G"], &["machine has", "Give at most"]),
         (&["--listen", any, "--capacity", "0"], &["no room for a page", "8G"]),
+        (
+            &["--listen", any, "--capacity", "1M", "--per-host", "2M"],
+            &["more than --capacity", "at most 1M"],
+        ),
         (&["--listen", &taken, "--capacity", "1M"], &["in use", "choose another port"]),
         (
             &["--listen", any, "--capacity", "1M", "--metrics", &metrics],

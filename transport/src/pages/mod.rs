@@ -67,8 +67,16 @@ pub enum PageRequest {
         /// The name in its certificate.
         host: String,
     },
-    /// Stores pages, in the place of those with the same numbers, even of a higher version. Where it fails for want of memory, or
-    /// others change the same pages at the same time, a part of the pages may have been stored.
+    /// Changes how many pages the store may hold, up or down, but not below what it holds. Refused with
+    /// the reservation as it was if the server, or the share of the host that created the store, has not
+    /// got it.
+    Reserve {
+        /// The new number of pages, at most the guest's.
+        pages: u64,
+    },
+    /// Stores pages, in the place of those with the same numbers, even of a higher version. Where it fails
+    /// for want of memory, or others change the same pages at the same time, a part of the pages may have
+    /// been stored.
     Put {
         /// Which; 256 pages at most.
         extents: Vec<Extent>,

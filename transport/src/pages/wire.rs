@@ -8,9 +8,15 @@
 //!            | first page | pages | reserved |      (16 bytes each)
 //! ```
 //!
-//! All integers are little-endian, all reserved fields are 0, kind 0 does not exist. The number is a version
-//! or a page, or 0, as the kind says. So is the payload the pages' contents in the extents' order, as they
-//! are or as one LZ4 block, or the extents' versions, or a body in postcard, or nothing. A body does not describe itself: one that was released never changes.
+//! All integers are little-endian, all reserved fields are 0, kind 0 does not exist. The number is a version,
+//! a page or a number of pages, or 0, as the kind says. So is the payload the pages' contents in the extents'
+//! order, as they are or as one LZ4 block, or the extents' versions, or a body in postcard, or nothing. A body
+//! does not describe itself: one that was released never changes.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `rules` | the kinds of frames, and what each may have |
+//! | `listed` | the list of a store's pages |
 //!
 //! Invariant: nothing is allocated for a frame before its header is checked; a frame that is complete
 //! decodes or is refused.
@@ -22,7 +28,6 @@ use std::iter;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use migrate_core::codec::{Codec, Packer, Unpacker, packed_bytes_max};
 use migrate_core::layout::PAGE_BYTES;
-use migrate_core::store::names::{LIST_ENTRIES_MAX, PAGES_MAX, VERSION_MAX};
 use migrate_core::store::{Extent, NewStore, ServerStat, StoreError, StoreId, StoreSecret};
 use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32, U64};
@@ -32,6 +37,17 @@ use crate::error::WireError;
 use crate::pages::{PageAnswer, PageRequest};
 
 mod listed;
+mod rules;
+
+pub use self::rules::{
+    BODY_BYTES_MAX, DROP_EXTENTS_MAX, FLAG_LAST, FLAG_PACKED, FLAG_TAKE, KINDS, PIECE_PAGES_MAX,
+    REQUEST_PAGES_MAX,
+};
+use self::rules::{
+    CREATE, Checked, DELETE, DONE, DROP, FAILED, GET, GRANT, KEEP, LIST, LISTED, OPEN, PAGES, PUT,
+    Payload, RESERVE, REVOKE, Rules, STAT, STATED, check_extents, check_lengths, check_number,
+    check_sum,
+};
 
 /// First four bytes of every frame: `GDWP`.
 pub const PAGES_MAGIC: u32 = u32::from_le_bytes(*b"GDWP");
@@ -45,73 +61,11 @@ pub const EXTENT_BYTES: usize = 16;
 /// Length of a version in bytes.
 pub const VERSION_BYTES: usize = 8;
 
-/// Most pages in one request that puts or gets.
-pub const REQUEST_PAGES_MAX: u64 = 256;
-
-/// Most extents in one request that drops.
-pub const DROP_EXTENTS_MAX: usize = 4096;
-
-/// Most pages in one piece of an answer: 64 KiB.
-pub const PIECE_PAGES_MAX: u64 = 16;
-
 /// Contents from this length on are sampled before they are packed.
 const SAMPLED_BYTES_MIN: usize = 32 << 10;
 
 /// Pages of a sample.
 const SAMPLE_PAGES: usize = 4;
-
-/// Longest body in bytes.
-pub const BODY_BYTES_MAX: usize = 2048;
-
-/// Flag of `Put`, `Get` and `Pages`: contents are packed as one LZ4 block; of `Get`: those of the
-/// answer may be.
-pub const FLAG_PACKED: u8 = 1;
-
-/// Flag of `Get`: the pages are dropped once they were sent.
-pub const FLAG_TAKE: u8 = 2;
-
-/// Flag of `Pages`: nothing follows for this request.
-pub const FLAG_LAST: u8 = 4;
-
-/// Highest number of a page.
-const PAGE_MAX: u64 = PAGES_MAX.saturating_sub(1);
-
-const CREATE: u8 = 1;
-const OPEN: u8 = 2;
-const KEEP: u8 = 3;
-const GRANT: u8 = 4;
-const REVOKE: u8 = 5;
-const PUT: u8 = 6;
-const GET: u8 = 7;
-const DROP: u8 = 8;
-const STAT: u8 = 9;
-const DELETE: u8 = 10;
-const LIST: u8 = 11;
-const DONE: u8 = 128;
-const PAGES: u8 = 129;
-const STATED: u8 = 130;
-const FAILED: u8 = 131;
-const LISTED: u8 = 132;
-
-/// Name and number of every kind of frame, requests first.
-pub const KINDS: [(&str, u8); 16] = [
-    ("Create", CREATE),
-    ("Open", OPEN),
-    ("Keep", KEEP),
-    ("Grant", GRANT),
-    ("Revoke", REVOKE),
-    ("Put", PUT),
-    ("Get", GET),
-    ("Drop", DROP),
-    ("Stat", STAT),
-    ("Delete", DELETE),
-    ("List", LIST),
-    ("Done", DONE),
-    ("Pages", PAGES),
-    ("Stated", STATED),
-    ("Failed", FAILED),
-    ("Listed", LISTED),
-];
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -144,81 +98,6 @@ struct OpenBody {
     store: StoreId,
     secret: StoreSecret,
 }
-
-/// What follows a frame's extents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Payload {
-    None,
-    Contents,
-    /// One for every extent.
-    Versions,
-    Body,
-}
-
-/// What a kind of frame may have.
-#[derive(Debug, Clone, Copy)]
-struct Rules {
-    name: &'static str,
-    flags: u8,
-    extents_min: usize,
-    extents_max: usize,
-    /// Of all extents together.
-    pages_max: u64,
-    payload: Payload,
-    number_min: u64,
-    number_max: u64,
-}
-
-impl Rules {
-    fn of(kind: u8) -> Option<Self> {
-        let (name, _) = KINDS.iter().find(|(_, number)| *number == kind)?;
-        let plain = |payload| Self {
-            name,
-            flags: 0,
-            extents_min: 0,
-            extents_max: 0,
-            pages_max: 0,
-            payload,
-            number_min: 0,
-            number_max: 0,
-        };
-        let of_pages = |flags, max: u64, payload| {
-            let extents_max = usize::try_from(max).unwrap_or(usize::MAX);
-            Self { flags, extents_min: 1, extents_max, pages_max: max, ..plain(payload) }
-        };
-        Some(match kind {
-            PUT => Self {
-                number_min: 1,
-                number_max: VERSION_MAX,
-                ..of_pages(FLAG_PACKED, REQUEST_PAGES_MAX, Payload::Contents)
-            },
-            GET => of_pages(FLAG_PACKED | FLAG_TAKE, REQUEST_PAGES_MAX, Payload::None),
-            DROP => Self {
-                extents_min: 1,
-                extents_max: DROP_EXTENTS_MAX,
-                pages_max: u64::MAX,
-                ..plain(Payload::None)
-            },
-            LIST => Self { number_max: PAGE_MAX, ..plain(Payload::None) },
-            LISTED => Self {
-                extents_max: LIST_ENTRIES_MAX,
-                pages_max: u64::MAX,
-                number_max: PAGE_MAX,
-                ..plain(Payload::Versions)
-            },
-            PAGES => of_pages(FLAG_PACKED | FLAG_LAST, PIECE_PAGES_MAX, Payload::Contents),
-            KEEP | STAT | DELETE | DONE => plain(Payload::None),
-            _ => plain(Payload::Body),
-        })
-    }
-
-    fn check(&self, holds: bool, field: &'static str, value: u64, rule: &'static str) -> Checked {
-        let what = self.name;
-        if holds { Ok(()) } else { Err(WireError::Field { what, field, value, rule }) }
-    }
-}
-
-type Checked = Result<(), WireError>;
 
 /// A frame that keeps the rules of its kind, with its contents unpacked.
 #[derive(Debug)]
@@ -273,54 +152,6 @@ fn header(bytes: &[u8; HEADER_BYTES]) -> Result<(RawHeader, Rules, usize), WireE
     check_lengths(&rules, raw.flags, payload_bytes, content_bytes)?;
     let head_bytes = extents.saturating_mul(EXTENT_BYTES).saturating_add(HEADER_BYTES);
     Ok((raw, rules, head_bytes.saturating_add(payload_bytes)))
-}
-
-fn check_extents(rules: &Rules, extents: usize) -> Checked {
-    let holds = (rules.extents_min..=rules.extents_max).contains(&extents);
-    rules.check(holds, "extents", extents as u64, "as many as the kind allows")
-}
-
-fn check_number(rules: &Rules, number: u64) -> Checked {
-    let holds = (rules.number_min..=rules.number_max).contains(&number);
-    rules.check(holds, "number", number, "a version or a page, as the kind says, or 0")
-}
-
-fn check_lengths(rules: &Rules, flags: u8, payload: usize, content: usize) -> Checked {
-    let max = match rules.payload {
-        Payload::None => 0,
-        Payload::Body => BODY_BYTES_MAX,
-        Payload::Contents => contents_max(rules),
-        Payload::Versions => LIST_ENTRIES_MAX.saturating_mul(VERSION_BYTES),
-    };
-    if content > max {
-        let (found, max) = (content as u64, max as u64);
-        return Err(WireError::TooLong { what: rules.name, found, max });
-    }
-    let is_packed = rules.payload == Payload::Contents && flags & FLAG_PACKED != 0;
-    let holds = if is_packed { payload < content } else { payload == content };
-    let rule = "the content's bytes, or fewer if it is packed";
-    rules.check(holds, "payload bytes", payload as u64, rule)
-}
-
-fn contents_max(rules: &Rules) -> usize {
-    usize::try_from(rules.pages_max).unwrap_or(usize::MAX).saturating_mul(PAGE_BYTES)
-}
-
-fn check_sum(rules: &Rules, extents: &[Extent], content: usize) -> Checked {
-    for extent in extents {
-        let pages = u64::from(extent.pages);
-        rules.check(pages > 0, "pages", pages, "an extent has a page at least")?;
-        let end = extent.first_page.checked_add(pages).filter(|end| *end <= PAGES_MAX);
-        rules.check(end.is_some(), "first page", extent.first_page, "pages end at 2^34")?;
-    }
-    let pages = Extent::count(extents);
-    rules.check(pages <= rules.pages_max, "pages", pages, "no more than the kind allows")?;
-    let holds = match rules.payload {
-        Payload::Contents => pages.saturating_mul(PAGE_BYTES as u64) == content as u64,
-        Payload::Versions => extents.len().saturating_mul(VERSION_BYTES) == content,
-        Payload::None | Payload::Body => true,
-    };
-    rules.check(holds, "content bytes", content as u64, "must be what the extents add up to")
 }
 
 /// Whether [`decode_answer`] or [`decode_request`] would take something off the front or refuse it.
@@ -480,6 +311,7 @@ pub fn encode_request(request: &PageRequest, tag: u32) -> Result<Pieces, WireErr
         }
         PageRequest::Drop { extents } => frame(DROP, 0, tag, extents, empty()),
         PageRequest::List { from_page } => numbered(LIST, 0, (tag, *from_page), none, empty()),
+        PageRequest::Reserve { pages } => numbered(RESERVE, 0, (tag, *pages), none, empty()),
         PageRequest::Stat => frame(STAT, 0, tag, none, empty()),
         PageRequest::Delete => frame(DELETE, 0, tag, none, empty()),
     }
@@ -511,6 +343,7 @@ pub fn decode_request(bytes: &mut BytesMut) -> Result<Option<(u32, PageRequest)>
         }
         DROP => PageRequest::Drop { extents: frame.extents },
         LIST => PageRequest::List { from_page: frame.number },
+        RESERVE => PageRequest::Reserve { pages: frame.number },
         STAT => PageRequest::Stat,
         DELETE => PageRequest::Delete,
         _ => return Err(out_of_place(&frame, "a request is due")),

@@ -52,6 +52,7 @@ fn requests() -> Vec<PageRequest> {
         PageRequest::Stat,
         PageRequest::Delete,
         PageRequest::List { from_page: (1 << 34) - 1 },
+        PageRequest::Reserve { pages: 1 << 34 },
     ]
 }
 
@@ -83,6 +84,9 @@ fn answers() -> Vec<PageAnswer> {
         StoreError::NotTaken,
         StoreError::NoMemory,
         StoreError::Damaged { page: 14 },
+        StoreError::HostFull { free_bytes: 4096, wanted_bytes: 8192 },
+        StoreError::HostStores { max: 256 },
+        StoreError::HostBusy { max: 256 },
     ];
     all.extend((4..).zip(errors).map(|(tag, error)| PageAnswer::Failed { tag, error }));
     let entries = vec![
@@ -91,8 +95,8 @@ fn answers() -> Vec<PageAnswer> {
         (Extent::new((1 << 34) - 2, 1), 1),
     ];
     let next_page = Some((1 << 34) - 1);
-    all.push(PageAnswer::Listed { tag: 20, entries, next_page });
-    all.push(PageAnswer::Listed { tag: 21, entries: vec![], next_page: None });
+    all.push(PageAnswer::Listed { tag: 30, entries, next_page });
+    all.push(PageAnswer::Listed { tag: 31, entries: vec![], next_page: None });
     all
 }
 
@@ -213,6 +217,9 @@ fn one_more_than_allowed_is_refused_by_both_ends() {
     for from_page in [1 << 34, u64::MAX] {
         refused(PageRequest::List { from_page });
     }
+    for pages in [0, (1 << 34) + 1, u64::MAX] {
+        refused(PageRequest::Reserve { pages });
+    }
     refused(PageRequest::Grant { host: "x".repeat(BODY_BYTES_MAX) });
     refused(PageRequest::Create(NewStore { vm: "x".repeat(BODY_BYTES_MAX), ..new_store() }));
 
@@ -245,7 +252,7 @@ fn headers_are_refused_alone() {
     for (at, bytes) in [
         (0, &b"GDWC"[..]),
         (4, &[0]),
-        (4, &[12]),
+        (4, &[13]),
         (5, &[2]),
         (5, &[0x80]),
         (6, &[1]),
@@ -268,6 +275,9 @@ fn headers_are_refused_alone() {
     let mut keep = request_bytes(&PageRequest::Keep, 1);
     keep[24] = 1;
     assert!(request_of(&keep).is_err());
+    let mut reserve = request_bytes(&PageRequest::Reserve { pages: 1 }, 1);
+    reserve[24] = 0;
+    assert!(request_of(&reserve).is_err());
     // Neither end takes the other's frames.
     let answer = answer_bytes(&PageAnswer::Done { tag: 1 });
     assert!(request_of(&answer).is_err());
@@ -370,6 +380,7 @@ fn any_request() -> impl Strategy<Value = PageRequest> {
             .prop_map(|(extents, take, packed)| PageRequest::Get { extents, take, packed }),
         extents.prop_map(|extents| PageRequest::Drop { extents }),
         (0u64..1 << 34).prop_map(|from_page| PageRequest::List { from_page }),
+        (1..=1u64 << 34).prop_map(|pages| PageRequest::Reserve { pages }),
         ".{0,40}".prop_map(|host| PageRequest::Grant { host }),
         prop::sample::select(requests()),
     ]

@@ -1,5 +1,7 @@
 //! Random operations of three hosts on three stores, against a model; and threads side by side.
 
+mod limits;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,6 +15,7 @@ use super::*;
 const HOSTS: [&str; 3] = ["a", "b", "c"];
 const PAGES: u64 = 300;
 const CAPACITY_PAGES: u64 = 250;
+const PER_HOST_PAGES: u64 = 180;
 const LEASE: Duration = Duration::from_secs(60);
 
 fn bytes(pages: u64) -> u64 {
@@ -56,6 +59,7 @@ enum Op {
     Drop(Vec<Extent>),
     List { from_page: u64 },
     Stat,
+    Reserve(u64),
     Delete,
 }
 
@@ -85,6 +89,8 @@ fn asked() -> impl Strategy<Value = Asked> {
         4 => extents().prop_map(Op::Drop),
         4 => (0..PAGES + 2).prop_map(|from_page| Op::List { from_page }),
         2 => Just(Op::Stat),
+        4 => (0..PAGES + 2).prop_map(Op::Reserve),
+        4 => (1..140u64).prop_map(Op::Reserve),
         1 => Just(Op::Delete),
     ];
     let secret = prop::bool::weighted(0.97);
@@ -94,6 +100,7 @@ fn asked() -> impl Strategy<Value = Asked> {
 /// A store as it should be.
 #[derive(Debug)]
 struct Expected {
+    creator: usize,
     reserve_pages: u64,
     hosts: BTreeSet<usize>,
     used: Duration,
@@ -126,21 +133,52 @@ impl Model {
         self.0.values().map(|store| bytes(store.reserve_pages)).sum()
     }
 
+    fn reserved_by(&self, host: usize) -> (usize, u64) {
+        let theirs = self.0.values().filter(|store| store.creator == host);
+        theirs.fold((0, 0), |(stores, sum), store| (stores + 1, sum + bytes(store.reserve_pages)))
+    }
+
+    /// Whether so much more may be reserved for a store of a host.
+    fn check_room(&self, creator: usize, pages: u64) -> Result<(), StoreError> {
+        let wanted_bytes = bytes(pages);
+        let free_bytes = bytes(CAPACITY_PAGES) - self.reserved();
+        if wanted_bytes > free_bytes {
+            return Err(StoreError::Full { free_bytes, wanted_bytes });
+        }
+        let free_bytes = bytes(PER_HOST_PAGES) - self.reserved_by(creator).1;
+        if wanted_bytes > free_bytes {
+            return Err(StoreError::HostFull { free_bytes, wanted_bytes });
+        }
+        Ok(())
+    }
+
     fn create(&mut self, id: u8, host: usize, op: &Op, right: bool, now: Duration) -> Outcome {
         let Op::Create { reserve_pages, with } = op else { unreachable!("only for this one") };
         if let Some(other) = self.0.get(&id) {
             let may = right && other.hosts.contains(&host);
             return Err(if may { StoreError::Exists } else { StoreError::Unknown });
         }
-        let free_bytes = bytes(CAPACITY_PAGES) - self.reserved();
-        let wanted_bytes = bytes(*reserve_pages);
-        if wanted_bytes > free_bytes {
-            return Err(StoreError::Full { free_bytes, wanted_bytes });
-        }
+        self.check_room(host, *reserve_pages)?;
         // The secret that others must know is the right one, whoever creates it.
         let hosts = [Some(host), *with].into_iter().flatten().collect();
         let (reserve_pages, pages) = (*reserve_pages, BTreeMap::new());
-        self.0.insert(id, Expected { reserve_pages, hosts, used: now, kept: false, pages });
+        let (creator, used, kept) = (host, now, false);
+        self.0.insert(id, Expected { creator, reserve_pages, hosts, used, kept, pages });
+        Ok(vec![])
+    }
+
+    fn reserve(&mut self, id: u8, pages: u64) -> Outcome {
+        if !(1..=PAGES).contains(&pages) {
+            let rule = "at least one page and at most the guest's";
+            return Err(StoreError::field("reserve_pages", pages, rule));
+        }
+        let store = &self.0[&id];
+        let wanted_pages = store.pages.len() as u64;
+        if pages < wanted_pages {
+            return Err(StoreError::Reserved { reserve_pages: pages, wanted_pages });
+        }
+        self.check_room(store.creator, pages.saturating_sub(store.reserve_pages))?;
+        self.0.get_mut(&id).unwrap().reserve_pages = pages;
         Ok(vec![])
     }
 
@@ -203,6 +241,7 @@ impl Model {
                     .collect());
             }
             Op::Stat => {}
+            Op::Reserve(pages) => return self.reserve(*id, *pages),
             Op::Delete => {
                 self.0.remove(id);
             }
@@ -294,6 +333,7 @@ fn carry_out(stores: &Stores, (op, host, id, right, _): &Asked, now: Duration) -
         Op::Stat => {
             store.stat(now)?;
         }
+        Op::Reserve(pages) => store.reserve(*pages, now)?,
         Op::Delete => store.delete(now)?,
     }
     Ok(vec![])
@@ -301,10 +341,21 @@ fn carry_out(stores: &Stores, (op, host, id, right, _): &Asked, now: Duration) -
 
 fn check_all(stores: &Stores, model: &Model) {
     assert_eq!(stores.capacity(), (bytes(CAPACITY_PAGES), model.reserved()));
+    let shares = (0..HOSTS.len()).map(|host| (HOSTS[host], model.reserved_by(host)));
+    let shares: Vec<HostShare> = shares
+        .filter(|(_, (stores, _))| *stores > 0)
+        .map(|(host, (stores, reserved_bytes))| HostShare {
+            host: host.to_owned(),
+            stores,
+            reserved_bytes,
+        })
+        .collect();
+    assert_eq!(stores.hosts(), shares);
     let listed = stores.list();
     assert_eq!(listed.len(), model.0.len());
     for (info, (id, expected)) in listed.iter().zip(&model.0) {
         assert_eq!((info.store, &info.vm), (StoreId([*id; 16]), &format!("vm-{id}")));
+        assert_eq!(info.creator, HOSTS[expected.creator]);
         assert_eq!(info.stat.stored_pages, expected.pages.len() as u64);
         assert_eq!(
             (info.stat.reserve_pages, info.stat.kept),
@@ -319,7 +370,8 @@ fn check_all(stores: &Stores, model: &Model) {
 proptest! {
     #[test]
     fn behaves_like_the_model(asked in prop::collection::vec(asked(), 1..120), compresses in any::<bool>()) {
-        let stores = Stores::new(bytes(CAPACITY_PAGES), LEASE, compresses);
+        let stores = Stores::new(bytes(CAPACITY_PAGES), LEASE, compresses)
+            .with_per_host(bytes(PER_HOST_PAGES));
         let mut model = Model::default();
         let mut now = Duration::ZERO;
         for asked in asked {
@@ -366,25 +418,6 @@ fn others_learn_nothing() {
     assert_eq!(stores.create(new_store(1, 7, 1, &[]), "a", now).unwrap_err(), StoreError::Exists);
     store.delete(now).unwrap();
     assert_eq!(store.delete(now), Err(StoreError::Unknown));
-}
-
-#[test]
-fn numbers_of_stores_and_hosts_are_bounded() {
-    let stores = Stores::new(u64::MAX, LEASE, false);
-    let now = Duration::ZERO;
-    for number in 0..STORES_MAX {
-        let mut wanted = new_store(0, 0, 1, &[]);
-        wanted.store = StoreId((number as u128).to_le_bytes());
-        let store = stores.create(wanted, "a", now).unwrap();
-        for host in 1..HOSTS_MAX {
-            store.grant(&format!("b{host}"), now).unwrap();
-        }
-        store.grant("b1", now).unwrap();
-        let more = store.grant("c", now);
-        assert_eq!(more, Err(StoreError::TooManyHosts { max: HOSTS_MAX as u64 }));
-    }
-    let more = stores.create(new_store(255, 0, 1, &[]), "a", now).unwrap_err();
-    assert_eq!(more, StoreError::TooManyStores { max: STORES_MAX as u64 });
 }
 
 /// A list that is longer than a part, or than what is looked at under one lock.
