@@ -9,7 +9,8 @@
 //!   victims:  protect, copy ──► put sent ──► put_done ──► Punch    unchanged
 //!                                  │            ├──────► Changed   written behind the protection's back
 //!                                  │            ├──────► NotYet    direct I/O may still land: finish_put
-//!                                  │            └──────► Cancelled written
+//!                                  │            ├──────► Cancelled written
+//!                                  │            └──────► Keep      it was only flushed: `flush`
 //!                                  └─ put_failed: another server, or back
 //! ```
 //!
@@ -19,7 +20,9 @@
 //! Every put is answered once by `put_done` or `put_failed` for each server, also where the server is
 //! gone or the eviction was cancelled; `NotYet` and `Enough` once more by `finish_put`.
 //!
-//! Invariant: no page is a victim while any put of it is unanswered.
+//! An eviction takes over the put of a page that is being flushed.
+//!
+//! Invariant: no page is put for an eviction while any put of it is unanswered.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -31,7 +34,7 @@ use super::{Remote, ServerPhase};
 use crate::pageset::PageSet;
 
 /// Most queue heads that are passed over in the search for one page.
-const LOOKS_MAX: usize = 256;
+pub(super) const LOOKS_MAX: usize = 256;
 
 /// Part of the limit that pages used for the first time have for themselves.
 const RECENT_SHARE: u64 = 4;
@@ -61,11 +64,13 @@ pub enum PutDone {
     More,
     /// Punch it and wake who waits for it.
     Punch,
+    /// Servers have it and it stays, protected: nothing to do.
+    Keep,
     /// Data of direct I/O may still arrive: call [`Remote::finish_put`] at this time.
     NotYet(Duration),
-    /// Data arrived in it without a fault: it stays. Remove its protection.
+    /// Data arrived in it without a fault, or its copies cannot stay: it stays. Remove its protection.
     Changed,
-    /// It was written, or its eviction was given up otherwise: nothing to do.
+    /// It was written, or its put was given up otherwise: nothing to do.
     Cancelled,
 }
 
@@ -89,7 +94,7 @@ pub enum PutFailed {
     Enough,
     /// No server takes it: it stays. Remove its protection.
     Back,
-    /// It was written, or its eviction was given up otherwise: nothing to do.
+    /// It was written, or its put was given up otherwise: nothing to do.
     Cancelled,
 }
 
@@ -122,6 +127,16 @@ impl Cold {
             if set.contains(page) {
                 set.remove(page);
             }
+        }
+    }
+
+    /// A dirty page became clean without being used.
+    pub(super) fn cleaned(&mut self, page: u64) {
+        if self.dirty.contains(page) {
+            self.dirty.remove(page);
+            self.clean.insert(page);
+            let [_, of_clean] = &mut self.cursors;
+            *of_clean = page.min(*of_clean);
         }
     }
 
@@ -197,7 +212,7 @@ impl Remote {
     /// Whether faults wait for room that no eviction makes, since the servers are full: add a server,
     /// raise the limit, or merge.
     pub fn is_stuck(&self) -> bool {
-        let under_way = [State::Coming, State::Leaving, State::Dropping];
+        let under_way = [State::Coming, State::Leaving, State::Dropping, State::Flushing];
         let clean_pages: u64 = [Class::Ahead, Class::Recent, Class::Long]
             .map(|c| self.queues.clean_len(c))
             .iter()
@@ -214,7 +229,8 @@ impl Remote {
     }
 
     /// At most `want` pages to evict: carry out the punches and protections before letting go of the
-    /// lock. There are fewer if the rest is pinned, leaving, or has no room on servers.
+    /// lock. There are fewer if the rest is pinned, leaving, being flushed, or has no room on servers;
+    /// one whose put is only taken over from a flush is not named.
     pub fn victims(&mut self, want: usize, now: Duration) -> Victims {
         let mut victims = Victims::default();
         if self.is_merging() {
@@ -223,12 +239,15 @@ impl Remote {
         for _ in 0..want {
             let dirty_fits = self.servers.free_pages() > 0;
             let Some(page) = self.pick(dirty_fits) else { break };
-            if self.pages.state(page) == State::Clean {
-                self.make_remote(page);
-                self.counts.evicted.clean += 1;
-                victims.clean.push(page);
-            } else if self.begin_put(page, now) {
-                victims.dirty.push(page);
+            match self.pages.state(page) {
+                State::Clean => {
+                    self.make_remote(page);
+                    self.counts.evicted.clean += 1;
+                    victims.clean.push(page);
+                }
+                State::Flushing => self.turn(page, State::Leaving, self.pages.class(page)),
+                _ if self.begin_put(page, State::Leaving, now) => victims.dirty.push(page),
+                _ => {}
             }
         }
         victims.clean.sort_unstable();
@@ -236,8 +255,8 @@ impl Remote {
         victims
     }
 
-    /// The dirty page is leaving from now on, if any server has room for it.
-    fn begin_put(&mut self, page: u64, now: Duration) -> bool {
+    /// The dirty page is leaving, or being flushed, from now on, if any server has room for it.
+    pub(super) fn begin_put(&mut self, page: u64, state: State, now: Duration) -> bool {
         let targets = self.servers.targets(page);
         if targets.is_empty() {
             return false;
@@ -247,7 +266,7 @@ impl Remote {
             transfer.begin(server, self.servers.put_began(page, server));
         }
         self.servers.transfers.insert(page, transfer);
-        self.turn(page, State::Leaving, self.pages.class(page));
+        self.turn(page, state, self.pages.class(page));
         true
     }
 
@@ -258,11 +277,13 @@ impl Remote {
             let (state, class) = (self.pages.state(page), self.pages.class(page));
             let is_busy = state == State::Dirty && self.servers.transfers.contains_key(&page);
             match state {
-                State::Dirty | State::Clean if class == Class::None => {}
+                State::Dirty | State::Clean | State::Flushing if class == Class::None => {}
                 State::Dirty | State::Clean if self.is_pinned(page) => {
                     self.turn(page, state, Class::None);
                 }
                 State::Dirty | State::Clean if !is_busy => return Some(page),
+                // A cold one, since those in flight are in no queue.
+                State::Flushing if dirty => return Some(page),
                 // Its last put was not answered: it goes to the end of its queue.
                 State::Dirty => self.turn(page, state, class),
                 _ => {}
@@ -279,16 +300,15 @@ impl Remote {
         let limit = self.limit_pages.unwrap_or(u64::MAX);
         let ahead_pages =
             (2 * self.read_ahead_pages_max).max(limit / AHEAD_SHARE).min(limit / RECENT_SHARE);
-        let beyond =
-            |class, pages| if self.queues.len(class) > pages { class } else { Class::None };
+        let beyond = |class, pages| (self.queues.len(class) > pages).then_some(class);
         let order = [
             beyond(Class::Ahead, ahead_pages),
             beyond(Class::Recent, limit / RECENT_SHARE),
-            Class::Long,
-            Class::Recent,
-            Class::Ahead,
+            Some(Class::Long),
+            Some(Class::Recent),
+            Some(Class::Ahead),
         ];
-        order.into_iter().find_map(|class| self.queues.oldest(class, dirty, true))
+        order.into_iter().flatten().find_map(|class| self.queues.oldest(class, dirty))
     }
 
     /// Gives up to `count` clean pages up, to be punched at once; returns how many.
@@ -310,7 +330,7 @@ impl Remote {
         self.room() >= count
     }
 
-    /// The servers that a leaving page is being put to, or where another would be put, primary first.
+    /// The servers that a page is being put to, or where another would be put, primary first.
     pub fn put_to(&self, page: u64) -> Vec<usize> {
         match self.servers.transfers.get(&page) {
             Some(transfer) => self.servers.in_order(page, transfer.pending.or(transfer.done)),
@@ -318,7 +338,7 @@ impl Remote {
         }
     }
 
-    /// A server has taken a leaving page. `is_unchanged` compares the page with what was put; it is
+    /// A server has taken a page. `is_unchanged` compares the page with what was put; it is
     /// asked only if all that decides is the content. Carry the answer out before letting go of the
     /// lock.
     pub fn put_done(
@@ -342,13 +362,14 @@ impl Remote {
         now: Duration,
         is_unchanged: impl FnOnce() -> bool,
     ) -> PutDone {
+        let window = self.direct_io_window_now();
         let Some(transfer) = self.servers.transfers.get_mut(&page) else {
             return PutDone::Cancelled;
         };
         if !transfer.pending.is_empty() || transfer.copied_from.is_some() {
             return PutDone::More;
         }
-        let ripe = transfer.since.saturating_add(self.direct_io_window);
+        let ripe = transfer.since.saturating_add(window);
         if !transfer.cancelled && now < ripe {
             return PutDone::NotYet(ripe);
         }
@@ -356,25 +377,24 @@ impl Remote {
         transfer.cancelled = was_cancelled || !is_unchanged();
         let is_cancelled = transfer.cancelled;
         self.servers.settle(page);
-        if !is_cancelled {
-            self.counts.evicted.dirty += 1;
-            self.make_remote(page);
-            return PutDone::Punch;
-        }
+        let is_leaving = self.pages.state(page) == State::Leaving;
         if was_cancelled {
             return PutDone::Cancelled;
         }
-        self.stay(page);
-        PutDone::Changed
+        if is_cancelled {
+            self.counts.evicted.cancelled += u64::from(is_leaving);
+            self.make_dirty(page, self.class_again(page));
+            return PutDone::Changed;
+        }
+        if !is_leaving {
+            return self.end_flush_of(page);
+        }
+        self.counts.evicted.dirty += 1;
+        self.make_remote(page);
+        PutDone::Punch
     }
 
-    /// A leaving page stays.
-    pub(super) fn stay(&mut self, page: u64) {
-        self.counts.evicted.cancelled += 1;
-        self.make_dirty(page, self.pages.class(page));
-    }
-
-    /// A server did not take a leaving page.
+    /// A server did not take a page.
     pub fn put_failed(&mut self, page: u64, server: usize, failure: PutFailure) -> PutFailed {
         if !self.servers.put_failed(page, server, failure) {
             // Given up when the server was lost.

@@ -114,7 +114,9 @@ impl Remote {
             State::Empty => self.zeros(page, now, &mut punch),
             State::Remote => self.fetch(page, is_write, now, &mut punch),
             State::Coming => self.wait(page, is_write, now),
-            State::Dirty | State::Clean | State::Leaving | State::Dropping => FaultAnswer::Present,
+            State::Dirty | State::Clean | State::Leaving | State::Dropping | State::Flushing => {
+                FaultAnswer::Present
+            }
             State::Lost => FaultAnswer::Lost,
         };
         MissingFault { punch, answer }
@@ -190,7 +192,7 @@ impl Remote {
         match self.pages.state(page) {
             State::Dirty => return WriteFault::Unprotect,
             State::Leaving => self.counts.evicted.cancelled += 1,
-            State::Clean | State::Dropping => {}
+            State::Clean | State::Dropping | State::Flushing => {}
             State::Empty | State::Remote | State::Coming | State::Lost => return WriteFault::Wake,
         }
         let class = match self.pages.class(page) {
@@ -205,7 +207,8 @@ impl Remote {
     /// guest gave the page back and uses it anew.
     pub fn given_back(&mut self, page: u64) {
         // What is known of the copies is no longer true.
-        if matches!(self.pages.state(page), State::Clean | State::Leaving | State::Dropping) {
+        let protected = [State::Clean, State::Leaving, State::Dropping, State::Flushing];
+        if protected.contains(&self.pages.state(page)) {
             self.make_dirty(page, Class::Recent);
         }
     }
@@ -233,13 +236,12 @@ impl Remote {
     }
 
     /// Whether the copies of a page that arrives stay: not if all are to come back, if the server is to
-    /// be drained, or if the servers are nearly full, so that what is evicted finds room.
+    /// be drained, or if the servers are nearly full, so that what is evicted finds room. A flush would
+    /// only have to make them again.
     fn keeps_copies(&self, page: u64) -> bool {
         let copies = self.servers.copies as u64;
-        !self.is_merging()
-            && !self.servers.is_on_draining(page)
-            && !self.servers.holders(page).is_empty()
-            && self.servers.free_pages() > self.slack().saturating_mul(copies)
+        let has_room = self.servers.free_pages() > self.slack().saturating_mul(copies);
+        self.may_be_clean(page) && (has_room || self.is_flushing)
     }
 
     /// A server answered that it does not have these pages. Returns what to ask others for; pages that
@@ -283,7 +285,8 @@ impl Remote {
     }
 
     /// Serves faults that waited for room, as far as there is some now. Call after pages left the RAM
-    /// file and after the limit rose; carry the answers out in order before letting go of the lock.
+    /// file and after the limit rose; carry the answers out in order before letting go of the lock. The
+    /// last one may still find none ([`FaultAnswer::NoRoom`]), but have pages to punch.
     pub fn waiting_with_room(&mut self, now: Duration) -> Vec<(u64, MissingFault)> {
         let mut served = Vec::new();
         while let Some(page) = self.queued.front().copied() {
@@ -292,6 +295,8 @@ impl Remote {
             if let Some(is_write) = is_write.filter(|_| waiting) {
                 let fault = self.answer(page, is_write, now);
                 if fault.answer == FaultAnswer::NoRoom {
+                    // What it gave up counts as gone.
+                    served.extend((!fault.punch.is_empty()).then_some((page, fault)));
                     break;
                 }
                 served.push((page, fault));

@@ -37,13 +37,15 @@ pub enum MoveFailure {
 
 impl Remote {
     /// All pages are to come back: nothing is evicted any more, the resident limit is lifted, and what
-    /// is here needs no copies. Evictions under way are given up. Linear in the resident pages.
+    /// is here needs no copies. Evictions under way are given up, and so is a flush. Linear in the
+    /// resident pages.
     pub fn begin_merge(&mut self) {
         self.limit_pages = None;
+        self.is_flushing = false;
         let leaving: Vec<u64> = self.servers.transfers.keys().copied().collect();
         for page in leaving {
             match self.pages.state(page) {
-                State::Leaving => self.stay(page),
+                State::Leaving | State::Flushing => self.stay(page),
                 _ => self.servers.give_up_transfer(page),
             }
         }
@@ -140,15 +142,15 @@ impl Remote {
         only.is_empty()
     }
 
-    /// Evictions that count on a server that is gone are given up; they end as all do, with the
-    /// caller's word about each put.
+    /// Evictions and flushes that count on a server that is gone are given up; they end as all do, with
+    /// the caller's word about each put.
     fn give_up_transfers_to(&mut self, server: usize) {
         let counts_on = |transfer: &Transfer| transfer.pending.or(transfer.done).contains(server);
         let transfers = self.servers.transfers.iter();
         let pages = transfers.filter(|(_, transfer)| counts_on(transfer)).map(|(page, _)| *page);
         for page in pages.collect::<Vec<_>>() {
             match self.pages.state(page) {
-                State::Leaving => self.stay(page),
+                State::Leaving | State::Flushing => self.stay(page),
                 _ => self.servers.give_up_transfer(page),
             }
         }

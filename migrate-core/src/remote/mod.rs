@@ -13,8 +13,17 @@
 //!                                   └──────────── fault, read ahead ──────┘
 //! ```
 //!
-//! Empty pages are holes of the RAM file; dirty, clean, leaving and dropping ones are in it, all but
-//! the dirty ones under write protection; the others are on servers.
+//! A dirty page that is flushed becomes clean:
+//!
+//! ```text
+//!              next_to_flush               put done, unchanged
+//!   Dirty ────────────────────► Flushing ──────────────────────► Clean
+//!     ▲         write, lost server │ │ victim
+//!     └────────────────────────────┘ └────────► Leaving
+//! ```
+//!
+//! Empty pages are holes of the RAM file; dirty, clean, leaving, dropping and flushing ones are in it,
+//! all but the dirty ones under write protection; the others are on servers.
 //!
 //! One lock holds a [`Remote`]. Whoever calls it carries out, before it lets go of the lock, what has
 //! to be one with the decision: placing zeros or a page, punching, write protection and its removal.
@@ -37,6 +46,7 @@
 
 mod eviction;
 mod faults;
+mod flush;
 mod merge;
 mod pages;
 mod placement;
@@ -175,8 +185,6 @@ pub struct Remote {
     ahead: Vec<Fetch>,
     cold: Cold,
     pinned: PageSet,
-    /// Resident pages that are in no queue, since they are pinned.
-    unqueued_pages: u64,
     ghosts: Ghosts,
     /// Remote pages that have fewer copies than asked for.
     under_copied: PageSet,
@@ -187,6 +195,10 @@ pub struct Remote {
     /// Nothing when all are to come back.
     limit_pages: Option<u64>,
     direct_io_window: Duration,
+    /// Resident pages get copies while they stay.
+    is_flushing: bool,
+    /// The guest stands still.
+    is_stopped: bool,
     merge_cursor: u64,
     stalls: Stalls,
     counts: Counts,
@@ -221,13 +233,14 @@ impl Remote {
             ahead: Vec::new(),
             cold: Cold::new(pages),
             pinned: none(),
-            unqueued_pages: 0,
             ghosts: Ghosts::new(pages, limit),
             under_copied: none(),
             returned: None,
             candidates: BTreeSet::new(),
             limit_pages: Some(limit),
             direct_io_window: config.direct_io_window.unwrap_or_default(),
+            is_flushing: false,
+            is_stopped: false,
             merge_cursor: 0,
             stalls: Stalls::new(),
             counts: Counts::default(),
@@ -257,16 +270,14 @@ impl Remote {
         let is_resident = |state| matches!(state, State::Dirty | State::Clean);
         if is_resident(before) {
             self.queues.take(page, before_class, before == State::Clean);
-            self.unqueued_pages -= u64::from(before_class == Class::None);
         }
         self.pages.set(page, state, class);
         if is_resident(state) {
             self.queues.push(page, class, state == State::Clean);
-            self.unqueued_pages += u64::from(class == Class::None);
         }
     }
 
-    /// The queue for a page that is resident from now on: none if it is pinned. Pinned pages may take
+    /// The class of a page that is resident from now on: none if it is pinned. Pinned pages may take
     /// at most half of the limit, so that there is always something to evict.
     fn class_for(&self, page: u64, class: Class) -> Class {
         if self.is_pinned(page) { Class::None } else { class }
@@ -274,7 +285,22 @@ impl Remote {
 
     fn is_pinned(&self, page: u64) -> bool {
         let pinned_pages_max = self.limit_pages.unwrap_or(u64::MAX) / 2;
-        self.unqueued_pages < pinned_pages_max && self.pinned.contains(page)
+        self.queues.len(Class::None) < pinned_pages_max && self.pinned.contains(page)
+    }
+
+    /// The class of a page that was in no queue for a while and stays; it may have been pinned then.
+    fn class_again(&self, page: u64) -> Class {
+        match self.pages.class(page) {
+            Class::None => self.class_for(page, Class::Recent),
+            class => self.class_for(page, class),
+        }
+    }
+
+    /// Whether a page that is here may be clean: not if its copies are to go, or if there are none.
+    fn may_be_clean(&self, page: u64) -> bool {
+        !self.is_merging()
+            && !self.servers.is_on_draining(page)
+            && !self.servers.holders(page).is_empty()
     }
 
     /// The page's content changed or is no longer needed on servers: it is dirty from now on.
@@ -353,7 +379,7 @@ impl Remote {
     }
 
     /// Changes the resident limit of a guest that is not being merged. Above a lower one the guest is
-    /// not let in until enough was evicted.
+    /// not let in until enough was evicted, for which pinned pages beyond half of it are let go.
     ///
     /// # Errors
     /// If it is below 2.
@@ -361,8 +387,14 @@ impl Remote {
         if pages < 2 {
             return Err(RemoteError::LimitTooSmall(pages));
         }
-        if !self.is_merging() {
-            self.limit_pages = Some(pages);
+        if self.is_merging() {
+            return Ok(());
+        }
+        self.limit_pages = Some(pages);
+        while self.queues.len(Class::None) > pages / 2
+            && let Some(page) = self.queues.oldest(Class::None, true)
+        {
+            self.turn(page, self.pages.state(page), Class::Recent);
         }
         Ok(())
     }

@@ -23,11 +23,13 @@ pub(super) enum State {
     Leaving,
     /// In the RAM file, write-protected; the guest is being asked whether it still uses it.
     Dropping,
+    /// In the RAM file, write-protected, being put to servers; it stays.
+    Flushing,
     /// No server has it any more: the guest cannot go on once it needs it.
     Lost,
 }
 
-const STATES: [State; 8] = [
+const STATES: [State; 9] = [
     State::Empty,
     State::Dirty,
     State::Clean,
@@ -35,6 +37,7 @@ const STATES: [State; 8] = [
     State::Coming,
     State::Leaving,
     State::Dropping,
+    State::Flushing,
     State::Lost,
 ];
 
@@ -48,7 +51,7 @@ impl State {
 /// Why a page is kept: the queue that it waits in for its eviction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Class {
-    /// In no queue: not in the RAM file, or pinned.
+    /// Not in the RAM file, or pinned: in no queue that pages leave from.
     None,
     /// Read ahead, not known to have been used.
     Ahead,
@@ -60,7 +63,7 @@ pub(super) enum Class {
 
 const CLASSES: [Class; 4] = [Class::None, Class::Ahead, Class::Recent, Class::Long];
 
-const CLASS_SHIFT: u32 = 3;
+const CLASS_SHIFT: u32 = 4;
 const STATE_MASK: u8 = (1 << CLASS_SHIFT) - 1;
 
 /// The table of all pages.

@@ -1,24 +1,37 @@
 //! Queues of resident pages in the order of their arrival.
 //!
 //! ```text
-//!            dirty                 clean
-//!   Ahead    head ─ … ─ tail       head ─ … ─ tail      read ahead, not known to have been used
-//!   Recent   head ─ … ─ tail       head ─ … ─ tail      used for the first time for long
-//!   Long     head ─ … ─ tail       head ─ … ─ tail      came back soon after an eviction
+//!            dirty                clean                flushed, and clean since
+//!   Ahead    head ─ … ─ tail      head ─ … ─ tail      head ─ … ─ tail      read ahead, not known to have been used
+//!   Recent   head ─ … ─ tail      head ─ … ─ tail      head ─ … ─ tail      used for the first time for long
+//!   Long     head ─ … ─ tail      head ─ … ─ tail      head ─ … ─ tail      came back soon after an eviction
+//!   None     head ─ … ─ tail      head ─ … ─ tail      head ─ … ─ tail      pinned: never evicted
 //! ```
 //!
 //! Pages are linked through one table, so that any page is taken out at once. Each carries a stamp of
-//! when it came, to compare the heads of two queues.
+//! when it came, to compare the heads of queues.
 //!
-//! Invariant: a page is in at most one queue. Table entries of pages that never were in one take no
-//! memory.
+//! A page that becomes clean by a flush keeps its stamp, since nobody used it. Pages are flushed in the
+//! order of their stamps, so that a queue of their own keeps them in that order without a search.
+//!
+//! Invariants: a page is in at most one queue; `flushed` are the pages of the queues of that name. Table
+//! entries of pages that never were in one take no memory.
 
 use super::pages::Class;
+use crate::pageset::PageSet;
 
 const NONE: u32 = u32::MAX;
 
 /// Most pages that the table can number: 16 TiB.
 pub(super) const PAGES_MAX: u64 = NONE as u64;
+
+/// Queues of one class.
+const DIRTY: usize = 0;
+const CLEAN: usize = 1;
+const FLUSHED: usize = 2;
+const LANES: usize = 3;
+
+const CLASSES: usize = 4;
 
 /// Previous, next, stamp.
 type Link = [u32; 3];
@@ -34,18 +47,9 @@ struct Queue {
 #[derive(Debug)]
 pub(super) struct Queues {
     links: Vec<Link>,
-    queues: [Queue; 6],
+    queues: [[Queue; LANES]; CLASSES],
+    flushed: PageSet,
     clock: u32,
-}
-
-fn number(class: Class, clean: bool) -> Option<usize> {
-    let row = match class {
-        Class::None => return None,
-        Class::Ahead => 0,
-        Class::Recent => 1,
-        Class::Long => 2,
-    };
-    Some(2 * row + usize::from(clean))
 }
 
 impl Queues {
@@ -54,21 +58,37 @@ impl Queues {
         let count = usize::try_from(pages).unwrap_or(usize::MAX);
         Self {
             links: bytemuck::allocation::zeroed_vec(count),
-            queues: [Queue { head: NONE, tail: NONE, pages: 0 }; 6],
+            queues: [[Queue { head: NONE, tail: NONE, pages: 0 }; LANES]; CLASSES],
+            flushed: PageSet::new(pages),
             clock: 0,
         }
     }
 
     /// Puts a page that is in no queue at the end of one.
     pub(super) fn push(&mut self, page: u64, class: Class, clean: bool) {
-        let Some(queue) = number(class, clean).and_then(|number| self.queues.get_mut(number))
-        else {
-            return;
-        };
+        if let Some(link) = self.links.get_mut(page as usize) {
+            link[2] = self.clock;
+            self.clock = self.clock.wrapping_add(1);
+            self.link_last(page, class, if clean { CLEAN } else { DIRTY });
+        }
+    }
+
+    /// Puts a page that was taken out of a dirty queue, and in no other since, back where it was: a clean
+    /// one among those that were flushed.
+    pub(super) fn put_back(&mut self, page: u64, class: Class, clean: bool) {
+        if clean {
+            self.flushed.insert(page);
+            self.link_last(page, class, FLUSHED);
+        } else {
+            self.link_first(page, class, DIRTY);
+        }
+    }
+
+    fn link_last(&mut self, page: u64, class: Class, lane: usize) {
+        let queue = &mut self.queues[class as usize][lane];
         let Some(link) = self.links.get_mut(page as usize) else { return };
         let page = page as u32;
-        *link = [queue.tail, NONE, self.clock];
-        self.clock = self.clock.wrapping_add(1);
+        (link[0], link[1]) = (queue.tail, NONE);
         let before = std::mem::replace(&mut queue.tail, page);
         queue.pages += 1;
         match self.links.get_mut(before as usize) {
@@ -77,12 +97,30 @@ impl Queues {
         }
     }
 
+    fn link_first(&mut self, page: u64, class: Class, lane: usize) {
+        let queue = &mut self.queues[class as usize][lane];
+        let Some(link) = self.links.get_mut(page as usize) else { return };
+        let page = page as u32;
+        (link[0], link[1]) = (NONE, queue.head);
+        let after = std::mem::replace(&mut queue.head, page);
+        queue.pages += 1;
+        match self.links.get_mut(after as usize) {
+            Some(link) if after != NONE => link[0] = page,
+            _ => queue.tail = page,
+        }
+    }
+
     /// Takes a page out of the queue that it is in.
     pub(super) fn take(&mut self, page: u64, class: Class, clean: bool) {
-        let Some(queue) = number(class, clean).and_then(|number| self.queues.get_mut(number))
-        else {
-            return;
+        let lane = match clean {
+            true if self.flushed.contains(page) => FLUSHED,
+            true => CLEAN,
+            false => DIRTY,
         };
+        if lane == FLUSHED {
+            self.flushed.remove(page);
+        }
+        let queue = &mut self.queues[class as usize][lane];
         let Some([before, after, _]) = self.links.get(page as usize).copied() else { return };
         queue.pages -= 1;
         match self.links.get_mut(before as usize) {
@@ -95,42 +133,49 @@ impl Queues {
         }
     }
 
-    /// The page that has been in a queue longest.
-    pub(super) fn head(&self, class: Class, clean: bool) -> Option<u64> {
-        let queue = self.queues.get(number(class, clean)?)?;
-        (queue.head != NONE).then_some(u64::from(queue.head))
+    fn head(&self, class: Class, lane: usize) -> Option<u64> {
+        let head = self.queues[class as usize][lane].head;
+        (head != NONE).then_some(u64::from(head))
     }
 
-    /// The page that has been longest in the clean or the dirty queue of a class, whichever are
+    /// The page that has been in the dirty queue of a class longest.
+    pub(super) fn first_dirty(&self, class: Class) -> Option<u64> {
+        self.head(class, DIRTY)
+    }
+
+    /// The page after this one in the queue that it is in.
+    pub(super) fn after(&self, page: u64) -> Option<u64> {
+        let [_, after, _] = self.links.get(page as usize).copied()?;
+        (after != NONE).then_some(u64::from(after))
+    }
+
+    /// The page that has been longest in the queues of a class, dirty ones left out if they are not
     /// allowed.
-    pub(super) fn oldest(&self, class: Class, dirty: bool, clean: bool) -> Option<u64> {
-        let dirty = self.head(class, false).filter(|_| dirty);
-        let clean = self.head(class, true).filter(|_| clean);
-        match (dirty, clean) {
-            (Some(a), Some(b)) => Some(if self.age(a) > self.age(b) { a } else { b }),
-            (a, b) => a.or(b),
-        }
+    pub(super) fn oldest(&self, class: Class, dirty: bool) -> Option<u64> {
+        let dirty = self.head(class, DIRTY).filter(|_| dirty);
+        let heads = [dirty, self.head(class, CLEAN), self.head(class, FLUSHED)];
+        heads.into_iter().flatten().max_by_key(|page| self.age(*page))
     }
 
     /// How many pages came after this one. Right for the last 2^32 of them.
-    fn age(&self, page: u64) -> u32 {
+    pub(super) fn age(&self, page: u64) -> u32 {
         let stamp = self.links.get(page as usize).map_or(0, |link| link[2]);
         self.clock.wrapping_sub(stamp)
     }
 
-    /// Pages in both queues of a class.
+    /// Pages in the queues of a class.
     pub(super) fn len(&self, class: Class) -> u64 {
-        self.clean_len(class)
-            + number(class, false).and_then(|n| self.queues.get(n)).map_or(0, |queue| queue.pages)
+        self.queues[class as usize].iter().map(|queue| queue.pages).sum()
     }
 
-    /// Pages in the clean queue of a class.
+    /// Clean pages in the queues of a class.
     pub(super) fn clean_len(&self, class: Class) -> u64 {
-        number(class, true).and_then(|n| self.queues.get(n)).map_or(0, |queue| queue.pages)
+        let queues = &self.queues[class as usize];
+        queues[CLEAN].pages + queues[FLUSHED].pages
     }
 
     /// Bytes of memory in use, the part of the table included that was never touched.
     pub(super) fn memory_bytes(&self) -> usize {
-        self.links.len() * size_of::<Link>()
+        self.links.len() * size_of::<Link>() + self.flushed.memory_bytes()
     }
 }

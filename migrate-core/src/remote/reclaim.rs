@@ -89,10 +89,7 @@ impl Remote {
             return ReclaimDone::Punch;
         }
         let class = self.pages.class(page);
-        if self.servers.holders(page).is_empty()
-            || self.servers.is_on_draining(page)
-            || self.is_merging()
-        {
+        if !self.may_be_clean(page) {
             self.make_dirty(page, class);
             return ReclaimDone::Unprotect;
         }

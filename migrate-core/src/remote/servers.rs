@@ -64,7 +64,7 @@ impl Mask {
 /// One server.
 #[derive(Debug)]
 pub(super) struct Server {
-    /// What it was said to have room for: its weight in the choice of servers.
+    /// What it was last said to have room for: its weight in the choice of servers.
     pub(super) weight: u64,
     /// What it has room for, by all that is known.
     pub(super) reserve_pages: u64,
@@ -213,6 +213,21 @@ impl Servers {
     pub(super) fn free_pages(&self) -> u64 {
         let serving = self.list.iter().filter(|server| server.phase == ServerPhase::Serving);
         serving.map(|server| server.reserve_pages.saturating_sub(server.stored_pages)).sum()
+    }
+
+    /// Room in pages of each server that takes pages, once it has dropped what is out of date, and what
+    /// will be when it arrives. Linear in the servers' sets.
+    pub(super) fn rooms(&self) -> Vec<u64> {
+        let room = |(number, server): (usize, &Server)| {
+            let is_in_vain = |transfer: &&Transfer| {
+                transfer.cancelled && transfer.pending.or(transfer.done).contains(number)
+            };
+            let in_vain = self.transfers.values().filter(is_in_vain).count() as u64;
+            let kept_pages = server.stored_pages.saturating_sub(server.stale.len() + in_vain);
+            server.reserve_pages.saturating_sub(kept_pages)
+        };
+        let list = self.list.iter().enumerate();
+        list.filter(|(_, server)| server.phase == ServerPhase::Serving).map(room).collect()
     }
 
     /// A put to `server` is under way from now on; says whether it replaces an old copy.

@@ -3,6 +3,7 @@
 
 #[expect(clippy::single_range_in_vec_init, reason = "one run is meant")]
 mod decisions;
+mod flush;
 mod world;
 
 use proptest::prelude::*;
@@ -52,6 +53,12 @@ enum Op {
     FetchMore(usize),
     Limit(u64),
     Settle,
+    BeginFlush,
+    EndFlush,
+    Flush(usize),
+    Stop,
+    Resume,
+    SetReserve(usize, u64),
 }
 
 /// The longest that direct I/O takes.
@@ -92,10 +99,13 @@ impl World {
             Op::Merge => self.begin_merge(),
             Op::FetchMore(pages) => self.fetch_more(*pages),
             Op::Settle => self.settle_for(2),
-            Op::Limit(pages) => {
-                self.limit = self.limit.max(*pages);
-                self.remote.set_resident_pages_max(self.limit).unwrap();
-            }
+            Op::Limit(pages) => self.set_limit(*pages),
+            Op::BeginFlush => self.begin_flush(),
+            Op::EndFlush => self.remote.end_flush(),
+            Op::Flush(pages) => self.flush(*pages),
+            Op::Stop => self.stop(),
+            Op::Resume => self.resume(),
+            Op::SetReserve(server, pages) => self.set_reserve(*server, *pages),
         }
         self.check();
         self.assert_lost();
@@ -133,6 +143,18 @@ fn reclaiming() -> impl Strategy<Value = Op> {
         2 => Just(Op::ReclaimRemote),
         2 => (1usize..9).prop_map(Op::Candidates),
         4 => Just(Op::ReclaimDone),
+        8 => flushing(),
+    ]
+}
+
+/// A flush, which begins and ends at any time.
+fn flushing() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        4 => Just(Op::BeginFlush),
+        1 => Just(Op::EndFlush),
+        12 => (1usize..20).prop_map(Op::Flush),
+        1 => Just(Op::Stop),
+        3 => Just(Op::Resume),
     ]
 }
 
@@ -157,6 +179,17 @@ fn freeing() -> impl Strategy<Value = Op> {
         3 => Just(Op::ReclaimDone),
         1 => Just(Op::Stale(9)),
         6 => Just(Op::Settle),
+        6 => flushing(),
+    ]
+}
+
+/// What happens to a guest whose servers stay, direct I/O included.
+fn everywhere() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        60 => reclaiming(),
+        6 => (page(), 0u64..25).prop_map(|(page, ms)| Op::Dma(page, ms)),
+        1 => (page(), 0u64..60, page()).prop_map(|(first, count, hot)| Op::Cold(first, count, hot)),
+        1 => (2u64..40).prop_map(Op::Limit),
     ]
 }
 
@@ -170,7 +203,8 @@ fn everything() -> impl Strategy<Value = Op> {
         1 => (0usize..4, any::<bool>()).prop_map(|(server, first)| Op::Kill(server, first)),
         1 => (40u64..400).prop_map(Op::AddServer),
         1 => (0usize..4).prop_map(Op::Drain),
-        1 => (8u64..40).prop_map(Op::Limit),
+        1 => (2u64..40).prop_map(Op::Limit),
+        1 => (0usize..4, 0u64..300).prop_map(|(server, pages)| Op::SetReserve(server, pages)),
         2 => (1usize..30).prop_map(Op::FetchMore),
     ]
 }
@@ -241,6 +275,7 @@ proptest! {
         ops in prop::collection::vec(reclaiming(), 0..500),
     ) {
         let mut world = run(&roomy(copies), &ops, None);
+        world.run(&Op::Resume);
         world.settle();
         prop_assert_eq!(world.stuck(), [0u64; 0]);
         prop_assert_eq!(world.remote.wanted_evictions(), 0);
@@ -276,6 +311,33 @@ proptest! {
         world.merge();
     }
 
+    /// Once a guest that stands still is flushed, it goes on at another main host with what servers have.
+    #[test]
+    fn a_flushed_guest_can_go_on_elsewhere(
+        copies in 1usize..3,
+        ops in prop::collection::vec(everywhere(), 0..300),
+        limit in 4u64..40,
+        after in prop::collection::vec(reclaiming(), 0..100),
+    ) {
+        let mut world = run(&roomy(copies), &ops, None);
+        world.run(&Op::BeginFlush);
+        world.run(&Op::Stop);
+        prop_assert_eq!(world.remote.flush_room_lacking(), 0);
+        world.settle();
+        prop_assert_eq!(world.remote.unflushed_pages(), 0);
+        prop_assert!(world.remote.is_flushed());
+        world.move_main(limit, copies);
+        prop_assert_eq!(world.remote.stats().under_copied_pages, 0);
+        after.iter().for_each(|op| world.run(op));
+        world.run(&Op::Resume);
+        for page in 0..100 {
+            world.access(page, false);
+        }
+        world.settle();
+        prop_assert_eq!(world.stuck(), [0u64; 0]);
+        world.merge();
+    }
+
     /// A server can be taken away while the guest runs.
     #[test]
     fn a_drained_server_is_empty(
@@ -308,7 +370,7 @@ proptest! {
 impl Remote {
     /// What the parts say of one another.
     pub(super) fn check(&self) {
-        let mut counts = [0u64; 2];
+        let mut remote_pages = 0;
         for page in 0..self.pages.len() {
             let state = self.pages.state(page);
             let holders = self.servers.holders(page);
@@ -321,16 +383,13 @@ impl Remote {
             assert_eq!(under_copied, self.under_copied.contains(page), "copies of {page}");
             assert_eq!(state == State::Coming, self.coming.contains_key(&page));
             let transfer = self.servers.transfers.get(&page);
-            if state == State::Leaving {
+            if matches!(state, State::Leaving | State::Flushing) {
                 assert!(transfer.is_some_and(|t| !t.cancelled && t.copied_from.is_none()));
             }
-            counts[0] += u64::from(self.pages.resident().contains(page));
-            counts[1] += u64::from(state == State::Remote);
+            remote_pages += u64::from(state == State::Remote);
         }
-        assert_eq!(counts[1], self.pages.count(State::Remote));
-        let classes = [Class::Ahead, Class::Recent, Class::Long];
-        let queued: u64 = classes.iter().map(|class| self.queues.len(*class)).sum();
-        assert_eq!(counts[0], queued + self.unqueued_pages);
+        assert_eq!(remote_pages, self.pages.count(State::Remote));
+        self.check_queues();
         for (number, server) in self.servers.list.iter().enumerate() {
             let under_way = |(page, transfer): (&u64, &servers::Transfer)| {
                 let counts = transfer.pending.or(transfer.done).contains(number);
@@ -347,5 +406,23 @@ impl Remote {
                 assert_eq!(server.stored_pages, stored, "server {number}");
             }
         }
+    }
+    /// Every resident page is in the queue of its class, and no other is in any.
+    fn check_queues(&self) {
+        let mut queued = [0u64; 2];
+        let mut clean_pages = 0;
+        for class in [Class::None, Class::Ahead, Class::Recent, Class::Long] {
+            let mut next = self.queues.first_dirty(class);
+            while let Some(page) = next {
+                assert_eq!((self.pages.state(page), self.pages.class(page)), (State::Dirty, class));
+                queued[0] += 1;
+                next = self.queues.after(page);
+            }
+            queued[1] += self.queues.len(class);
+            clean_pages += self.queues.clean_len(class);
+        }
+        assert_eq!(queued[0], self.pages.count(State::Dirty));
+        assert_eq!(clean_pages, self.pages.count(State::Clean));
+        assert_eq!(queued[1], self.pages.resident().len());
     }
 }

@@ -53,7 +53,7 @@ impl World {
         match done {
             PutDone::More => return assert!(!self.jobs[&page].unanswered.is_empty()),
             PutDone::NotYet(until) => {
-                assert!(until > self.now);
+                assert!(until > self.now && !self.stopped);
                 self.later.insert((until, page));
                 return;
             }
@@ -62,6 +62,10 @@ impl World {
                 assert!(!lands, "direct I/O to page {page} is under way");
                 self.punch(page);
                 self.waiting();
+            }
+            PutDone::Keep => {
+                let lands = self.dma.iter().any(|(target, ..)| *target == page);
+                assert!(!lands, "direct I/O to clean page {page} is under way");
             }
             PutDone::Changed => self.unprotect(page),
             PutDone::Cancelled => {}
@@ -76,7 +80,13 @@ impl World {
         let victims = self.remote.victims(want, self.now);
         assert!(victims.clean.len() + victims.dirty.len() <= want);
         victims.clean.iter().for_each(|page| self.punch(*page));
-        for page in victims.dirty {
+        self.put(victims.dirty);
+        self.waiting();
+    }
+
+    /// These pages are protected, and to be put.
+    pub(super) fn put(&mut self, pages: Vec<u64>) {
+        for page in pages {
             if let Some(found) = self.file.get_mut(&page) {
                 found.protected = true;
             }
@@ -88,7 +98,6 @@ impl World {
             assert!(self.jobs.insert(page, job).is_none(), "page {page} is being put already");
             self.out.extend(to.into_iter().map(|server| Out::Put { page, server }));
         }
-        self.waiting();
     }
 
     /// Copies that are out of date are to be dropped.
@@ -135,6 +144,7 @@ impl World {
     pub(in crate::remote::tests) fn settle_for(&mut self, rounds: usize) {
         for _ in 0..rounds {
             self.evict(64);
+            self.flush(64);
             self.stale(1000);
             while !self.out.is_empty() {
                 self.send();

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 mod evictor;
+mod flush;
 mod servers_change;
 
 use super::*;
@@ -78,6 +79,8 @@ struct Access {
 pub(super) struct World {
     pub(super) remote: Remote,
     pub(super) limit: u64,
+    /// Most pages that may be here: more than the limit after it was lowered.
+    bound: u64,
     pub(super) file: BTreeMap<u64, FilePage>,
     /// What the guest wrote last; nothing where the content means nothing to it.
     pub(super) truth: Vec<Option<Word>>,
@@ -96,6 +99,8 @@ pub(super) struct World {
     unused: Option<PageSet>,
     dropping: VecDeque<(u64, bool)>,
     pub(super) merging: bool,
+    /// The guest stands still; accesses that wait for a page may still end.
+    pub(super) stopped: bool,
     pub(super) killed: usize,
     /// Pages that were on their way from a server when it died: they may count as lost too early.
     interrupted: BTreeSet<u64>,
@@ -134,6 +139,7 @@ impl World {
         });
         Self {
             limit: setup.limit,
+            bound: setup.limit,
             file: file.collect(),
             truth: (0..PAGES).map(|p| Some(if p < setup.used { word(p) } else { 0 })).collect(),
             servers: servers.collect(),
@@ -150,6 +156,7 @@ impl World {
             unused: None,
             dropping: VecDeque::new(),
             merging: false,
+            stopped: false,
             killed: 0,
             interrupted: BTreeSet::new(),
             now: Duration::ZERO,
@@ -165,6 +172,9 @@ impl World {
 
     /// A vCPU reads or writes.
     pub(super) fn access(&mut self, page: u64, is_write: bool) {
+        if self.stopped {
+            return;
+        }
         let write = is_write.then(|| self.new_word());
         self.attempt(Access { page, write });
     }
@@ -253,7 +263,7 @@ impl World {
     fn place(&mut self, page: u64, word: Word, protected: bool) {
         assert!(self.file.insert(page, FilePage { word, protected }).is_none(), "{page} is there");
         let pages = self.file.len() as u64;
-        assert!(self.merging || pages <= self.limit, "{pages} pages are resident");
+        assert!(self.merging || pages <= self.bound, "{pages} pages are resident");
         self.wake(page);
     }
 
@@ -343,7 +353,7 @@ impl World {
 
     fn waiting(&mut self) {
         for (page, fault) in self.remote.waiting_with_room(self.now) {
-            assert_ne!(fault.answer, FaultAnswer::NoRoom);
+            assert!(fault.answer != FaultAnswer::NoRoom || !fault.punch.is_empty());
             self.answer(page, fault);
         }
         self.read_ahead();
@@ -356,20 +366,23 @@ impl World {
         let (landed, dma) =
             std::mem::take(&mut self.dma).into_iter().partition(|(.., at)| *at <= now);
         self.dma = dma;
-        let landed: Vec<(u64, Word, Duration)> = landed;
-        for (page, word, _) in landed {
-            self.file.get_mut(&page).expect("the page went before its data came").word = word;
-            self.truth[page as usize] = Some(word);
-        }
+        self.land(landed);
         while let Some((until, page)) = self.later.first().copied().filter(|(at, _)| *at <= now) {
             self.later.remove(&(until, page));
             self.finish_put(page);
         }
     }
 
+    fn land(&mut self, dma: Vec<(u64, Word, Duration)>) {
+        for (page, word, _) in dma {
+            self.file.get_mut(&page).expect("the page went before its data came").word = word;
+            self.truth[page as usize] = Some(word);
+        }
+    }
+
     /// A device begins to write a page, which pins it as a write does.
     pub(super) fn begin_dma(&mut self, page: u64, after: Duration) {
-        let Some(window) = self.window else { return };
+        let Some(window) = self.window.filter(|_| !self.stopped) else { return };
         self.access(page, true);
         let writable = self.file.get(&page).is_some_and(|found| !found.protected);
         let waits = self.blocked.iter().any(|access| access.page == page);
@@ -386,7 +399,7 @@ impl World {
 
     /// The guest frees a page.
     pub(super) fn free(&mut self, page: u64) {
-        if !self.is_in_use(page) {
+        if !self.stopped && !self.is_in_use(page) {
             self.truth[page as usize] = None;
             self.free.insert(page);
         }
@@ -394,7 +407,7 @@ impl World {
 
     /// The guest's balloon gives a page back behind the pager's back.
     pub(super) fn balloon(&mut self, page: u64) {
-        if !self.is_in_use(page) && self.free.contains(&page) {
+        if !self.stopped && !self.is_in_use(page) && self.free.contains(&page) {
             self.file.remove(&page);
         }
     }
@@ -442,16 +455,19 @@ impl World {
     }
 
     /// What must hold at any time.
-    pub(super) fn check(&self) {
+    pub(super) fn check(&mut self) {
         let stats = self.remote.stats();
         let resident = stats.resident_pages;
-        assert!(self.merging || resident + stats.coming_pages <= self.limit);
+        let taken = resident + stats.coming_pages;
+        assert!(self.merging || taken <= self.bound);
+        self.bound = self.limit.max(self.bound.min(taken));
         assert!(self.file.len() as u64 <= resident, "more is in the file than is known");
         for (page, found) in &self.file {
-            let is_clean = self.remote.pages.state(*page) == State::Clean;
-            assert!(!is_clean || found.protected, "clean page {page} may be written unseen");
+            let state = self.remote.pages.state(*page);
+            assert!(found.protected || state == State::Dirty, "{state:?} page {page} is writable");
         }
         self.remote.check();
+        self.check_flushed();
     }
 
     /// Pages of which no server that lives has what the guest wrote last, though the file does not
