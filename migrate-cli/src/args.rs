@@ -325,7 +325,11 @@ pub struct SendArgs {
     after_long_help = "What the guest is likely to need goes to the destination, the rest to the memory servers directly, and \
         what it does not use goes nowhere. From then on it needs the destination and, for each page that is not there, \
         one of the servers that hold it; `migrate receive` stays at the destination as its pager. `migrate merge` there \
-        brings everything together again."
+        brings everything together again.\n\n\
+        On the main host of a guest that is split, the guest leaves for another main host: what only this host has goes to \
+        the memory servers, which need room for all that it uses, and the new main host fetches it from there. Servers that \
+        are not named then have nothing of it any more, those that are new take part. Of the other options --peer, \
+        --resident, --max-downtime-ms, --patience-s, --ask-s and --json count."
 )]
 pub struct SplitArgs {
     /// The options of `migrate send`.
@@ -362,12 +366,29 @@ pub struct PagerArgs {
 #[derive(Debug, Clone, Args)]
 #[command(
     after_long_help = "The guest goes on meanwhile. The host needs room for all memory that the guest uses. Interrupted, the \
-        command leaves the merge under way; asked again, it shows how far that is."
+        command leaves the merge under way; asked again, it shows how far that is. With --to, the guest first leaves for \
+        that host, by way of its memory servers, which need room for all that it uses; interrupted before it has left, it \
+        stays. `migrate status` there shows how far the merge is."
 )]
 pub struct MergeArgs {
     /// Which guest.
     #[command(flatten)]
     pub pager: PagerArgs,
+    /// Address and port of another host where `migrate receive` listens: the guest goes there and is merged there.
+    #[arg(long, value_name = "ADDR")]
+    pub to: Option<String>,
+    /// With --to: take that host only if its identity has this name.
+    #[arg(long, value_name = "NAME", requires = "to")]
+    pub peer: Option<String>,
+    /// With --to: longest acceptable downtime in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 300, requires = "to", value_parser = clap::value_parser!(u64).range(1..=600_000))]
+    pub max_downtime_ms: u64,
+    /// With --to: seconds without a better prediction of the downtime after which the guest stays.
+    #[arg(long, value_name = "S", default_value_t = 30, requires = "to", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub patience_s: u64,
+    /// With --to: seconds to keep asking that host after the hand-over before the outcome is called in doubt.
+    #[arg(long, value_name = "S", default_value_t = 30, requires = "to", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub ask_s: u64,
 }
 
 /// `migrate move-fragment`.

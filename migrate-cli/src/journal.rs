@@ -266,6 +266,8 @@ impl Journal {
         {
             tracing::debug!(%error, "not noted");
         }
+        // Left by a pager that was killed.
+        let _none_there = fs::remove_file(self.socket());
     }
 
     /// Where the pager of the guest is asked, if there is one.

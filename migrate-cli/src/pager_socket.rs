@@ -5,6 +5,7 @@
 //!   migrate status ── {"ask":"status"} ─► receive ── one Status
 //!   migrate merge ─── {"ask":"merge"} ──► receive ── a Status every half second, until all is here
 //!   migrate move-fragment ── {"ask":"move-fragment",...} ─► receive ── the same, until the server is drained
+//!   migrate split, merge --to ── {"ask":"leave",...} ─► receive ── the same, until the guest has left, then Left
 //! ```
 //!
 //! What cannot be done is answered by one [`Refused`].
@@ -35,7 +36,7 @@ const LISTENS_WITHIN: Duration = Duration::from_secs(6);
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 /// What is asked of a pager.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "ask", rename_all = "kebab-case")]
 pub enum Ask {
     /// How it is doing.
@@ -49,6 +50,29 @@ pub enum Ask {
         /// One of the others, which may be new to the guest.
         to: Option<SocketAddr>,
     },
+    /// To let the guest go to another main host. Whoever asks is told by [`Left`]; leaving before cancels it.
+    Leave(Leave),
+}
+
+/// How a split guest is to leave for another main host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leave {
+    /// Where `migrate receive` listens.
+    pub to: String,
+    /// The only name that its identity may have.
+    pub peer: Option<String>,
+    /// Most bytes of the guest that it may hold; as many as this host if not said.
+    pub resident_bytes: Option<u64>,
+    /// The memory servers that the guest is to have then; those that it has if not said.
+    pub memory: Option<Vec<SocketAddr>>,
+    /// Whether all memory is to come to the new main host then.
+    pub merge: bool,
+    /// Longest acceptable downtime in milliseconds.
+    pub max_downtime_ms: u64,
+    /// Seconds without a better prediction of it after which the guest stays.
+    pub patience_s: u64,
+    /// Seconds to keep asking the new main host after the hand-over before the outcome is called in doubt.
+    pub ask_s: u64,
 }
 
 impl Ask {
@@ -60,6 +84,7 @@ impl Ask {
             Self::MoveFragment { from, .. } => {
                 status.state != PagerState::Split || !status.drains(*from)
             }
+            Self::Leave(_) => false,
         }
     }
 }
@@ -73,12 +98,29 @@ pub struct Refused {
     pub is_misuse: bool,
 }
 
+/// What became of a guest that was to leave.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Left {
+    /// The report, as `migrate send --json` prints it.
+    pub left: serde_json::Value,
+}
+
 /// What a pager says.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Answer {
     Refused(Refused),
+    Left(Left),
     Status(Box<Status>),
+}
+
+/// What a pager says that does what was asked for.
+#[derive(Debug)]
+pub enum Heard {
+    /// How the guest does.
+    Status(Box<Status>),
+    /// Its report, if it was to leave: the last word.
+    Left(serde_json::Value),
 }
 
 /// How a memory server does.
@@ -119,6 +161,8 @@ pub enum PagerState {
     Merging,
     /// All of it is here.
     Merged,
+    /// It is about to leave for another main host.
+    Leaving,
     /// Some of it is on no server any more: the guest is stopped, or its threads stand still.
     Lost,
 }
@@ -199,6 +243,8 @@ pub struct Status {
     pub remote_pages: Vec<ServerStatus>,
     /// Pages that are on fewer servers than asked for.
     pub under_copied_pages: u64,
+    /// While the guest is about to leave, pages that are not on servers yet.
+    pub unflushed_pages: u64,
     /// Page faults.
     pub faults: FaultStatus,
     /// Pages fetched before they were asked for.
@@ -235,7 +281,7 @@ impl PagerClient {
     /// [`EngineError::Misuse`] if there is none, or more than one where none is named.
     pub async fn find(dir: Option<&Path>, qmp: Option<&Path>) -> Result<Self, EngineError> {
         let dir = dir.map_or_else(journal::default_dir, Path::to_owned);
-        let wanted = qmp.map(|qmp| std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned()));
+        let wanted = qmp.map(absolute);
         let found: Vec<PathBuf> = guests(&dir)
             .into_iter()
             .filter(|(_, of)| wanted.as_ref().is_none_or(|wanted| wanted == of))
@@ -259,8 +305,8 @@ impl PagerClient {
     ///
     /// # Errors
     /// If the pager is gone.
-    pub async fn ask(&mut self, ask: Ask) -> Result<(), EngineError> {
-        let mut line = serde_json::to_string(&ask).map_err(|error| gone(&error))?;
+    pub async fn ask(&mut self, ask: &Ask) -> Result<(), EngineError> {
+        let mut line = serde_json::to_string(ask).map_err(|error| gone(&error))?;
         line.push('\n');
         self.writer.write_all(line.as_bytes()).await.map_err(|error| gone(&error))
     }
@@ -269,7 +315,7 @@ impl PagerClient {
     ///
     /// # Errors
     /// If the pager is gone or does not answer, or what it says against what was asked for.
-    pub async fn next(&mut self) -> Result<Option<Status>, EngineError> {
+    pub async fn next(&mut self) -> Result<Option<Heard>, EngineError> {
         let late = |_| EngineError::TooSlow {
             wanted: "how the guest does",
             seconds: ANSWER_WITHIN.as_secs(),
@@ -278,7 +324,8 @@ impl PagerClient {
             tokio::time::timeout(ANSWER_WITHIN, self.lines.next_line()).await.map_err(late)?;
         let Some(line) = line.map_err(|error| gone(&error))? else { return Ok(None) };
         match serde_json::from_str(&line).map_err(|error| gone(&error))? {
-            Answer::Status(status) => Ok(Some(*status)),
+            Answer::Status(status) => Ok(Some(Heard::Status(status))),
+            Answer::Left(Left { left }) => Ok(Some(Heard::Left(left))),
             Answer::Refused(Refused { refused: text, is_misuse }) => {
                 Err(EngineError::PagerRefused { text, is_misuse })
             }
@@ -308,6 +355,17 @@ async fn connect(socket: &Path) -> Result<UnixStream, EngineError> {
             Err(_) => tokio::time::sleep(LISTENS_WITHIN / 20).await,
         }
     }
+}
+
+/// Whether a split guest runs on this host whose QMP socket is this one.
+pub fn is_split_here(dir: Option<&Path>, qmp: &Path) -> bool {
+    let dir = dir.map_or_else(journal::default_dir, Path::to_owned);
+    let qmp = absolute(qmp);
+    guests(&dir).iter().any(|(_, of)| *of == qmp)
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// The sockets of the split guests' pagers, and the QMP sockets of these guests.

@@ -6,11 +6,13 @@ use std::collections::BTreeMap;
 use migrate_core::codec::Codec;
 use migrate_core::convergence::Prediction;
 use migrate_core::encode::{Packed, PageCounts};
-use migrate_core::error::{ErrorBin, GuestPlace};
+use migrate_core::error::{Classify, ErrorBin, GuestPlace};
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use transport::messages::FaultStats;
 use transport::{Closer, LaneKind};
+
+use crate::error::EngineError;
 
 /// Version of the report's shape.
 pub const REPORT_VERSION: u32 = 1;
@@ -292,6 +294,22 @@ impl Report {
             table_bytes_per_page: 0.0,
             error: None,
         }
+    }
+
+    /// Notes why it failed, and where the guest is.
+    pub fn fail(&mut self, error: &EngineError, source: GuestPlace, destination: GuestPlace) {
+        self.outcome = match error {
+            EngineError::InDoubt { .. }
+            | EngineError::Unserved { .. }
+            | EngineError::Unresolved { .. } => ReportOutcome::InDoubt,
+            _ => ReportOutcome::Failed,
+        };
+        self.error = Some(ErrorReport {
+            kind: error.bin(),
+            message: error.tell(),
+            source_vm: source,
+            destination_vm: destination,
+        });
     }
 
     /// Notes what carried pages in the end and what that cost, once `bytes.wire` is known.

@@ -15,7 +15,7 @@ use migrate_core::layout::{BLOCKS_MAX, BlockSpec, PAGE_BYTES, RamLayout};
 use serde::{Deserialize, Serialize};
 
 use self::split::SPLIT_BODY_BYTES;
-pub use self::split::{RemoteEnd, STORES_MAX, Split, Store};
+pub use self::split::{RemoteEnd, STORES_MAX, Split, Store, Then};
 use crate::error::WireError;
 
 /// Protocol versions that this build speaks, oldest first.

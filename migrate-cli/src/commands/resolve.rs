@@ -127,6 +127,11 @@ async fn resolve_source(
     if outcome != ReportOutcome::InDoubt {
         journal.remove();
     }
+    if outcome == ReportOutcome::Completed {
+        // A split guest that has left is not paged here any more.
+        let dir = args.journal.clone().unwrap_or_else(default_dir);
+        Archive::open(&dir, &args.qmp)?.paging_ended();
+    }
     let migration = Some(entry.migration);
     Ok(Resolution { v: 1, outcome, migration, role: "source", vm, message })
 }

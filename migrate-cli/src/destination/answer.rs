@@ -7,13 +7,12 @@ use migrate_core::handover::destination::{Input, Output};
 use migrate_core::handover::{Destination, DestinationRecord, DestinationState};
 use qemu_glue::qmp::{Client, RunState};
 use transport::messages::{Message, Split, Verdict};
-use transport::{DestinationSession, MigrationId, TransportError, close_code};
+use transport::{DestinationSession, TransportError, close_code};
 
 use super::owner::{discard, farewell, resume_guest};
 use super::paging::release_abandoned;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, JournalError, PagingEntry, Record};
-use crate::source::parse_migration;
 use crate::source::recover::{free_journals, is_same_qemu};
 
 /// Longest wait for the question, and for the answer to be taken.
@@ -21,6 +20,15 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Journals older than this are not kept: their sources have stopped asking.
 const KEEP: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// An arrival whose guest is paged.
+#[derive(Debug)]
+pub struct Latest {
+    /// Where its pager is asked.
+    pub socket: PathBuf,
+    /// The host from which the guest came, by the name in its certificate.
+    pub from: Option<String>,
+}
 
 /// The journals of one VM's arrivals.
 #[derive(Debug)]
@@ -181,10 +189,11 @@ impl Archive {
         Ok(journal.record(Record::Destination(DestinationRecord::Owned))?)
     }
 
-    /// The latest arrival, and where the pager of its guest is asked.
-    pub fn latest_socket(&self) -> Option<(MigrationId, PathBuf)> {
+    /// The latest arrival, whose guest is paged.
+    pub fn latest_paged(&self) -> Option<Latest> {
         let journal = self.journals.last()?;
-        Some((parse_migration(&journal.entry().migration)?, journal.socket()))
+        let (socket, from) = (journal.socket(), journal.entry().peer_name.clone());
+        Some(Latest { socket, from })
     }
 
     /// Notes where the memory of the latest guest is.

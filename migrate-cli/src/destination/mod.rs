@@ -39,9 +39,9 @@ use transport::{
     DestinationSession, Identity, Listener, MigrationId, Options, TransportError, close_code,
 };
 
-use self::answer::Archive;
-use self::remote::{Ending, Note, RemoteGuest};
-use crate::args::ReceiveArgs;
+use self::answer::{Archive, Latest};
+use self::remote::{Ending, Home, Note, RemoteGuest};
+use crate::args::{CommonArgs, ReceiveArgs};
 use crate::error::EngineError;
 use crate::{cancel, journal};
 
@@ -228,7 +228,14 @@ async fn serve(
         let remote = place.remote.lock().take();
         if let Some(remote) = remote {
             place.fetches.store(true, Ordering::Relaxed);
-            let paged = Paged { client: &place.client, vm: &place.vm };
+            let common = CommonArgs {
+                qmp: place.qmp.clone(),
+                identity: place.identity_dir.clone(),
+                journal: Some(place.journal_dir.clone()),
+                peer: None,
+                dead_peer_s: place.dead_peer.as_secs(),
+            };
+            let paged = Paged { client: &place.client, vm: &place.vm, common };
             page(listener, paged, archive, remote).await?;
             return taken;
         }
@@ -245,40 +252,33 @@ async fn serve(
 struct Paged<'a> {
     client: &'a Client,
     vm: &'a VmInventory,
+    /// What `migrate receive` was told.
+    common: CommonArgs,
 }
 
 /// Pages a guest whose memory is split, until that is over; answers questions meanwhile.
 async fn page(
     listener: &mut Listener,
-    Paged { client, vm }: Paged<'_>,
+    Paged { client, vm, common }: Paged<'_>,
     archive: &mut Archive,
     mut remote: RemoteGuest,
 ) -> Result<(), EngineError> {
-    let Some((migration, socket)) = archive.latest_socket() else { return Ok(()) };
+    let Some(Latest { socket, from }) = archive.latest_paged() else { return Ok(()) };
+    remote.settle(from.as_deref());
     remote.begin_to_ask(client, vm);
     let notes = remote.take_notes();
+    let home = Home { socket, common };
     eprintln!(
         "part of its memory is elsewhere; this is its pager (`migrate status`, `migrate merge`)"
     );
-    let (forward, mut asks) = mpsc::channel::<DestinationSession>(ASKS_WAITING);
-    let refusing = async {
-        while let Some(session) = asks.recv().await {
-            session.close(close_code::REJECTED, "nothing of it is missing at its source").await;
-        }
-        std::future::pending().await
-    };
-    let work = async {
-        tokio::select! {
-            ending = remote.run(client, socket) => ending,
-            never = refusing => never,
-        }
-    };
-    let attendant = Attendant::new(listener, Some(client), archive, (migration, &forward));
-    let ending = Attendant { notes, ..attendant }.attend(work).await?;
+    let attendant = Attendant::new(listener, Some(client), archive, None);
+    let attendant = Attendant { notes, ..attendant };
+    let ending = attendant.attend(remote.run(client, &home)).await?;
     archive.paging_ended();
     match ending {
         Ending::Merged => eprintln!("all memory of the guest is here"),
         Ending::Gone => eprintln!("the guest's QEMU is gone"),
+        Ending::Left => eprintln!("the guest has left for its new main host"),
     }
     Ok(())
 }
@@ -302,7 +302,7 @@ async fn take(
     let (forward, mut asks) = mpsc::channel(ASKS_WAITING);
     let arrival = arrival::take_guest(Arc::clone(place), session, &mut asks);
     let client = Some(&place.client);
-    let attendant = Attendant::new(listener, client, archive, (migration, &forward));
+    let attendant = Attendant::new(listener, client, archive, Some((migration, &forward)));
     let (journal, outcome) = attendant.attend(arrival).await;
     if let Some(journal) = journal {
         archive.add(journal);
@@ -315,9 +315,8 @@ struct Attendant<'a> {
     listener: &'a mut Listener,
     client: Option<&'a Client>,
     archive: &'a mut Archive,
-    migration: MigrationId,
-    /// Takes sessions about this migration.
-    forward: &'a mpsc::Sender<DestinationSession>,
+    /// The migration that is going on, and who takes sessions about it.
+    forward: Option<(MigrationId, &'a mpsc::Sender<DestinationSession>)>,
     /// What the journal of the latest guest is to say.
     notes: mpsc::UnboundedReceiver<Note>,
 }
@@ -327,10 +326,10 @@ impl<'a> Attendant<'a> {
         listener: &'a mut Listener,
         client: Option<&'a Client>,
         archive: &'a mut Archive,
-        (migration, forward): (MigrationId, &'a mpsc::Sender<DestinationSession>),
+        forward: Option<(MigrationId, &'a mpsc::Sender<DestinationSession>)>,
     ) -> Self {
         let (_, notes) = mpsc::unbounded_channel();
-        Self { listener, client, archive, migration, forward, notes }
+        Self { listener, client, archive, forward, notes }
     }
 
     /// Answers sessions while `work` is going on; those about its migration are forwarded to it.
@@ -359,18 +358,21 @@ impl<'a> Attendant<'a> {
     }
 
     async fn answer(&mut self, other: Result<DestinationSession, TransportError>) {
-        match other {
-            Ok(other) if other.intent == Intent::Migrate => {
-                let text = "another guest is arriving here";
-                arrival::refuse(&other, RefuseCode::Busy, text).await;
-            }
-            Ok(other) if other.migration == self.migration => {
-                if let Err(full) = self.forward.try_send(other) {
+        let other = match other {
+            Ok(other) => other,
+            Err(error) => return tracing::info!(%error, "session refused"),
+        };
+        if other.intent == Intent::Migrate {
+            let text = "another guest is arriving here";
+            return arrival::refuse(&other, RefuseCode::Busy, text).await;
+        }
+        match self.forward.filter(|(migration, _)| *migration == other.migration) {
+            Some((_, forward)) => {
+                if let Err(full) = forward.try_send(other) {
                     full.into_inner().close(close_code::REJECTED, "asked already").await;
                 }
             }
-            Ok(other) => self.archive.answer(self.client, other).await,
-            Err(error) => tracing::info!(%error, "session refused"),
+            None => self.archive.answer(self.client, other).await,
         }
     }
 }

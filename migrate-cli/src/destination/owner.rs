@@ -207,7 +207,7 @@ impl Owner<'_> {
                     paging.end().await;
                 }
                 if let Some(mut remote) = self.remote.take() {
-                    remote.end().await;
+                    remote.end(false).await;
                 }
                 discard(self.client, Some(self.ram)).await;
                 None

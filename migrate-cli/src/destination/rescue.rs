@@ -53,7 +53,7 @@ pub async fn rescue(
         let guest = Rescued { args, migration, journal: &mut journal, ram: &ram, lease, fetches };
         guest.go_on(paging, &mut asks).await
     };
-    let attendant = Attendant::new(&mut listener, None, archive, (migration, &forward));
+    let attendant = Attendant::new(&mut listener, None, archive, Some((migration, &forward)));
     let outcome = attendant.attend(work).await?;
     eprintln!("{}", describe(outcome));
     let heard = journal.entry().heard;

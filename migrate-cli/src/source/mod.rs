@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use migrate_core::convergence::Config;
-use migrate_core::error::{Classify, GuestPlace};
+use migrate_core::error::GuestPlace;
 use migrate_core::handover::source::Input;
 use migrate_core::handover::{Outcome, Source};
 use migrate_core::layout::PAGE_BYTES;
@@ -51,7 +51,7 @@ use self::gate::Gate;
 use self::handover::{Owner, place};
 use self::lanes::LaneTasks;
 use self::link::Link;
-use self::prepare::{Accepted, Guest};
+use self::prepare::{Accepted, Asked, Guest};
 use self::pump::{Pump, PumpError};
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
@@ -62,7 +62,7 @@ use crate::blocking::{on_thread, worker_threads};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
-use crate::report::{ErrorReport, LaneReport, Report, ReportOutcome, VerifyReport};
+use crate::report::{LaneReport, Report, ReportOutcome, VerifyReport};
 use crate::{attaching, cancel, failpoint, random};
 
 /// How long the control stream may take to tell why a lane has ended.
@@ -92,27 +92,12 @@ async fn migrate(args: &SendArgs, asked: Option<&SplitArgs>) -> Report {
     if let Err(error) = Box::pin(run(args, asked, &mut report, began)).await {
         // Nothing was touched: the guest is as it was.
         let client = Client::connect(&args.common.qmp).await.ok();
-        fail(&mut report, &error, place(client.as_ref()).await, GuestPlace::Unknown);
+        report.fail(&error, place(client.as_ref()).await, GuestPlace::Unknown);
     }
     if report.outcome != ReportOutcome::Completed {
         report.total_ms = began.elapsed().as_secs_f64() * 1e3;
     }
     report
-}
-
-fn fail(report: &mut Report, error: &EngineError, source: GuestPlace, destination: GuestPlace) {
-    report.outcome = match error {
-        EngineError::InDoubt { .. }
-        | EngineError::Unserved { .. }
-        | EngineError::Unresolved { .. } => ReportOutcome::InDoubt,
-        _ => ReportOutcome::Failed,
-    };
-    report.error = Some(ErrorReport {
-        kind: error.bin(),
-        message: error.tell(),
-        source_vm: source,
-        destination_vm: destination,
-    });
 }
 
 /// Everything up to the journal; errors from here mean that nothing was touched.
@@ -135,7 +120,8 @@ async fn run(
     let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count, args.mode));
     options.lane_kind = args.lanes.kind();
     options.features = FEATURE_SPLIT;
-    let accepted = prepare::accepted(addr, &identity, &options, migration, &guest, args).await?;
+    let wanted = Asked { verify: args.verify, mode: args.mode };
+    let accepted = prepare::accepted(addr, &identity, &options, migration, &guest, wanted).await?;
     let Accepted { session, urgent } = accepted;
     let closer = session.closer.clone();
     report.lanes = Some(LaneReport::of(&closer, session.lanes.len()));
@@ -144,7 +130,9 @@ async fn run(
             Some(asked) => Some(room(asked, &guest, &identity, &session).await?),
             None => None,
         };
-        Ok::<_, EngineError>((room, prepare::journal(args, &guest, migration, &session.peer.name)?))
+        let (peer, keep) = (&session.peer.name, args.keep_source);
+        let journal = prepare::journal(&args.common, &args.to, keep, &guest, migration, peer)?;
+        Ok::<_, EngineError>((room, journal))
     };
     let (room, journal) = match recorded.await {
         Ok(recorded) => recorded,
@@ -307,7 +295,7 @@ impl Migration<'_> {
                     code: transport::messages::AbortCode::Internal,
                     text: "the destination refused the guest after the hand-over".into(),
                 });
-                fail(report, &error, place(client).await, GuestPlace::Incoming);
+                report.fail(&error, place(client).await, GuestPlace::Incoming);
                 self.contact.abort(&error).await;
                 match stuck {
                     None => self.journal.remove(),
@@ -318,7 +306,7 @@ impl Migration<'_> {
                             why: error.tell(),
                             source: Box::new(stuck),
                         };
-                        fail(report, &error, place(client).await, GuestPlace::Incoming);
+                        report.fail(&error, place(client).await, GuestPlace::Incoming);
                     }
                 }
             }
@@ -328,7 +316,7 @@ impl Migration<'_> {
                     Some(pages) => EngineError::Unserved { qmp, pages },
                     None => EngineError::InDoubt { qmp },
                 };
-                fail(report, &error, place(client).await, GuestPlace::Unknown);
+                report.fail(&error, place(client).await, GuestPlace::Unknown);
             }
         }
     }
@@ -471,7 +459,7 @@ impl Migration<'_> {
         if mover.split.is_some() {
             early::prepare_for_faults(link).await?;
         }
-        let saving = switch::begin(&mover, &self.guest, link).await?;
+        let saving = switch::begin(&mover.ram, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
         let switched =
@@ -544,7 +532,7 @@ impl Migration<'_> {
             .ok_or_else(|| EngineError::Internal("there is no lane for missing pages".into()))?;
         let urgent = UrgentLane::of(urgent)?;
         early::prepare(mover, known, link).await?;
-        let saving = switch::begin(mover, &self.guest, link).await?;
+        let saving = switch::begin(&mover.ram, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
         let verify = self.args.verify;
         let guest = &self.guest;
@@ -617,7 +605,7 @@ fn note_served(report: &mut Report, server: &Server) {
         if late.mismatches > 0 {
             let VerifyReport { pages, mismatches } = late;
             let error = EngineError::Mismatch { mismatches, pages };
-            fail(report, &error, GuestPlace::Gone, GuestPlace::Running);
+            report.fail(&error, GuestPlace::Gone, GuestPlace::Running);
         }
     }
 }

@@ -70,13 +70,26 @@ pub async fn guest(args: &SendArgs) -> Result<Guest, EngineError> {
     let vm = vm::inventory(&client).await?;
     let mut findings: Vec<Finding> = vm.blockers.clone();
     findings.extend(attaching::probe(vm.pid, args.preload_socket.as_deref()));
-    findings.retain(|finding| finding.severity == Severity::Blocker);
-    if !findings.is_empty() {
-        return Err(EngineError::Blocked(findings));
-    }
+    refuse_blockers(findings)?;
     let ram = Arc::new(GuestRam::open(vm.pid, &vm.regions, false)?);
     let ram_blocks = client.hmp(RAM_BLOCKS).await?;
     Ok(Guest { client, vm, ram, ram_blocks })
+}
+
+/// The same of a guest that this process has attached to.
+///
+/// # Errors
+/// As [`guest`].
+pub async fn paged_guest(client: Client, ram: Arc<GuestRam>) -> Result<Guest, EngineError> {
+    let vm = vm::inventory(&client).await?;
+    refuse_blockers(vm.blockers.clone())?;
+    let ram_blocks = client.hmp(RAM_BLOCKS).await?;
+    Ok(Guest { client, vm, ram, ram_blocks })
+}
+
+fn refuse_blockers(mut findings: Vec<Finding>) -> Result<(), EngineError> {
+    findings.retain(|finding| finding.severity == Severity::Blocker);
+    if findings.is_empty() { Ok(()) } else { Err(EngineError::Blocked(findings)) }
 }
 
 /// Resolves an address as typed.
@@ -113,11 +126,11 @@ pub async fn accepted(
     options: &Options,
     migration: MigrationId,
     guest: &Guest,
-    args: &SendArgs,
+    asked: Asked,
 ) -> Result<Accepted, EngineError> {
     let mut tries = 0;
     loop {
-        let accepted = accepted_once(addr, identity, options, migration, guest, args).await;
+        let accepted = accepted_once(addr, identity, options, migration, guest, asked).await;
         match accepted {
             Err(error) if error.is_busy() && tries < BUSY_RETRIES => {
                 tries += 1;
@@ -126,6 +139,15 @@ pub async fn accepted(
             other => return other,
         }
     }
+}
+
+/// What a destination is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// To compare all pages.
+    pub verify: bool,
+    /// How memory is moved.
+    pub mode: Mode,
 }
 
 /// A session whose destination takes the guest.
@@ -143,7 +165,7 @@ async fn accepted_once(
     options: &Options,
     migration: MigrationId,
     guest: &Guest,
-    args: &SendArgs,
+    Asked { verify, mode }: Asked,
 ) -> Result<Accepted, EngineError> {
     let offer = Offer::new(ENGINE, migration, Intent::Migrate);
     let session = transport::connect(addr, identity, options, offer).await;
@@ -153,8 +175,8 @@ async fn accepted_once(
         }
         other => EngineError::from(other),
     })?;
-    let described = describe(&mut session, guest, args.verify, args.mode != Mode::PreCopy).await;
-    match described.and_then(|accept| urgent_lane(&mut session, accept, args.mode)) {
+    let described = describe(&mut session, guest, verify, mode != Mode::PreCopy).await;
+    match described.and_then(|accept| urgent_lane(&mut session, accept, mode)) {
         Ok(urgent) => Ok(Accepted { session, urgent }),
         Err(error) => {
             session.close(transport::close_code::ABORTED, &error.tell()).await;
@@ -230,24 +252,26 @@ fn urgent_lane(
 /// # Errors
 /// If it cannot be written.
 pub fn journal(
-    args: &SendArgs,
+    common: &CommonArgs,
+    to: &str,
+    keep_source: bool,
     guest: &Guest,
     migration: MigrationId,
     peer_name: &str,
 ) -> Result<Journal, EngineError> {
-    let dir = args.common.journal.clone().unwrap_or_else(crate::journal::default_dir);
+    let dir = common.journal.clone().unwrap_or_else(crate::journal::default_dir);
     let entry = Entry {
         migration: migration.to_string(),
         record: Record::Source(SourceRecord::Moving),
-        qmp: std::path::absolute(&args.common.qmp).unwrap_or_else(|_| args.common.qmp.clone()),
+        qmp: std::path::absolute(&common.qmp).unwrap_or_else(|_| common.qmp.clone()),
         vm: guest.vm.label(),
         qemu_pid: guest.vm.pid,
         qemu_start_ticks: procfs::start_time_ticks(guest.vm.pid)?,
-        peer: args.to.clone(),
-        identity: args.common.identity.clone(),
+        peer: to.to_owned(),
+        identity: common.identity.clone(),
         peer_name: Some(peer_name.to_owned()),
         was_running: guest.vm.status.running,
-        keep_source: args.keep_source,
+        keep_source,
         heard: false,
         paging: None,
     };

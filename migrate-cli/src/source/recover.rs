@@ -14,10 +14,10 @@ use transport::{Identity, Options};
 
 use super::contact::Contact;
 use super::feed::Feed;
-use super::handover::Owner;
+use super::handover::{Owner, take_back};
 use super::serve::Server;
 use super::{parse_migration, prepare};
-use crate::args::SendArgs;
+use crate::args::{CommonArgs, SendArgs};
 use crate::destination::answer::Archive;
 use crate::error::EngineError;
 use crate::journal::{self, Entry, Found, Journal, Record};
@@ -118,6 +118,39 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
     }
     let dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
     Archive::open(&dir, qmp)?.settle_before_sending(qmp).await
+}
+
+/// Refuses to touch a guest that may be at a destination.
+///
+/// # Errors
+/// [`EngineError::Unresolved`] if it may.
+pub fn refuse_gone(common: &CommonArgs) -> Result<(), EngineError> {
+    for journal in unfinished(common.journal.as_deref(), &common.qmp)? {
+        let entry = journal.entry();
+        if is_gone(entry) && is_same_qemu(entry) {
+            let (migration, qmp) = (entry.migration.clone(), entry.qmp.clone());
+            return Err(EngineError::Unresolved { migration, qmp });
+        }
+    }
+    Ok(())
+}
+
+/// As [`before_sending`], for a guest that is paged by this process: one that was about to leave is taken back.
+///
+/// # Errors
+/// [`EngineError::Unresolved`] if it may have left, or what kept it from being taken back.
+pub async fn before_leaving(client: &Client, common: &CommonArgs) -> Result<(), EngineError> {
+    refuse_gone(common)?;
+    for journal in unfinished(common.journal.as_deref(), &common.qmp)? {
+        let entry = journal.entry();
+        if is_same_qemu(entry) {
+            take_back(client, entry.was_running).await?;
+        }
+        if !is_gone(entry) {
+            journal.remove();
+        }
+    }
+    Ok(())
 }
 
 /// The destination of an interrupted migration.

@@ -19,6 +19,7 @@ use migrate_core::layout::PAGE_BYTES;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Precopy;
 use qemu_glue::device_state::{self, Saving};
+use qemu_glue::ram::GuestRam;
 use qemu_glue::vm::Processor;
 use transport::messages::{DEVICE_STATE_BYTES_MAX, Load, Message, VerifyRequest};
 use xxhash_rust::xxh3::xxh3_64;
@@ -41,8 +42,8 @@ const DIGESTS_WITHIN: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// What QEMU says against it, or if contact is lost.
-pub async fn begin(mover: &Mover, guest: &Guest, link: &Link) -> Result<Saving, EngineError> {
-    let shared_bytes = mover.ram.layout().pages() * PAGE_BYTES as u64;
+pub async fn begin(ram: &GuestRam, guest: &Guest, link: &Link) -> Result<Saving, EngineError> {
+    let shared_bytes = ram.layout().pages() * PAGE_BYTES as u64;
     let limit_bytes = DEVICE_STATE_BYTES_MAX;
     let saving = device_state::begin_save(&guest.client, shared_bytes, limit_bytes).await?;
     send_state(link, saving.ahead(), 0).await?;

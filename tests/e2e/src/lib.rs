@@ -169,6 +169,23 @@ impl Rig {
         self.start_end(vm, &words, (&self.destination, "destination"), extra, netns)
     }
 
+    /// As [`Rig::receive`], at the host with this identity.
+    ///
+    /// # Errors
+    /// It ended instead.
+    pub fn receive_as(
+        &self,
+        identity: &Path,
+        vm: &Vm,
+        listen: &str,
+        extra: &[&str],
+    ) -> Result<Engine> {
+        let words = ["receive", "--once", "--listen", listen];
+        let mut engine = self.start_end(vm, &words, (identity, "destination"), extra, None)?;
+        engine.wait_stderr("listening on", PATIENCE)?;
+        Ok(engine)
+    }
+
     /// Starts `migrate send --json`.
     ///
     /// # Errors

@@ -111,10 +111,34 @@ impl Rig {
         resident_mib: u64,
         extra: &[&str],
     ) -> Result<Engine> {
+        self.start_split_from(vm, "source", to, servers, resident_mib, extra)
+    }
+
+    /// The same at the end whose journals are in `end`.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_split_from(
+        &self,
+        vm: &Vm,
+        end: &str,
+        to: &str,
+        servers: &[MemoryServer],
+        resident_mib: u64,
+        extra: &[&str],
+    ) -> Result<Engine> {
         let own = arguments(servers, Some(resident_mib));
         let extra: Vec<&str> =
             own.iter().map(String::as_str).chain(extra.iter().copied()).collect();
-        self.start_end(vm, &["split", "--json", "--to", to], (&self.source, "source"), &extra, None)
+        self.start_end(vm, &["split", "--json", "--to", to], (&self.source, end), &extra, None)
+    }
+
+    /// Starts `migrate send` at the end whose journals are in `end`.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn send_from(&self, vm: &Vm, end: &str, to: &str) -> Result<Engine> {
+        self.start_end(vm, &["send", "--json", "--to", to], (&self.source, end), &[], None)
     }
 
     /// The pager of a VM that was split into this host.
@@ -168,7 +192,8 @@ impl Rig {
         let pulse = check_alive(&mut source, &mut vm)?;
         let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
         let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
-        let split = Split { vm, receive, report, outage_ms, watch, resident_mib };
+        let identity = self.destination.clone();
+        let split = Split { vm, receive, identity, report, outage_ms, watch, resident_mib };
         let copies = if extra.windows(2).any(|pair| pair == ["--copies", "2"]) { 2 } else { 1 };
         split.check_report(servers, copies).with_context(|| format!("report: {}", split.report))?;
         split.check_status(self)?;
@@ -183,12 +208,27 @@ pub struct Split {
     pub vm: Vm,
     /// Its pager: `migrate receive`, which stays.
     pub receive: Engine,
+    /// The identity of its main host.
+    identity: PathBuf,
     /// The report of `migrate split`.
     pub report: Value,
     /// Outage of the split as the heartbeat showed it from outside.
     pub outage_ms: f64,
     watch: RamWatch,
     resident_mib: u64,
+}
+
+/// Another main host that waits for a split guest.
+#[derive(Debug)]
+pub struct NextHost {
+    /// The VM that waits.
+    pub vm: Vm,
+    /// Its `migrate receive`.
+    pub receive: Engine,
+    identity: PathBuf,
+    /// Where that listens.
+    pub listen: String,
+    watch: RamWatch,
 }
 
 /// What a merge left.
@@ -284,8 +324,71 @@ impl Split {
     /// # Errors
     /// It does not go on with the guest.
     pub fn start_pager(&mut self, rig: &Rig) -> Result<()> {
-        self.receive = rig.receive(&self.vm, &free_address()?, &[])?;
+        self.receive = rig.receive_as(&self.identity, &self.vm, &free_address()?, &[])?;
         self.check_status(rig)
+    }
+
+    /// A QEMU that waits for it at another main host, `name`, with its receiver.
+    ///
+    /// # Errors
+    /// They do not start, or the name was used before.
+    pub fn next_host(&self, rig: &Rig, name: &str, extra: &[&str]) -> Result<NextHost> {
+        let vm = Vm::start(&rig.env, self.vm.spec().successor(name, QemuKind::V10_0))?;
+        let (watch, identity) = (RamWatch::begin(&vm), rig.pki.issue(name)?);
+        let listen = free_address()?;
+        let receive = rig.receive_as(&identity, &vm, &listen, extra)?;
+        Ok(NextHost { vm, receive, identity, listen, watch })
+    }
+
+    /// It has left for its next main host with this report: it runs there and nowhere else, its pager here has ended, and
+    /// neither host ever had more memory than was allowed.
+    ///
+    /// # Errors
+    /// The first of these that does not hold.
+    pub fn left(mut self, next: NextHost, report: Value) -> Result<Self> {
+        ensure!(report["outcome"] == "completed", "{report}");
+        wait::until("the end of the pager that let it go", PATIENCE, || {
+            Ok((!self.receive.running()?).then_some(()))
+        })?;
+        Ok(Self { report, ..self.has_left(next)? })
+    }
+
+    /// The same whatever became of its pager here.
+    ///
+    /// # Errors
+    /// As [`Self::left`].
+    pub fn has_left(mut self, next: NextHost) -> Result<Self> {
+        let NextHost { mut vm, receive, identity, listen: _, watch } = next;
+        let pulse = check_alive(&mut self.vm, &mut vm)?;
+        let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
+        let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
+        let resident_mib = self.resident_mib;
+        self.watch.end()?.assert_at_most(resident_mib * MIB)?;
+        Ok(Self { vm, receive, identity, report: self.report, outage_ms, watch, resident_mib })
+    }
+
+    /// It has left to be merged at its next main host, and is: it is whole and well there, nothing is left at the
+    /// servers, at its QEMU and in the journals, and both pagers have ended.
+    ///
+    /// # Errors
+    /// The first of these that does not hold.
+    pub fn merged(
+        self,
+        rig: &Rig,
+        next: NextHost,
+        report: Value,
+        servers: &[MemoryServer],
+    ) -> Result<Vm> {
+        let Self { mut vm, receive, watch, .. } = self.left(next, report)?;
+        drop(watch);
+        receive.wait(PATIENCE)?.success()?;
+        for server in servers {
+            server.wait_empty(EMPTY_WITHIN)?;
+        }
+        assert_detached(vm.pid())?;
+        check_journals(rig)?;
+        ensure!(vm.qmp().run_state()? == "running", "The guest does not run");
+        Ok(vm)
     }
 
     /// Merges the guest and checks what must hold then: its main host never had more memory than was allowed, it is whole

@@ -28,6 +28,8 @@ pub enum SplitState {
     Merging,
     /// All of it is there.
     Merged,
+    /// It is about to leave for another main host.
+    Leaving,
     /// Memory was lost with a server: the guest cannot go on.
     Lost,
 }
@@ -182,6 +184,16 @@ impl<'a> Pager<'a> {
         let mut words = vec!["move-fragment", "--json", "--qmp", &qmp, "--journal", &self.journal];
         words.extend(["--from", from]);
         words.extend(to.into_iter().flat_map(|to| ["--to", to]));
+        Engine::run(self.program, &words, None, timeout)
+    }
+
+    /// Runs `migrate merge --to`.
+    ///
+    /// # Errors
+    /// It was not over within `timeout`; how it ended is in the answer.
+    pub fn merge_to(&self, to: &str, timeout: Duration) -> Result<EngineOutput> {
+        let qmp = self.qmp.display().to_string();
+        let words = ["merge", "--json", "--qmp", &qmp, "--journal", &self.journal, "--to", to];
         Engine::run(self.program, &words, None, timeout)
     }
 

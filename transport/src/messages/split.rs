@@ -27,6 +27,22 @@ pub struct Split {
     pub direct_io_window_ms: u32,
     /// The guest's stores, 1 to [`STORES_MAX`].
     pub stores: Vec<Store>,
+    /// Whether the guest was split before and only its main host changes: what lies in the stores is its memory already.
+    /// Until the destination owns the guest nothing in them may change, and they stay if it never does.
+    #[serde(default)]
+    pub is_moved: bool,
+    /// What the guest's pager is to do by itself.
+    #[serde(default)]
+    pub then: Then,
+}
+
+/// What becomes of a split guest once it runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Then {
+    /// All of its memory is to come to the destination.
+    pub merge: bool,
+    /// Numbers of stores from which all is to move to the others, ascending.
+    pub drain: Vec<u16>,
 }
 
 /// A store of the guest's pages on a memory server.
@@ -77,6 +93,18 @@ impl Body for Split {
         let copies = usize::from(self.copies);
         let enough = (1..=2).contains(&copies) && copies <= count;
         rule(enough, what, "copies", copies as u64, "1, or 2 with two stores or more")?;
+        let drain = &self.then.drain;
+        let ascending = drain.windows(2).all(|pair| pair.first() < pair.last());
+        let known = drain.last().is_none_or(|last| usize::from(*last) < count);
+        let last = drain.last().copied().unwrap_or_default().into();
+        rule(ascending && known, what, "drain", last, "numbers of stores, ascending")?;
+        rule(
+            drain.len() + copies <= count,
+            what,
+            "drain",
+            drain.len() as u64,
+            "copies need stores",
+        )?;
         for store in &self.stores {
             check_text(what, "address", &store.address)?;
             check_text(what, "name", &store.name)?;

@@ -17,7 +17,7 @@ use transport::messages::{
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
     RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, Sync,
-    Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
+    Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
     VerifyRequest, message_type, text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
@@ -84,6 +84,8 @@ fn samples() -> Vec<Message> {
             copies: 2,
             direct_io_window_ms: 3000,
             stores: vec![store("192.0.2.7:7701"), store("[2001:db8::7]:7701")],
+            is_moved: true,
+            then: Then { merge: true, drain: vec![] },
         }),
         Message::RemoteEnd(RemoteEnd { store: 1, pages: 4097, version: 70_000 }),
         Message::DeviceState(DeviceState {
@@ -367,14 +369,21 @@ fn one_more_than_allowed_is_refused_by_both_ends() {
     refused(Message::Missing(Missing { first_page: 1 << 34, words: vec![0] }));
     refused(Message::MissingEnd(MissingEnd { pages: (1 << 34) + 1 }));
     refused(Message::Request(Request { page: 1 << 34 }));
-    let split = |resident_pages, copies, stores| {
+    let split = |resident_pages, copies, stores, drain: &[u16]| {
         let stores = vec![store("192.0.2.7:7701"); stores];
-        refused(Message::Split(Split { resident_pages, copies, direct_io_window_ms: 0, stores }));
+        let then = Then { merge: false, drain: drain.to_vec() };
+        let (direct_io_window_ms, is_moved) = (0, false);
+        Split { resident_pages, copies, direct_io_window_ms, stores, is_moved, then }
     };
     for (resident_pages, copies, stores) in
         [(0, 1, 1), ((1 << 34) + 1, 1, 1), (9, 0, 1), (9, 2, 1), (9, 3, 3), (9, 1, 0), (9, 1, 9)]
     {
-        split(resident_pages, copies, stores);
+        refused(Message::Split(split(resident_pages, copies, stores, &[])));
+    }
+    for (copies, stores, drain) in
+        [(1, 3, &[1, 0][..]), (1, 3, &[1, 1]), (1, 3, &[3]), (1, 2, &[0, 1]), (2, 3, &[0, 1])]
+    {
+        refused(Message::Split(split(9, copies, stores, drain)));
     }
     let remote_end = RemoteEnd { store: 7, pages: 1 << 34, version: 1 << 63 };
     wire::encode(&Message::RemoteEnd(remote_end.clone()), 1).unwrap();

@@ -18,6 +18,7 @@ mod act;
 mod faults;
 mod fragment;
 mod keeper;
+mod leave;
 mod prepare;
 mod reclaim;
 mod rescue;
@@ -25,14 +26,13 @@ mod socket;
 mod traffic;
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use migrate_core::layout::RamLayout;
 use migrate_core::pageset::PageSet;
-use migrate_core::remote::{Remote, RemoteConfig, ServerRoom};
+use migrate_core::remote::{Remote, RemoteConfig, ServerPhase, ServerRoom};
 use parking_lot::{Condvar, Mutex, RwLock};
 use qemu_glue::attach;
 use qemu_glue::pager::{Duty, Pager};
@@ -42,10 +42,12 @@ use qemu_glue::vm::VmInventory;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc, oneshot};
 use transport::Identity;
-use transport::messages::{Split, Store};
+use transport::messages::{Split, Store, Then};
 
 use self::faults::FaultThread;
-use self::keeper::{KeeperThread, Order};
+use self::keeper::{Flushed, KeeperThread, Order};
+pub use self::leave::Home;
+use self::leave::{Left, Wanted};
 pub use self::prepare::Reached;
 use self::reclaim::ReclaimThread;
 pub use self::rescue::rescue;
@@ -60,6 +62,9 @@ const READ_AHEAD_PAGES_MAX: u64 = 256;
 
 /// Highest version of a page that a peer is believed: a guest comes to it in no lifetime, and there is room above it.
 pub const VERSIONS_BELIEVED: u64 = 1 << 55;
+
+/// How long whoever asked for a guest to leave may take to hear that it has.
+const HEARD_WITHIN: Duration = Duration::from_secs(2);
 
 /// How often QEMU is looked after.
 const WATCH_EVERY: Duration = Duration::from_millis(200);
@@ -95,6 +100,19 @@ struct Shared {
     is_merging: AtomicBool,
     /// Whether all of it has.
     is_merged: AtomicBool,
+    /// Whether the guest is about to leave for another main host.
+    is_leaving: AtomicBool,
+    /// Whether nothing may change on servers: it is not decided whose they are.
+    is_held: AtomicBool,
+    /// The keeper has this while it works.
+    keeping: Mutex<()>,
+    /// And the asking thread this.
+    asking: Mutex<()>,
+    /// Of the next pages that are put.
+    version: AtomicU64,
+    flushed: Flushed,
+    /// Who asks for the guest to leave.
+    wanted: mpsc::Sender<Wanted>,
     /// Rings when the state changes.
     changed: Notify,
     traffic: Traffic,
@@ -115,6 +133,7 @@ pub struct Note {
 pub struct RemoteGuest {
     shared: Arc<Shared>,
     notes: mpsc::UnboundedReceiver<Note>,
+    wanted: mpsc::Receiver<Wanted>,
     faults: Option<FaultThread>,
     keeper: Option<KeeperThread>,
     reclaim: Option<ReclaimThread>,
@@ -136,6 +155,8 @@ pub enum Ending {
     Merged,
     /// QEMU is gone.
     Gone,
+    /// It runs at another main host.
+    Left,
 }
 
 impl RemoteGuest {
@@ -161,7 +182,8 @@ impl RemoteGuest {
             match placed() {
                 Ok(remote) => {
                     let paged = (pager, attached.remote_fd, remote);
-                    Self::begin(name, ram, paged, reached, version + 1)
+                    let is_held = reached.split.is_moved;
+                    Self::begin(name, ram, paged, reached, (version + 1, is_held))
                 }
                 Err(error) => {
                     // The guest was not loaded: nobody waits for more than zeros.
@@ -190,7 +212,7 @@ impl RemoteGuest {
             let remote = Remote::new(ram.layout().pages(), config, &present, remote)?;
             let pager = Pager::resume(ram.identity().pid(), attached.uffd, &ram, Duty::Evict)?;
             let paged = (pager, attached.remote_fd, remote);
-            Self::begin(name, ram, paged, reached, version + 1)
+            Self::begin(name, ram, paged, reached, (version + 1, false))
         });
         started.await?
     }
@@ -200,10 +222,11 @@ impl RemoteGuest {
         ram: Arc<GuestRam>,
         (pager, remote_fd, remote): (Pager, i32, Remote),
         reached: Reached,
-        version: u64,
+        (version, is_held): (u64, bool),
     ) -> Result<Self, EngineError> {
         let Reached { split, identity, options, for_faults, for_keeper } = reached;
         let (notes, to_note) = mpsc::unbounded_channel();
+        let (wanted, is_wanted) = mpsc::channel(1);
         let shared = Arc::new(Shared {
             vm,
             ram,
@@ -222,15 +245,21 @@ impl RemoteGuest {
             is_over: AtomicBool::new(false),
             is_merging: AtomicBool::new(false),
             is_merged: AtomicBool::new(false),
+            is_leaving: AtomicBool::new(false),
+            is_held: AtomicBool::new(is_held),
+            keeping: Mutex::default(),
+            asking: Mutex::default(),
+            version: AtomicU64::new(version),
+            flushed: Flushed::default(),
+            wanted,
             changed: Notify::new(),
             traffic: Traffic::default(),
             failure: Mutex::new(None),
         });
         let faults = FaultThread::start(Arc::clone(&shared), for_faults)?;
-        let clients = keeper::Clients { list: for_keeper, version };
-        let keeper = KeeperThread::start(Arc::clone(&shared), clients, faults.handle());
+        let keeper = KeeperThread::start(Arc::clone(&shared), for_keeper, faults.handle());
         let (faults, keeper) = (Some(faults), Some(keeper));
-        Ok(Self { shared, notes: to_note, faults, keeper, reclaim: None })
+        Ok(Self { shared, notes: to_note, wanted: is_wanted, faults, keeper, reclaim: None })
     }
 
     /// The guest runs: its kernel is asked from now on.
@@ -247,23 +276,87 @@ impl RemoteGuest {
         std::mem::replace(&mut self.notes, mpsc::unbounded_channel().1)
     }
 
-    /// Pages the guest until all of its memory is here or its QEMU is gone; answers on the socket meanwhile. What is
-    /// on the servers is deleted then.
+    /// The guest belongs here and runs: does what it came with, and lets nobody at its memory any more who is not of
+    /// its hosts, `from` which it came.
+    pub fn settle(&self, from: Option<&str>) {
+        let shared = &self.shared;
+        shared.is_held.store(false, Ordering::Release);
+        if let Some(from) = from.filter(|from| *from != shared.identity.name()) {
+            shared.orders.lock().push(Order::Revoke(from.to_owned()));
+        }
+        let Then { merge, drain } = &shared.split.then;
+        for server in drain {
+            shared.orders.lock().push(Order::Drain(usize::from(*server)));
+        }
+        if *merge {
+            shared.begin_merge();
+        }
+        shared.keeper.notify_all();
+    }
+
+    /// Pages the guest until all of its memory is here, it has left, or its QEMU is gone; answers on the socket
+    /// meanwhile. What is on the servers is deleted then, unless it has left.
     ///
     /// # Errors
-    /// If its faults can no longer be served; its threads wait then.
-    pub async fn run(mut self, client: &Client, socket: PathBuf) -> Result<Ending, EngineError> {
-        let answering = socket::serve(socket.clone(), Arc::clone(&self.shared));
+    /// If its faults can no longer be served; its threads wait then. [`EngineError::InDoubt`] if it is not known
+    /// whether it has left.
+    pub async fn run(mut self, client: &Client, home: &Home) -> Result<Ending, EngineError> {
+        let answering = socket::serve(home.socket.clone(), Arc::clone(&self.shared));
+        let mut wanted = std::mem::replace(&mut self.wanted, mpsc::channel(1).1);
+        let paged = async {
+            loop {
+                tokio::select! {
+                    ending = self.ended(client) => return ending,
+                    Some(wanted) = wanted.recv() => {
+                        if let Some(ending) = self.let_go(client, home, wanted).await? {
+                            return Ok(ending);
+                        }
+                    }
+                }
+            }
+        };
         let ending = tokio::select! {
-            ending = self.ended(client) => ending,
+            ending = paged => ending,
             error = answering => Err(error),
         };
-        if let Err(error) = std::fs::remove_file(&socket) {
+        if let Err(error) = std::fs::remove_file(&home.socket) {
             tracing::debug!(%error, "socket not removed");
         }
-        let ending = ending?;
-        self.end().await;
-        Ok(ending)
+        match ending? {
+            Ending::Left => {
+                self.stop();
+                Ok(Ending::Left)
+            }
+            ending => {
+                self.end(true).await;
+                Ok(ending)
+            }
+        }
+    }
+
+    /// Lets the guest go; tells who asked for that.
+    async fn let_go(
+        &self,
+        client: &Client,
+        home: &Home,
+        wanted: Wanted,
+    ) -> Result<Option<Ending>, EngineError> {
+        let Wanted { asked, mut cancelled, done } = wanted;
+        let (left, report) = leave::leave(&self.shared, client, home, &asked, &mut cancelled).await;
+        let error = report.error.as_ref().map(|error| error.message.clone());
+        let _gone = done.send(Box::new(report));
+        // Whoever asked has heard it when it leaves.
+        if left != Left::Here {
+            let _gone_anyway = tokio::time::timeout(HEARD_WITHIN, cancelled).await;
+        }
+        match left {
+            Left::Gone => Ok(Some(Ending::Left)),
+            Left::Here => {
+                eprintln!("the guest stays here: {}", error.unwrap_or_default());
+                Ok(None)
+            }
+            Left::InDoubt => Err(EngineError::InDoubt { qmp: home.common.qmp.clone() }),
+        }
     }
 
     async fn ended(&self, client: &Client) -> Result<Ending, EngineError> {
@@ -292,8 +385,8 @@ impl RemoteGuest {
         }
     }
 
-    /// Ends paging: every page is here, or the guest is not wanted. Its stores are deleted.
-    pub async fn end(&mut self) {
+    /// Ends paging: every page is here, or the guest is not wanted. Its stores are deleted if they are its own.
+    pub async fn end(&mut self, is_own: bool) {
         self.shared.is_over.store(true, Ordering::Release);
         self.shared.keeper.notify_all();
         let (shared, faults, keeper) =
@@ -305,9 +398,17 @@ impl RemoteGuest {
             let clients = keeper.map(KeeperThread::stop).unwrap_or_default();
             drop(faults);
             shared.end_paging();
-            keeper::delete_stores(&shared.stores.read(), clients);
+            if is_own || !shared.split.is_moved {
+                keeper::delete_stores(&shared.stores.read(), clients);
+            }
         });
         let _told_in_the_log = ended.await;
+    }
+
+    /// The guest is gone, its stores with it.
+    fn stop(&self) {
+        self.shared.is_over.store(true, Ordering::Release);
+        self.shared.keeper.notify_all();
     }
 }
 
@@ -350,13 +451,31 @@ impl Shared {
 
     /// The guest's stores on servers that have not gone, `except` this one.
     fn split_now(&self, except: Option<usize>) -> Split {
-        let gone = self.traffic.gone.lock();
-        let stores = self.stores.read();
-        let there = stores
-            .iter()
-            .enumerate()
-            .filter(|(server, _)| !gone.contains(server) && Some(*server) != except);
-        Split { stores: there.map(|(_, store)| store.clone()).collect(), ..self.split.clone() }
+        let gone = self.traffic.gone.lock().clone();
+        let stores = self.stores.read().clone();
+        let servers = self.remote.lock().stats().servers;
+        let (mut there, mut drain) = (vec![], vec![]);
+        for (number, (store, server)) in stores.into_iter().zip(servers).enumerate() {
+            if gone.contains(&number) || Some(number) == except {
+                continue;
+            }
+            if server.state == ServerPhase::Draining {
+                drain.extend(u16::try_from(there.len()));
+            }
+            there.push(Store { reserve_pages: server.reserve_pages, ..store });
+        }
+        let then = Then { merge: self.is_merging.load(Ordering::Acquire), drain };
+        Split { stores: there, then, ..self.split.clone() }
+    }
+
+    /// All memory is to come here.
+    fn begin_merge(&self) {
+        if !self.is_merging.swap(true, Ordering::AcqRel) {
+            self.remote.lock().begin_merge();
+            // The next pager goes on with it. Should it not be noted, it has to be asked for again.
+            drop(self.note(self.split_now(None)));
+            self.keeper.notify_all();
+        }
     }
 
     /// Has the journal say where the guest's memory is. The answer comes once that is durable; none if nobody keeps the
@@ -375,6 +494,8 @@ impl Shared {
             PagerState::Merged
         } else if self.is_merging.load(Ordering::Acquire) {
             PagerState::Merging
+        } else if self.is_leaving.load(Ordering::Acquire) {
+            PagerState::Leaving
         } else {
             PagerState::Split
         }

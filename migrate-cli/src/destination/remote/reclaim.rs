@@ -139,6 +139,11 @@ impl Reclaimer {
                 continue;
             }
             next = Instant::now() + EVERY;
+            let shared = Arc::clone(&self.shared);
+            let _asking = shared.asking.lock();
+            if shared.is_leaving.load(Ordering::Acquire) {
+                continue;
+            }
             if let Err(error) = self.ask() {
                 tracing::info!(error = %error.tell(), "the guest's kernel tells nothing");
                 self.kernel = None;

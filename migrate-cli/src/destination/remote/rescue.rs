@@ -32,6 +32,7 @@ use crate::args::ReceiveArgs;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Journal, PagingEntry};
+use crate::source::recover;
 use crate::stores;
 
 /// Pause between attempts to reach the servers.
@@ -53,6 +54,8 @@ pub async fn rescue(
 ) -> Result<Outcome, EngineError> {
     let entry = journal.entry().clone();
     let lost = || EngineError::Internal("the journal does not tell where the memory is".into());
+    let common = args.common.clone();
+    recover::refuse_gone(&common)?;
     let PagingEntry { remote_fd, regions, split } = entry.paging.clone().ok_or_else(lost)?;
     let split = split.ok_or_else(lost)?;
     let mut listener = Listener::bind(args.listen, &identity, options)?;
@@ -70,9 +73,10 @@ pub async fn rescue(
     let client = monitor(args).await?;
     let vm = vm::inventory(&client).await?;
     archive.add(journal);
-    // A guest that belongs here, but was not resumed.
+    // A guest that belongs here, but was not resumed; or one that was about to leave.
     archive.recover(Some(&client)).await;
-    let paged = Paged { client: &client, vm: &vm };
+    recover::before_leaving(&client, &common).await?;
+    let paged = Paged { client: &client, vm: &vm, common };
     page(&mut listener, paged, archive, remote).await?;
     Ok(Outcome::Completed)
 }

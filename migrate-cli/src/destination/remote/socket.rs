@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,15 +11,17 @@ use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::remote::ServerPhase;
 use serde::Serialize;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::OwnedWriteHalf;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Take};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::oneshot;
 
+use super::leave::Wanted;
 use super::{Shared, fragment};
 use crate::error::EngineError;
 use crate::pager_socket::{
-    Ask, BytesStatus, EvictedStatus, FaultStatus, LINE_BYTES_MAX, ReadAheadStatus, Refused,
-    STATUS_VERSION, ServerState, ServerStatus, Status,
+    Ask, BytesStatus, EvictedStatus, FaultStatus, LINE_BYTES_MAX, Leave, Left, ReadAheadStatus,
+    Refused, STATUS_VERSION, ServerState, ServerStatus, Status,
 };
 
 /// How often progress is told.
@@ -62,10 +65,14 @@ async fn answer(stream: UnixStream, shared: Arc<Shared>) {
         tracing::info!(line, "not understood");
         return;
     };
-    if let Err(error) = begin(&shared, &ask).await {
-        let is_misuse = error.bin() == ErrorBin::CallerMisuse;
-        let _left = say(&mut writer, &Refused { refused: error.tell(), is_misuse }).await;
-        return;
+    let begun = match ask {
+        Ask::Leave(leave) => return let_go(reader, writer, shared, leave).await,
+        Ask::Status => Ok(()),
+        Ask::Merge => merge(&shared),
+        Ask::MoveFragment { from, to } => fragment::begin(&shared, from, to).await,
+    };
+    if let Err(error) = begun {
+        return refuse(&mut writer, &error).await;
     }
     loop {
         let changed = shared.changed.notified();
@@ -81,19 +88,58 @@ async fn answer(stream: UnixStream, shared: Arc<Shared>) {
     }
 }
 
-/// Begins what is asked for.
-async fn begin(shared: &Arc<Shared>, ask: &Ask) -> Result<(), EngineError> {
-    match ask {
-        Ask::Status => Ok(()),
-        Ask::Merge => {
-            if !shared.is_merging.swap(true, Ordering::AcqRel) {
-                shared.remote.lock().begin_merge();
-                shared.keeper.notify_all();
-            }
-            Ok(())
-        }
-        Ask::MoveFragment { from, to } => fragment::begin(shared, *from, *to).await,
+/// Begins to bring all memory here.
+fn merge(shared: &Shared) -> Result<(), EngineError> {
+    if shared.is_leaving.load(Ordering::Acquire) {
+        return Err(EngineError::Misuse {
+            what: "The guest is about to leave for another main host".into(),
+            remedy: "Interrupt that, or merge it there".into(),
+        });
     }
+    shared.begin_merge();
+    Ok(())
+}
+
+/// Has the guest leave; shows how far that is. Whoever leaves before the end cancels it.
+async fn let_go(
+    mut reader: BufReader<Take<OwnedReadHalf>>,
+    mut writer: OwnedWriteHalf,
+    shared: Arc<Shared>,
+    asked: Leave,
+) {
+    let (cancel, cancelled) = oneshot::channel();
+    let (done, mut is_done) = oneshot::channel();
+    if shared.wanted.try_send(Wanted { asked, cancelled, done }).is_err() {
+        let error = EngineError::Misuse {
+            what: "The guest is about to leave already".into(),
+            remedy: "Wait for that, or interrupt it".into(),
+        };
+        return refuse(&mut writer, &error).await;
+    }
+    let mut rest = String::new();
+    let mut asker_left = pin!(reader.read_line(&mut rest));
+    let report = loop {
+        tokio::select! {
+            report = &mut is_done => break report,
+            _ = &mut asker_left => return drop(cancel),
+            () = tokio::time::sleep(TELL_EVERY) => {
+                if !say(&mut writer, &status(&shared)).await {
+                    return;
+                }
+            }
+        }
+    };
+    // Without a word the paging has ended otherwise, as the asker is told then.
+    if let Ok(report) = report
+        && let Ok(left) = serde_json::to_value(&report)
+    {
+        let _left = say(&mut writer, &Left { left }).await;
+    }
+}
+
+async fn refuse(writer: &mut OwnedWriteHalf, error: &EngineError) {
+    let is_misuse = error.bin() == ErrorBin::CallerMisuse;
+    let _left = say(writer, &Refused { refused: error.tell(), is_misuse }).await;
 }
 
 /// Writes a line. Says whether anybody reads.
@@ -106,7 +152,10 @@ async fn say(writer: &mut OwnedWriteHalf, line: &impl Serialize) -> bool {
 /// How the guest does.
 fn status(shared: &Shared) -> Status {
     let state = shared.state();
-    let stats = shared.remote.lock().stats();
+    let (stats, unflushed_pages) = {
+        let remote = shared.remote.lock();
+        (remote.stats(), if remote.is_flushing() { remote.unflushed_pages() } else { 0 })
+    };
     let (sent, received) = shared.traffic.bytes();
     let (stores, drained) = (shared.stores.read(), shared.traffic.drained.lock());
     let servers = stores.iter().zip(&stats.servers).enumerate();
@@ -133,6 +182,7 @@ fn status(shared: &Shared) -> Status {
         resident_pages: stats.resident_pages,
         remote_pages,
         under_copied_pages: stats.under_copied_pages,
+        unflushed_pages,
         faults: FaultStatus {
             count: faults.zero + faults.fetch + faults.wait,
             zero: faults.zero,

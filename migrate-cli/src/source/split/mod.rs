@@ -25,7 +25,7 @@ use migrate_core::precopy::Round;
 use parking_lot::Mutex;
 use qemu_glue::ram::GuestRam;
 use transport::Identity;
-use transport::messages::{Message, RemoteEnd, STORES_MAX, Store};
+use transport::messages::{Message, RemoteEnd, STORES_MAX, Store, Then};
 use transport::pages::{PageClient, PageRequest, PageStop};
 
 use self::lane::StoreLane;
@@ -187,6 +187,8 @@ impl Room {
             copies: u8::try_from(self.copies).unwrap_or(1),
             direct_io_window_ms: self.direct_io_window_ms,
             stores: self.ways.iter().map(|way| way.store.clone()).collect(),
+            is_moved: false,
+            then: Then::default(),
         };
         link.send(Message::Split(split)).await?;
         early::prepared(link, "that it is prepared", PREPARED_WITHIN).await

@@ -1,9 +1,9 @@
 //! The thread that keeps a split guest within its limit, and everything else that no guest waits for.
 //!
 //! ```text
-//!   wait ─► evict ─► drop copies that are out of date ─► make copies ─► fetch (merging) ─► orders ─► reach servers ─┐
-//!     ▲                                                                                                             │
-//!     └─────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+//!   wait ─► evict ─► flush (leaving) ─► drop old copies ─► make copies ─► fetch (merging) ─► orders ─► reach servers ─┐
+//!     ▲                                                                                                               │
+//!     └───────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
 //! Its connections carry all puts and drops, in the order in which they were decided.
@@ -14,7 +14,7 @@ mod reach;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -41,11 +41,24 @@ const TICK: Duration = Duration::from_millis(50);
 /// Pages that are evicted at a time.
 const EVICT_PAGES: usize = REQUEST_PAGES_MAX as usize;
 
-/// A connection a server, and the version of the next pages that are put.
-#[derive(Debug)]
-pub(super) struct Clients {
-    pub(super) list: Vec<PageClient>,
-    pub(super) version: u64,
+/// How fast pages are copied to servers that stay here.
+#[derive(Debug, Default)]
+pub(super) struct Flushed {
+    pages: AtomicU64,
+    busy_us: AtomicU64,
+}
+
+impl Flushed {
+    /// Pages so far, and how long that took.
+    pub(super) fn seen(&self) -> (u64, Duration) {
+        let busy_us = self.busy_us.load(Ordering::Relaxed);
+        (self.pages.load(Ordering::Relaxed), Duration::from_micros(busy_us))
+    }
+
+    fn note(&self, pages: usize, busy: Duration) {
+        self.pages.fetch_add(pages as u64, Ordering::Relaxed);
+        self.busy_us.fetch_add(busy.as_micros() as u64, Ordering::Relaxed);
+    }
 }
 
 /// The thread's owner.
@@ -57,16 +70,18 @@ pub(super) struct KeeperThread {
 
 impl KeeperThread {
     /// Begins to keep the guest within its limit, over a connection a server.
-    pub(super) fn start(shared: Arc<Shared>, clients: Clients, faults: FaultHandle) -> Self {
-        let Clients { list, version } = clients;
-        let clients: Vec<_> = list.into_iter().map(Some).collect();
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        clients: Vec<PageClient>,
+        faults: FaultHandle,
+    ) -> Self {
+        let clients: Vec<_> = clients.into_iter().map(Some).collect();
         let left = Arc::new(Mutex::new(vec![]));
         let leaves = Arc::clone(&left);
         let mut keeper = Keeper {
             shared,
             clients,
             faults,
-            version,
             fetches: vec![],
             later: BTreeMap::new(),
             postponed: vec![],
@@ -107,8 +122,6 @@ struct Keeper {
     shared: Arc<Shared>,
     clients: Vec<Option<PageClient>>,
     faults: FaultHandle,
-    /// Of the next pages that are put.
-    version: u64,
     /// For the fault thread to ask for.
     fetches: Vec<Fetch>,
     /// Pages that servers have taken, but that direct I/O may still reach, and until when.
@@ -136,26 +149,55 @@ enum Failed {
 
 impl Keeper {
     fn run(&mut self) -> Result<(), EngineError> {
-        while !self.shared.is_over.load(Ordering::Acquire) {
-            let is_short = self.shared.remote.lock().wanted_evictions() > 0;
-            let busy = self.finish_later()?
-                | self.evict()?
-                | self.drop_stale()
-                | self.copy_again()
-                | self.merge()?;
+        let shared = Arc::clone(&self.shared);
+        while !shared.is_over.load(Ordering::Acquire) {
+            let keeping = shared.keeping.lock();
+            let is_held = shared.is_held.load(Ordering::Acquire);
+            let is_short = shared.remote.lock().wanted_evictions() > 0;
+            let busy = !is_held && self.keep()?;
             self.hand_over_fetches();
-            self.obey();
-            self.part();
             self.reconnect();
+            drop(keeping);
             if !busy {
-                let mut remote = self.shared.remote.lock();
+                let mut remote = shared.remote.lock();
                 // Nothing to be done before something changes, or something to be done since the last look.
-                if is_short || remote.wanted_evictions() == 0 {
-                    let _timed_out = self.shared.keeper.wait_for(&mut remote, TICK);
+                if is_held || is_short || remote.wanted_evictions() == 0 {
+                    let _timed_out = shared.keeper.wait_for(&mut remote, TICK);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Does a piece of everything. Says whether there was anything to do.
+    fn keep(&mut self) -> Result<bool, EngineError> {
+        let busy = self.finish_later()?
+            | self.evict()?
+            | self.flush()?
+            | self.drop_stale()
+            | self.copy_again()
+            | self.merge()?;
+        self.obey();
+        self.part();
+        Ok(busy)
+    }
+
+    /// Gives pages that are only here a copy while they stay. Says whether any server took any.
+    fn flush(&mut self) -> Result<bool, EngineError> {
+        let shared = Arc::clone(&self.shared);
+        let pages = {
+            let mut remote = shared.remote.lock();
+            let pages = remote.next_to_flush(EVICT_PAGES, shared.now());
+            shared.protect(&pages, true)?;
+            pages
+        };
+        if pages.is_empty() {
+            return Ok(false);
+        }
+        let (count, began) = (pages.len(), Instant::now());
+        let any = self.put(pages)?;
+        shared.flushed.note(count, began.elapsed());
+        Ok(any)
     }
 
     /// Takes pages away. Says whether there were any.
@@ -257,7 +299,7 @@ impl Keeper {
             }
             PutDone::Changed => self.shared.protect(&[page], false)?,
             PutDone::NotYet(until) => drop(self.later.insert(page, (until, copy.to_vec()))),
-            PutDone::More | PutDone::Cancelled => {}
+            PutDone::Keep | PutDone::More | PutDone::Cancelled => {}
         }
         Ok(())
     }
@@ -279,9 +321,7 @@ impl Keeper {
 
     /// A version that no page has yet.
     fn next_version(&mut self) -> u64 {
-        let version = self.version;
-        self.version += 1;
-        version
+        self.shared.version.fetch_add(1, Ordering::AcqRel)
     }
 
     fn put_to(
@@ -344,7 +384,9 @@ impl Shared {
 impl From<&Failed> for PutFailure {
     fn from(failed: &Failed) -> Self {
         match failed {
-            Failed::Refused(StoreError::Full { .. } | StoreError::Reserved { .. }) => Self::Full,
+            Failed::Refused(
+                StoreError::Full { .. } | StoreError::HostFull { .. } | StoreError::Reserved { .. },
+            ) => Self::Full,
             Failed::Away | Failed::Refused(_) => Self::Gone,
         }
     }

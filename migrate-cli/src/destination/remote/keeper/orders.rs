@@ -1,7 +1,7 @@
-//! What operators have the keeper do: a server's pages move to others.
+//! What others have the keeper do: servers join, reserve more, or are drained.
 //!
 //! ```text
-//!   order ─► server added ─► drained ... empty ─► journal noted ─► store deleted, server parted with
+//!   drain ─► pages move to others ... empty ─► journal noted ─► store deleted, server parted with
 //! ```
 //!
 //! Invariants: a server is in the journal before anything is put there; it is out of the journal before its store is
@@ -14,10 +14,11 @@ use tokio::sync::oneshot::{self, error::TryRecvError};
 use transport::messages::Store;
 use transport::pages::{PageClient, PageRequest};
 
-use super::Keeper;
+use super::{Failed, Keeper};
 use crate::destination::remote::faults::Command;
 use crate::error::EngineError;
 use crate::journal::JournalError;
+use crate::stores;
 
 /// A server that joins, reached and in the journal.
 #[derive(Debug)]
@@ -27,15 +28,20 @@ pub(in crate::destination::remote) struct Joining {
     pub(in crate::destination::remote) for_keeper: PageClient,
 }
 
+/// Told once an order was carried out.
+pub(in crate::destination::remote) type Obeyed = oneshot::Sender<Result<(), EngineError>>;
+
 /// What the keeper is to do.
 #[derive(Debug)]
-pub(in crate::destination::remote) struct Order {
-    /// The server, by its number, whose pages move to others.
-    pub(in crate::destination::remote) drain: usize,
-    /// One more of the others.
-    pub(in crate::destination::remote) to: Option<Joining>,
-    /// Told once it is begun.
-    pub(in crate::destination::remote) begun: oneshot::Sender<Result<(), EngineError>>,
+pub(in crate::destination::remote) enum Order {
+    /// One more server joins.
+    Join(Box<Joining>, Obeyed),
+    /// All that this server has moves to others.
+    Drain(usize),
+    /// This server is to keep so many pages free for the guest.
+    Reserve(usize, u64, Obeyed),
+    /// This host has nothing to do with the guest's memory any more.
+    Revoke(String),
 }
 
 /// A server that is being drained.
@@ -57,18 +63,55 @@ enum Look {
 }
 
 impl Keeper {
-    /// Takes what was ordered up.
+    /// Carries out what was ordered.
     pub(super) fn obey(&mut self) {
         let orders = std::mem::take(&mut *self.shared.orders.lock());
-        for Order { drain, to, begun } in orders {
-            let joined = to.map_or(Ok(()), |joining| self.join(joining));
-            if joined.is_ok() {
-                self.shared.remote.lock().drain(drain);
-                if self.parting.iter().all(|parting| parting.server != drain) {
-                    self.parting.push(Parting { server: drain, noted: None });
+        for order in orders {
+            match order {
+                Order::Join(joining, obeyed) => {
+                    let joined = self.join(*joining).map_err(EngineError::from);
+                    let _asker_left = obeyed.send(joined);
                 }
+                Order::Drain(server) => self.drain(server),
+                Order::Reserve(server, pages, obeyed) => {
+                    let _asker_left = obeyed.send(self.reserve(server, pages));
+                }
+                Order::Revoke(host) => self.revoke(&host),
             }
-            let _asker_left = begun.send(joined.map_err(EngineError::from));
+        }
+    }
+
+    fn drain(&mut self, server: usize) {
+        self.shared.remote.lock().drain(server);
+        if self.parting.iter().all(|parting| parting.server != server) {
+            self.parting.push(Parting { server, noted: None });
+        }
+        // The next pager goes on with it. Should it not be noted, it has to be asked for again.
+        drop(self.shared.note(self.shared.split_now(None)));
+    }
+
+    fn reserve(&mut self, server: usize, pages: u64) -> Result<(), EngineError> {
+        let address = self.shared.store(server).map(|store| store.address).unwrap_or_default();
+        match self.call(server, &PageRequest::Reserve { pages }) {
+            Ok(_) => {
+                self.shared.remote.lock().set_reserve(server, pages);
+                Ok(())
+            }
+            Err(Failed::Refused(error)) => Err(stores::refused(&address, error)),
+            Err(Failed::Away) => Err(EngineError::Misuse {
+                what: format!("The memory server {address} does not answer"),
+                remedy: "Wait until `migrate status` shows it as connected".into(),
+            }),
+        }
+    }
+
+    /// One that does not answer is told by no one: whoever knows the store's secret may go on using it there.
+    fn revoke(&mut self, host: &str) {
+        for server in 0..self.clients.len() {
+            let request = PageRequest::Revoke { host: host.to_owned() };
+            if self.call(server, &request).is_err() {
+                tracing::warn!(server, host, "access to the guest's memory was not withdrawn");
+            }
         }
     }
 

@@ -1,0 +1,187 @@
+//! Split guests that leave for another main host.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::split::{NextHost, Offer, Split, WORKING_RESIDENT_MIB};
+use e2e::{PATIENCE, Rig, in_turn};
+use framework::split::SplitState;
+use framework::worker::{self, Phase};
+use framework::{Engine, MemoryServer, wait};
+use nix::sys::signal::Signal;
+
+const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
+
+/// Not within any round.
+const NEVER: [&str; 2] = ["--max-downtime-ms", "1"];
+
+/// Longest wait for a server to be empty once the guest has no more there.
+const EMPTY_WITHIN: Duration = Duration::from_secs(30);
+
+/// Starts `migrate split` on the main host of a guest that is split.
+fn start(
+    rig: &Rig,
+    split: &Split,
+    next: &NextHost,
+    servers: &[MemoryServer],
+    extra: &[&str],
+) -> Result<Engine> {
+    let (to, mib) = (&next.listen, WORKING_RESIDENT_MIB);
+    rig.start_split_from(&split.vm, "destination", to, servers, mib, extra)
+}
+
+#[test]
+fn a_split_guest_leaves_for_other_hosts_while_it_works() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let mut servers = rig.memory_servers(&rig.server_identities(3)?, &OFFER)?;
+        let third = servers.pop().expect("there are three");
+        let split = rig.split_at_work(&servers, &[])?;
+        let next = split.next_host(&rig, "host-c", &[])?;
+        // The second one stays, the first is drained, the third joins.
+        let first = servers.remove(0);
+        servers.push(third);
+        let left = start(&rig, &split, &next, &servers, &[])?.wait(PATIENCE)?;
+        let report = left.json().cloned().with_context(|| left.stderr.clone())?;
+        println!("{report}");
+        let mut split = split.left(next, report)?;
+        first.wait_empty(EMPTY_WITHIN)?;
+        first.kill()?;
+        split.work()?;
+        // The next pager knows of all that.
+        split.kill_pager()?;
+        split.start_pager(&rig)?;
+        split.works_on()?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
+#[test]
+fn a_split_guest_is_merged_at_another_host() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let split = rig.split_at_work(&servers, &["--copies", "2"])?;
+        let next = split.next_host(&rig, "host-c", &[])?;
+        let left = rig.pager(&split.vm).merge_to(&next.listen, PATIENCE)?;
+        let report = left.json().cloned().with_context(|| left.stderr.clone())?;
+        println!("{report}");
+        let mut vm = split.merged(&rig, next, report, &servers)?;
+        worker::set_phase(&mut vm, Phase::Idle)?;
+        worker::check(&mut vm, PATIENCE)?;
+        vm.verify_checker(PATIENCE).map(drop)
+    })
+}
+
+#[test]
+fn what_does_not_come_to_pass_leaves_the_guest_where_it_is() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let identities = rig.server_identities(2)?;
+        let servers = rig.memory_servers(&identities, &OFFER)?;
+        let mut split = rig.split_at_work(&servers, &[])?;
+        let pager = |split: &Split| rig.pager(&split.vm).status().map(|status| status.state);
+        // Sent as others are.
+        let sent = rig.send_from(&split.vm, "destination", "127.0.0.1:1")?.wait(PATIENCE)?;
+        ensure!(sent.code == Some(2) && sent.stderr.contains("migrate split"), "{sent:?}");
+        // Nobody is there.
+        let nobody = rig.pager(&split.vm).merge_to("127.0.0.1:1", PATIENCE)?;
+        ensure!(nobody.code == Some(1), "{nobody:?}");
+        split.work()?;
+        // Ctrl-C.
+        let next = split.next_host(&rig, "host-c", &[])?;
+        let mut command = start(&rig, &split, &next, &servers, &NEVER)?;
+        command.wait_stderr("leaving:", PATIENCE)?;
+        command.signal(Signal::SIGINT)?;
+        command.wait(PATIENCE)?;
+        wait::until("that it stays", PATIENCE, || {
+            Ok((pager(&split)? == SplitState::Split).then_some(()))
+        })?;
+        split.work()?;
+        // Its next main host dies.
+        let mut next = split.next_host(&rig, "host-d", &[])?;
+        let mut command = start(&rig, &split, &next, &servers, &NEVER)?;
+        command.wait_stderr("leaving:", PATIENCE)?;
+        next.receive.signal(Signal::SIGKILL)?;
+        let ended = command.wait(PATIENCE)?;
+        ensure!(ended.code == Some(1), "{ended:?}");
+        ensure!(pager(&split)? == SplitState::Split, "{ended:?}");
+        split.works_on()?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
+/// Who is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    /// The pager that lets the guest go.
+    Pager,
+    /// The one that waits for it.
+    Next,
+}
+
+/// Where the guest is then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Here,
+    There,
+}
+
+#[test]
+fn whoever_dies_meanwhile_one_guest_runs() -> Result<()> {
+    use End::{Here, There};
+    use Victim::{Next, Pager};
+    in_turn(|| {
+        let rig = Rig::with_failpoints()?;
+        let servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let mut split = rig.split_at_work(&servers, &[])?;
+        for (number, (step, victim, end)) in [
+            ("leave-flushing", Pager, Here),
+            ("leave-stopped", Pager, Here),
+            ("leave-flushed", Next, Here),
+            ("leave-state-sent", Pager, Here),
+            ("destination-loaded", Next, Here),
+            ("source-recorded", Pager, There),
+            ("source-committed", Pager, There),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            println!("{victim:?} is killed at {step}");
+            let name = format!("next-{number}");
+            let extra = ["--lease-s", "4", "--dead-peer-s", "1"];
+            let mut next = split.next_host(&rig, &name, &extra)?;
+            rig.hold(step)?;
+            let extra = ["--ask-s", "3", "--max-downtime-ms", "2000"];
+            let command = start(&rig, &split, &next, &servers, &extra)?;
+            rig.reached(step)?;
+            match victim {
+                Pager => split.kill_pager()?,
+                Next => next.receive.signal(Signal::SIGKILL)?,
+            }
+            rig.release(step)?;
+            let ended = command.wait(PATIENCE)?;
+            ensure!(ended.code != Some(0), "{ended:?}");
+            split = match end {
+                There => {
+                    // It may run there: no pager serves it here any more.
+                    let refused = split.start_pager(&rig).err().context("It was let back")?;
+                    let refused = format!("{refused:#}");
+                    ensure!(refused.contains("migrate resolve"), "{refused}");
+                    let resolved = rig.resolve(&split.vm, "destination", &[])?;
+                    ensure!(resolved.code == Some(0), "{resolved:?}");
+                    split.has_left(next)?
+                }
+                Here => {
+                    if victim == Pager {
+                        split.start_pager(&rig)?;
+                    }
+                    split
+                }
+            };
+            split.work()?;
+        }
+        split.works_on()?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
