@@ -147,6 +147,10 @@ pub struct ReceiveArgs {
     /// End after the first guest has arrived.
     #[arg(long)]
     pub once: bool,
+    /// Address and port for metrics of a split guest that is paged here: HTTP, GET /metrics, in Prometheus' text format.
+    /// Whoever reaches it can read them.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<SocketAddr>,
     /// Seconds that a loaded guest waits for the source's commit before it is refused for ever.
     #[arg(long, value_name = "S", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub lease_s: u64,

@@ -10,6 +10,7 @@
 //! | [`report`], [`progress`] | what the user sees |
 //! | [`attaching`], [`verify`] | the descriptor of QEMU's memory; digests of all pages |
 //! | [`missing`], [`blocking`] | sets of pages on the control stream; work off the async runtime |
+//! | [`stores`], [`pager_socket`], [`http`] | ways to memory servers; to the pager of a split guest; metrics |
 //! | [`error`] | everything that ends a migration early |
 //! | [`failpoint`] | places where the failure tests stop the engine |
 //!
@@ -23,6 +24,7 @@ pub mod commands;
 pub mod destination;
 pub mod error;
 pub mod failpoint;
+pub mod http;
 pub mod journal;
 pub mod memory_server;
 pub mod missing;

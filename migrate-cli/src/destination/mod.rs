@@ -40,10 +40,10 @@ use transport::{
 };
 
 use self::answer::{Archive, Latest};
-use self::remote::{Ending, Home, Note, RemoteGuest};
+use self::remote::{Ending, Home, Note, RemoteGuest, Watched};
 use crate::args::{CommonArgs, ReceiveArgs};
 use crate::error::EngineError;
-use crate::{cancel, journal};
+use crate::{cancel, http, journal};
 
 /// How long this stays after the guest has arrived, in times of the lease, to answer a source that
 /// lost contact: it asks for 30 s unless told otherwise, and the lease is 20 s.
@@ -73,6 +73,8 @@ pub struct Place {
     pub dead_peer: Duration,
     /// Pages a guest that runs here while part of its memory is elsewhere.
     pub remote: Mutex<Option<RemoteGuest>>,
+    /// Whose metrics are told.
+    pub watched: Watched,
 }
 
 /// Receives guests as asked.
@@ -91,6 +93,13 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         features: FEATURE_SPLIT,
         ..default
     };
+    let watched = Watched::default();
+    if let Some(addr) = args.metrics {
+        let http = http::bind(addr).await?;
+        eprintln!("metrics on http://{}/metrics", http.addr());
+        let watched = watched.clone();
+        tokio::spawn(http.serve(move || watched.text()));
+    }
     let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
     archive.release_abandoned().await;
     if let Some(journal) = archive.take_fetching() {
@@ -100,7 +109,7 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
     }
     if let Some(journal) = archive.take_split() {
         let fetches = AtomicBool::new(true);
-        let going_on = remote::rescue(args, identity, &options, journal, &mut archive);
+        let going_on = remote::rescue(args, identity, &options, journal, (&mut archive, watched));
         return until_cancelled(&fetches, going_on).await;
     }
     let client = Client::connect(&args.common.qmp).await;
@@ -141,6 +150,7 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         fetches: AtomicBool::new(false),
         dead_peer: Duration::from_secs(args.common.dead_peer_s),
         remote: Mutex::new(None),
+        watched,
     });
     until_cancelled(&place.fetches, serve(&mut listener, &place, &mut archive)).await
 }
@@ -235,7 +245,8 @@ async fn serve(
                 peer: None,
                 dead_peer_s: place.dead_peer.as_secs(),
             };
-            let paged = Paged { client: &place.client, vm: &place.vm, common };
+            let watched = place.watched.clone();
+            let paged = Paged { client: &place.client, vm: &place.vm, common, watched };
             page(listener, paged, archive, remote).await?;
             return taken;
         }
@@ -254,12 +265,14 @@ struct Paged<'a> {
     vm: &'a VmInventory,
     /// What `migrate receive` was told.
     common: CommonArgs,
+    /// Whose metrics are told.
+    watched: Watched,
 }
 
 /// Pages a guest whose memory is split, until that is over; answers questions meanwhile.
 async fn page(
     listener: &mut Listener,
-    Paged { client, vm, common }: Paged<'_>,
+    Paged { client, vm, common, watched }: Paged<'_>,
     archive: &mut Archive,
     mut remote: RemoteGuest,
 ) -> Result<(), EngineError> {
@@ -267,7 +280,7 @@ async fn page(
     remote.settle(from.as_deref());
     remote.begin_to_ask(client, vm);
     let notes = remote.take_notes();
-    let home = Home { socket, common };
+    let home = Home { socket, common, watched };
     eprintln!(
         "part of its memory is elsewhere; this is its pager (`migrate status`, `migrate merge`)"
     );

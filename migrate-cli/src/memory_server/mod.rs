@@ -14,7 +14,6 @@
 //! kept is lost only when this process ends, of which its user is warned.
 
 pub mod connection;
-pub mod http;
 pub mod metrics;
 pub mod places;
 
@@ -32,8 +31,8 @@ use self::metrics::Counters;
 use self::places::Places;
 use crate::args::{MemoryServerArgs, Switch};
 use crate::blocking::on_thread;
-use crate::cancel;
 use crate::error::EngineError;
+use crate::{cancel, http};
 
 /// Looks for leases that have ended this many times a lease.
 const LOOKS_A_LEASE: u32 = 10;
@@ -94,7 +93,8 @@ pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
         .map_err(|error| EngineError::Internal(format!("no thread to accept with: {error}")))?;
     if let Some(http) = http {
         eprintln!("metrics on http://{}/metrics", http.addr());
-        tokio::spawn(http.serve(Arc::clone(&shared)));
+        let shared = Arc::clone(&shared);
+        tokio::spawn(http.serve(move || metrics::text(&shared)));
     }
     // Scripts wait for this line.
     eprintln!("listening on {addr}");

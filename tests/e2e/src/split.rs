@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use framework::memory_server::ServerOptions;
+use framework::metrics;
 use framework::split::{SplitState, arguments};
 use framework::worker::{self, Phase};
 use framework::{
@@ -181,7 +182,8 @@ impl Rig {
         let mut vm = Vm::start(&self.env, source.spec().successor("main", kind))?;
         let watch = RamWatch::begin(&vm);
         let listen = free_address()?;
-        let receive = self.receive(&vm, &listen, &[])?;
+        let metrics = metrics::free_port()?;
+        let receive = self.receive(&vm, &listen, &["--metrics", &metrics])?;
         let split = self.start_split(&source, &listen, servers, resident_mib, extra)?;
         let sent = split.wait(PATIENCE)?;
         let report = sent.json().cloned()?;
@@ -193,7 +195,8 @@ impl Rig {
         let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
         let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
         let identity = self.destination.clone();
-        let split = Split { vm, receive, identity, report, outage_ms, watch, resident_mib };
+        let split =
+            Split { vm, receive, identity, metrics, report, outage_ms, watch, resident_mib };
         let copies = if extra.windows(2).any(|pair| pair == ["--copies", "2"]) { 2 } else { 1 };
         split.check_report(servers, copies).with_context(|| format!("report: {}", split.report))?;
         split.check_status(self)?;
@@ -210,6 +213,8 @@ pub struct Split {
     pub receive: Engine,
     /// The identity of its main host.
     identity: PathBuf,
+    /// Where the pager tells its metrics.
+    metrics: String,
     /// The report of `migrate split`.
     pub report: Value,
     /// Outage of the split as the heartbeat showed it from outside.
@@ -226,6 +231,7 @@ pub struct NextHost {
     /// Its `migrate receive`.
     pub receive: Engine,
     identity: PathBuf,
+    metrics: String,
     /// Where that listens.
     pub listen: String,
     watch: RamWatch,
@@ -306,6 +312,11 @@ impl Split {
         ensure!(status.resident_limit_pages == self.limit_pages(), "{status:?}");
         ensure!(status.resident_pages <= self.limit_pages(), "{status:?}");
         ensure!(status.remote() > 0, "{status:?}");
+        let told = metrics::get(&self.metrics)?;
+        let limit = metrics::sum(&told, "godwit_pager_resident_limit_bytes")?;
+        ensure!(limit == Some(self.resident_mib * MIB), "{told}");
+        let held = metrics::sum(&told, "godwit_pager_server_bytes")?;
+        ensure!(held.is_some_and(|bytes| bytes > 0), "{told}");
         Ok(())
     }
 
@@ -324,7 +335,9 @@ impl Split {
     /// # Errors
     /// It does not go on with the guest.
     pub fn start_pager(&mut self, rig: &Rig) -> Result<()> {
-        self.receive = rig.receive_as(&self.identity, &self.vm, &free_address()?, &[])?;
+        self.metrics = metrics::free_port()?;
+        let extra = ["--metrics", &self.metrics];
+        self.receive = rig.receive_as(&self.identity, &self.vm, &free_address()?, &extra)?;
         self.check_status(rig)
     }
 
@@ -336,8 +349,10 @@ impl Split {
         let vm = Vm::start(&rig.env, self.vm.spec().successor(name, QemuKind::V10_0))?;
         let (watch, identity) = (RamWatch::begin(&vm), rig.pki.issue(name)?);
         let listen = free_address()?;
-        let receive = rig.receive_as(&identity, &vm, &listen, extra)?;
-        Ok(NextHost { vm, receive, identity, listen, watch })
+        let metrics = metrics::free_port()?;
+        let extra = [extra, &["--metrics", &metrics]].concat();
+        let receive = rig.receive_as(&identity, &vm, &listen, &extra)?;
+        Ok(NextHost { vm, receive, identity, metrics, listen, watch })
     }
 
     /// It has left for its next main host with this report: it runs there and nowhere else, its pager here has ended, and
@@ -358,13 +373,14 @@ impl Split {
     /// # Errors
     /// As [`Self::left`].
     pub fn has_left(mut self, next: NextHost) -> Result<Self> {
-        let NextHost { mut vm, receive, identity, listen: _, watch } = next;
+        let NextHost { mut vm, receive, identity, metrics, listen: _, watch } = next;
         let pulse = check_alive(&mut self.vm, &mut vm)?;
         let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
         let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
         let resident_mib = self.resident_mib;
         self.watch.end()?.assert_at_most(resident_mib * MIB)?;
-        Ok(Self { vm, receive, identity, report: self.report, outage_ms, watch, resident_mib })
+        let report = self.report;
+        Ok(Self { vm, receive, identity, metrics, report, outage_ms, watch, resident_mib })
     }
 
     /// It has left to be merged at its next main host, and is: it is whole and well there, nothing is left at the

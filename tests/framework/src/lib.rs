@@ -19,6 +19,7 @@ pub mod heartbeat;
 pub mod hugepages;
 pub mod memory;
 pub mod memory_server;
+pub mod metrics;
 pub mod netns;
 pub mod process;
 pub mod pulse;

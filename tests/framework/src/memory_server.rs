@@ -1,20 +1,15 @@
 //! A memory server, `migrate memory-server`, as a child process, and what its metrics tell.
 
-use std::io::{Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 
 use crate::engine::{Engine, EngineOutput};
-use crate::wait;
+use crate::{metrics, wait};
 
-/// Longest wait for it to listen, and for an answer with its metrics.
+/// Longest wait for it to listen.
 const TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Longest answer with metrics that is believed.
-const METRICS_BYTES_MAX: u64 = 4 << 20;
 
 /// Pages that a server holds, one sample a VM.
 const STORED_PAGES: &str = "godwit_memory_stored_pages";
@@ -55,7 +50,7 @@ impl MemoryServer {
     pub fn start(options: &ServerOptions<'_>) -> Result<Self> {
         let (identity, capacity) =
             (options.identity.display().to_string(), format!("{}M", options.capacity_mib));
-        let metrics = options.netns.is_none().then(free_port).transpose()?;
+        let metrics = options.netns.is_none().then(metrics::free_port).transpose()?;
         let mut words = vec!["memory-server", "--listen", options.listen];
         words.extend(["--identity", &identity, "--capacity", &capacity]);
         if let Some(metrics) = &metrics {
@@ -99,7 +94,7 @@ impl MemoryServer {
     /// # Errors
     /// It has no metrics, or does not answer.
     pub fn stored_pages(&self) -> Result<u64> {
-        Ok(sum(&self.metrics()?, STORED_PAGES)?.unwrap_or(0))
+        Ok(metrics::sum(&self.metrics()?, STORED_PAGES)?.unwrap_or(0))
     }
 
     /// Waits until it holds `least` pages or more.
@@ -118,9 +113,9 @@ impl MemoryServer {
     pub fn wait_empty(&self, timeout: Duration) -> Result<()> {
         wait::until(&format!("{} to be empty", self.address), timeout, || {
             let metrics = self.metrics()?;
-            let reserved = sum(&metrics, RESERVED_BYTES)?;
+            let reserved = metrics::sum(&metrics, RESERVED_BYTES)?;
             let reserved = reserved.with_context(|| format!("No {RESERVED_BYTES}:\n{metrics}"))?;
-            let stored = sum(&metrics, STORED_PAGES)?.unwrap_or(0);
+            let stored = metrics::sum(&metrics, STORED_PAGES)?.unwrap_or(0);
             Ok((stored == 0 && reserved == 0).then_some(()))
         })
         .with_context(|| self.metrics().unwrap_or_default())
@@ -131,55 +126,6 @@ impl MemoryServer {
     /// # Errors
     /// As [`Self::stored_pages`].
     pub fn metrics(&self) -> Result<String> {
-        let address = self.metrics.as_deref().context("It runs in a namespace: no metrics")?;
-        let what = || format!("No metrics from {address}");
-        let mut socket = TcpStream::connect(address).with_context(what)?;
-        socket.set_read_timeout(Some(TIMEOUT)).with_context(what)?;
-        let request =
-            format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-        socket.write_all(request.as_bytes()).with_context(what)?;
-        let mut answer = String::new();
-        socket.take(METRICS_BYTES_MAX).read_to_string(&mut answer).with_context(what)?;
-        let (head, body) = answer.split_once("\r\n\r\n").with_context(what)?;
-        let status = head.lines().next().unwrap_or_default();
-        ensure!(status.contains(" 200 "), "{}: {status}", what());
-        Ok(body.to_owned())
-    }
-}
-
-/// An address on loopback whose TCP port is free at the moment.
-fn free_port() -> Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:0").context("No free port on loopback")?;
-    Ok(listener.local_addr().context("No address")?.to_string())
-}
-
-/// Sum over all samples of a metric; nothing if there is none.
-fn sum(metrics: &str, name: &str) -> Result<Option<u64>> {
-    let mut sum = None;
-    for line in metrics.lines() {
-        let Some(rest) = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' '])) else {
-            continue;
-        };
-        let value = rest.rsplit(' ').next().and_then(|text| text.parse::<f64>().ok());
-        match value {
-            Some(value) if value >= 0.0 => sum = Some(sum.unwrap_or(0) + value as u64),
-            _ => bail!("No number in {line:?}"),
-        }
-    }
-    Ok(sum)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn samples_of_one_metric_are_added() {
-        let text = "# HELP a_pages x\n# TYPE a_pages gauge\na_pages{vm=\"x y\"} 3\n\
-                    a_pages{vm=\"z\"} 4\na_pages_max 9\nb 1.5e3\n";
-        assert_eq!(sum(text, "a_pages").unwrap(), Some(7));
-        assert_eq!(sum(text, "b").unwrap(), Some(1500));
-        assert_eq!(sum(text, "a").unwrap(), None);
-        assert!(sum("a nonsense\n", "a").is_err());
+        metrics::get(self.metrics.as_deref().context("It runs in a namespace: no metrics")?)
     }
 }

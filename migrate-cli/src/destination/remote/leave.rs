@@ -12,6 +12,7 @@
 //! on any server; should the guest stay, its memory here and there is what it was.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -28,8 +29,8 @@ use transport::messages::{FEATURE_SPLIT, Message, RemoteEnd, Sync, Then};
 use transport::pages::PageRequest;
 use transport::{Closer, LaneSender, Options};
 
-use super::{Shared, fragment};
-use crate::args::Mode;
+use super::{Shared, Watched, fragment};
+use crate::args::{CommonArgs, Mode};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::Journal;
@@ -63,9 +64,11 @@ const ENOUGH: Duration = Duration::from_millis(2);
 #[derive(Debug, Clone)]
 pub struct Home {
     /// What commands of this host ask it over.
-    pub socket: std::path::PathBuf,
+    pub socket: PathBuf,
     /// The VM and this host, as `migrate receive` was told.
-    pub common: crate::args::CommonArgs,
+    pub common: CommonArgs,
+    /// Whose metrics are told.
+    pub watched: Watched,
 }
 
 /// Somebody asks for a guest to leave.
@@ -138,7 +141,7 @@ async fn begin<'a>(
     let guest = prepare::paged_guest(client.clone(), Arc::clone(&shared.ram)).await?;
     let addr = prepare::resolve_address(&asked.to).await?;
     let migration = prepare::new_migration()?;
-    let common = crate::args::CommonArgs { peer: asked.peer.clone(), ..home.common.clone() };
+    let common = CommonArgs { peer: asked.peer.clone(), ..home.common.clone() };
     let options = Options {
         features: FEATURE_SPLIT,
         ..prepare::options(&common, prepare::lanes(None, Mode::PreCopy))

@@ -19,6 +19,7 @@ mod faults;
 mod fragment;
 mod keeper;
 mod leave;
+mod metrics;
 mod prepare;
 mod reclaim;
 mod rescue;
@@ -48,6 +49,7 @@ use self::faults::FaultThread;
 use self::keeper::{Flushed, KeeperThread, Order};
 pub use self::leave::Home;
 use self::leave::{Left, Wanted};
+pub use self::metrics::Watched;
 pub use self::prepare::Reached;
 use self::reclaim::ReclaimThread;
 pub use self::rescue::rescue;
@@ -301,6 +303,7 @@ impl RemoteGuest {
     /// If its faults can no longer be served; its threads wait then. [`EngineError::InDoubt`] if it is not known
     /// whether it has left.
     pub async fn run(mut self, client: &Client, home: &Home) -> Result<Ending, EngineError> {
+        home.watched.begin(&self.shared);
         let answering = socket::serve(home.socket.clone(), Arc::clone(&self.shared));
         let mut wanted = std::mem::replace(&mut self.wanted, mpsc::channel(1).1);
         let paged = async {

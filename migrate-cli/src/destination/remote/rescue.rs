@@ -27,7 +27,7 @@ use transport::{Identity, Listener, Options};
 
 use super::super::answer::Archive;
 use super::super::{Paged, page};
-use super::{Attached, Reached, RemoteGuest, VERSIONS_BELIEVED};
+use super::{Attached, Reached, RemoteGuest, VERSIONS_BELIEVED, Watched};
 use crate::args::ReceiveArgs;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
@@ -50,7 +50,7 @@ pub async fn rescue(
     identity: Identity,
     options: &Options,
     journal: Journal,
-    archive: &mut Archive,
+    (archive, watched): (&mut Archive, Watched),
 ) -> Result<Outcome, EngineError> {
     let entry = journal.entry().clone();
     let lost = || EngineError::Internal("the journal does not tell where the memory is".into());
@@ -76,7 +76,7 @@ pub async fn rescue(
     // A guest that belongs here, but was not resumed; or one that was about to leave.
     archive.recover(Some(&client)).await;
     recover::before_leaving(&client, &common).await?;
-    let paged = Paged { client: &client, vm: &vm, common };
+    let paged = Paged { client: &client, vm: &vm, common, watched };
     page(&mut listener, paged, archive, remote).await?;
     Ok(Outcome::Completed)
 }

@@ -150,7 +150,7 @@ async fn say(writer: &mut OwnedWriteHalf, line: &impl Serialize) -> bool {
 }
 
 /// How the guest does.
-fn status(shared: &Shared) -> Status {
+pub(super) fn status(shared: &Shared) -> Status {
     let state = shared.state();
     let (stats, unflushed_pages) = {
         let remote = shared.remote.lock();
