@@ -255,8 +255,13 @@ impl Journal {
     /// # Errors
     /// [`JournalError`] if it cannot be written.
     pub fn set_paging(&mut self, paging: PagingEntry) -> Result<(), JournalError> {
-        self.entry.paging = Some(paging);
-        self.write()
+        let before = self.entry.paging.replace(paging);
+        let written = self.write();
+        if written.is_err() {
+            // A later record must not say it either.
+            self.entry.paging = before;
+        }
+        written
     }
 
     /// Notes that QEMU's memory is not paged any more. Losing this note does no harm.

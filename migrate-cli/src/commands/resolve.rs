@@ -103,15 +103,32 @@ async fn resolve_source(
         Some(client) if recover::is_gone(&entry) => Some(recover::server(client).await?),
         _ => None,
     };
+    let dir = args.journal.clone().unwrap_or_else(default_dir);
+    let mut archive = Archive::open(&dir, &args.qmp)?;
+    // One whose pager has ended must not run before the next one serves its page faults.
+    let is_split = archive.has_split();
+    let acting = client.filter(|_| !is_split);
     let outcome =
-        recover::finish(client, &mut journal, &mut contact, server.as_mut(), operator, ASK_FOR);
+        recover::finish(acting, &mut journal, &mut contact, server.as_mut(), operator, ASK_FOR);
     let outcome = outcome.await?;
     if let Some(server) = &mut server {
         server.stop().await;
     }
     contact.close("resolved").await;
+    if outcome == Outcome::Completed && is_split {
+        archive.paging_ended();
+        if let Some(client) = client {
+            client.quit().await?;
+        }
+    }
     let vm = place(client).await;
+    let is_due = outcome == Outcome::RolledBack && is_split;
     let (outcome, message) = match outcome {
+        Outcome::RolledBack if is_split => {
+            let text = "the guest belongs to this host and is split: start `migrate receive` here, \
+                        which pages it and lets it run";
+            (ReportOutcome::Failed, text.into())
+        }
         Outcome::Completed => {
             (ReportOutcome::Completed, "the guest runs at the destination".into())
         }
@@ -124,13 +141,8 @@ async fn resolve_source(
             (ReportOutcome::InDoubt, text)
         }
     };
-    if outcome != ReportOutcome::InDoubt {
+    if outcome != ReportOutcome::InDoubt && !is_due {
         journal.remove();
-    }
-    if outcome == ReportOutcome::Completed {
-        // A split guest that has left is not paged here any more.
-        let dir = args.journal.clone().unwrap_or_else(default_dir);
-        Archive::open(&dir, &args.qmp)?.paging_ended();
     }
     let migration = Some(entry.migration);
     Ok(Resolution { v: 1, outcome, migration, role: "source", vm, message })
@@ -144,7 +156,7 @@ async fn resolve_destination(args: &ResolveArgs) -> Result<Resolution, EngineErr
     if args.run_here {
         archive.operator_run_here(client).await?;
     }
-    archive.recover(client).await;
+    archive.recover(client, false).await;
     let vm = place(client).await;
     let (outcome, message) = match archive.latest() {
         None => (ReportOutcome::Completed, "nothing is unfinished here".to_owned()),

@@ -104,9 +104,9 @@ impl Archive {
         }
     }
 
-    /// Whether a guest belongs here that lacks pages.
+    /// Whether a guest belongs here that lacks pages, and is not to run before its page faults are served.
     pub fn lacks_pages(&self) -> bool {
-        self.journals.iter().any(|journal| fetches(journal.entry()))
+        self.journals.iter().any(|journal| fetches(journal.entry()) || is_split(journal.entry()))
     }
 
     /// The journal of a guest that runs here and lacks pages, if there is one.
@@ -123,13 +123,18 @@ impl Archive {
         Some(self.journals.remove(at))
     }
 
+    /// Whether a guest belongs here, or did so last, that lies on memory servers in part.
+    pub fn has_split(&self) -> bool {
+        self.journals.iter().any(|journal| is_split(journal.entry()))
+    }
+
     /// Ends what a killed engine left unfinished: an arrival is refused for ever, an owned guest is
-    /// resumed.
-    pub async fn recover(&mut self, client: Option<&Client>) {
+    /// resumed, if it is split only when it `is_paged`.
+    pub async fn recover(&mut self, client: Option<&Client>, is_paged: bool) {
         for journal in &mut self.journals {
             let Record::Destination(record) = journal.entry().record else { continue };
             // It must not run before its page faults are served.
-            if fetches(journal.entry()) {
+            if fetches(journal.entry()) || is_split(journal.entry()) && !is_paged {
                 continue;
             }
             let client = client.filter(|_| is_same_qemu(journal.entry()));

@@ -357,7 +357,10 @@ impl Arrival {
                 message = self.receiver.recv() => message?,
                 error = applier.failed() => return Err(error.into()),
                 () = tokio::time::sleep(IDLE_MAX) => {
-                    if applier.applied().0 != before {
+                    // A split guest that changes its main host sends its pages elsewhere.
+                    let is_moved =
+                        self.split.as_ref().is_some_and(|(reached, _)| reached.split.is_moved);
+                    if is_moved || applier.applied().0 != before {
                         continue;
                     }
                     let seconds = IDLE_MAX.as_secs();

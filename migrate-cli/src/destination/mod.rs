@@ -113,7 +113,7 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         return until_cancelled(&fetches, going_on).await;
     }
     let client = Client::connect(&args.common.qmp).await;
-    archive.recover(client.as_ref().ok()).await;
+    archive.recover(client.as_ref().ok(), false).await;
     let (client, vm) = match client {
         Ok(client) => {
             let vm = waiting_vm(&client).await;
@@ -236,7 +236,12 @@ async fn serve(
             Err(error) => eprintln!("refused: {}", error.tell()),
         }
         let remote = place.remote.lock().take();
-        if let Some(remote) = remote {
+        if let Some(mut remote) = remote {
+            if matches!(taken, Ok(Outcome::InDoubt)) {
+                // Its QEMU is gone, and its last main host may have all of it: that is the operator's to say.
+                remote.end(false).await;
+                return taken;
+            }
             place.fetches.store(true, Ordering::Relaxed);
             let common = CommonArgs {
                 qmp: place.qmp.clone(),
@@ -246,7 +251,8 @@ async fn serve(
                 dead_peer_s: place.dead_peer.as_secs(),
             };
             let watched = place.watched.clone();
-            let paged = Paged { client: &place.client, vm: &place.vm, common, watched };
+            let (client, vm, others) = (&place.client, &place.vm, vec![]);
+            let paged = Paged { client, vm, common, watched, others };
             page(listener, paged, archive, remote).await?;
             return taken;
         }
@@ -267,17 +273,19 @@ struct Paged<'a> {
     common: CommonArgs,
     /// Whose metrics are told.
     watched: Watched,
+    /// Hosts for which the guest was about to leave when its last pager died.
+    others: Vec<String>,
 }
 
 /// Pages a guest whose memory is split, until that is over; answers questions meanwhile.
 async fn page(
     listener: &mut Listener,
-    Paged { client, vm, common, watched }: Paged<'_>,
+    Paged { client, vm, common, watched, others }: Paged<'_>,
     archive: &mut Archive,
     mut remote: RemoteGuest,
 ) -> Result<(), EngineError> {
     let Some(Latest { socket, from }) = archive.latest_paged() else { return Ok(()) };
-    remote.settle(from.as_deref());
+    remote.settle(from.into_iter().chain(others));
     remote.begin_to_ask(client, vm);
     let notes = remote.take_notes();
     let home = Home { socket, common, watched };

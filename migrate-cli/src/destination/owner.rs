@@ -177,8 +177,9 @@ impl Owner<'_> {
                 None
             }
             Output::ResumeGuest => {
-                if self.remote.is_some() {
+                if let Some(remote) = &self.remote {
                     self.fetches.store(true, Ordering::Relaxed);
+                    remote.own();
                 }
                 Some(self.resume().await)
             }

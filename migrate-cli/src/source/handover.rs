@@ -142,6 +142,7 @@ impl Owner<'_> {
                 None
             }
             Output::ReleaseGuest => {
+                failpoint::hit("source-releasing").await;
                 self.release().await;
                 None
             }

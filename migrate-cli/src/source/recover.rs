@@ -120,14 +120,15 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
     Archive::open(&dir, qmp)?.settle_before_sending(qmp).await
 }
 
-/// Refuses to touch a guest that may be at a destination.
+/// Refuses to touch a guest that may be at a destination, or was seen there.
 ///
 /// # Errors
 /// [`EngineError::Unresolved`] if it may.
 pub fn refuse_gone(common: &CommonArgs) -> Result<(), EngineError> {
     for journal in unfinished(common.journal.as_deref(), &common.qmp)? {
         let entry = journal.entry();
-        if is_gone(entry) && is_same_qemu(entry) {
+        let is_done = entry.record == Record::Source(SourceRecord::Done);
+        if (is_gone(entry) || is_done) && is_same_qemu(entry) {
             let (migration, qmp) = (entry.migration.clone(), entry.qmp.clone());
             return Err(EngineError::Unresolved { migration, qmp });
         }
@@ -135,22 +136,28 @@ pub fn refuse_gone(common: &CommonArgs) -> Result<(), EngineError> {
     Ok(())
 }
 
-/// As [`before_sending`], for a guest that is paged by this process: one that was about to leave is taken back.
+/// As [`before_sending`], for a guest that is paged by this process: one that was about to leave is taken back. Returns
+/// the hosts for which it was.
 ///
 /// # Errors
 /// [`EngineError::Unresolved`] if it may have left, or what kept it from being taken back.
-pub async fn before_leaving(client: &Client, common: &CommonArgs) -> Result<(), EngineError> {
+pub async fn before_leaving(
+    client: &Client,
+    common: &CommonArgs,
+) -> Result<Vec<String>, EngineError> {
     refuse_gone(common)?;
+    let mut peers = vec![];
     for journal in unfinished(common.journal.as_deref(), &common.qmp)? {
         let entry = journal.entry();
         if is_same_qemu(entry) {
             take_back(client, entry.was_running).await?;
+            peers.extend(entry.peer_name.clone());
         }
         if !is_gone(entry) {
             journal.remove();
         }
     }
-    Ok(())
+    Ok(peers)
 }
 
 /// The destination of an interrupted migration.

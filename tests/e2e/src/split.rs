@@ -134,6 +134,16 @@ impl Rig {
         self.start_end(vm, &["split", "--json", "--to", to], (&self.source, end), &extra, None)
     }
 
+    /// Starts `migrate merge`.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_merge(&self, vm: &Vm) -> Result<Engine> {
+        let (qmp, journal) = (vm.qmp_engine().display().to_string(), self.journal("destination"));
+        let words = ["merge", "--json", "--qmp", &qmp, "--journal", &journal];
+        Engine::start(&self.migrate, &words, None)
+    }
+
     /// Starts `migrate send` at the end whose journals are in `end`.
     ///
     /// # Errors
@@ -395,8 +405,34 @@ impl Split {
         report: Value,
         servers: &[MemoryServer],
     ) -> Result<Vm> {
-        let Self { mut vm, receive, watch, .. } = self.left(next, report)?;
-        drop(watch);
+        self.left(next, report)?.check_whole(rig, servers)
+    }
+
+    /// As [`Self::merge`], with a pager that is killed half-way: the next one goes on by itself.
+    ///
+    /// # Errors
+    /// As [`Self::merge`].
+    pub fn merge_by_two_pagers(mut self, rig: &Rig, servers: &[MemoryServer]) -> Result<Vm> {
+        let command = rig.start_merge(&self.vm)?;
+        let began = Instant::now();
+        // All of it is here within fractions of a second.
+        while framework::memory::allocated_bytes(self.vm.ram_files())? <= self.resident_mib * MIB {
+            ensure!(began.elapsed() < PATIENCE, "It is not merged");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.kill_pager()?;
+        let interrupted = command.wait(PATIENCE)?;
+        ensure!(interrupted.code == Some(1), "{interrupted:?}");
+        let listen = free_address()?;
+        self.receive = rig.receive_as(&self.identity, &self.vm, &listen, &[])?;
+        self.check_whole(rig, servers)
+    }
+
+    /// It is being merged: waits for that and checks what must hold then.
+    fn check_whole(self, rig: &Rig, servers: &[MemoryServer]) -> Result<Vm> {
+        let Self { mut vm, receive, watch, .. } = self;
+        // Whole, it takes more than was allowed before.
+        watch.end()?;
         receive.wait(PATIENCE)?.success()?;
         for server in servers {
             server.wait_empty(EMPTY_WITHIN)?;

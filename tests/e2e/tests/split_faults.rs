@@ -28,7 +28,9 @@ fn the_next_pager_goes_on_where_one_was_killed() -> Result<()> {
             split.work()?;
         }
         split.works_on()?;
-        split.merge(&rig, &servers).map(drop)
+        let mut vm = split.merge_by_two_pagers(&rig, &servers)?;
+        worker::check(&mut vm, PATIENCE)?;
+        vm.verify_checker(PATIENCE).map(drop)
     })
 }
 

@@ -143,6 +143,8 @@ fn whoever_dies_meanwhile_one_guest_runs() -> Result<()> {
             ("destination-loaded", Next, Here),
             ("source-recorded", Pager, There),
             ("source-committed", Pager, There),
+            // It has heard that the guest runs there, and did not quit its QEMU.
+            ("source-releasing", Pager, There),
         ]
         .into_iter()
         .enumerate()

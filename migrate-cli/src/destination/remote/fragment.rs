@@ -5,10 +5,11 @@
 //!      └───► those that there are reserve more ─────────────────────────────────────────────────┘
 //! ```
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use migrate_core::remote::{ServerPhase, ServerStats};
+use migrate_core::remote::{SERVERS_MAX, ServerPhase, ServerStats};
 use tokio::sync::oneshot;
 use transport::messages::{STORES_MAX, Store};
 use transport::pages::PageRequest;
@@ -20,6 +21,9 @@ use crate::error::EngineError;
 use crate::pager_socket::PagerState;
 use crate::stores;
 
+/// Part of what the main host may hold that is reserved beyond what a flush needs.
+const SPARE_SHARE: u64 = 16;
+
 /// Begins to move what `from` has to the other servers, `to` among them.
 ///
 /// # Errors
@@ -29,16 +33,17 @@ pub(super) async fn begin(
     from: SocketAddr,
     to: Option<SocketAddr>,
 ) -> Result<(), EngineError> {
-    let _one_at_a_time = shared.ordering.lock().await;
+    check(shared, from, to)?;
+    let _alone = shared.ordering.lock().await;
     let drain = check(shared, from, to)?;
     let reserve_pages = shared.store(drain).map_or(0, |store| store.reserve_pages);
     match to.filter(|to| number(shared, *to).is_none()) {
         Some(to) => join(shared, to, reserve_pages).await?,
         None => reserve(shared, reserve_pages, Some(drain), "--to").await?,
     }
-    shared.orders.lock().push(Order::Drain(drain));
     // From here on it is seen to be drained.
     shared.remote.lock().drain(drain);
+    shared.orders.lock().push(Order::Drain(drain));
     shared.keeper.notify_all();
     Ok(())
 }
@@ -48,26 +53,33 @@ pub(super) async fn begin(
 /// # Errors
 /// If it has no room.
 pub(super) async fn take_in(shared: &Arc<Shared>, addr: SocketAddr) -> Result<(), EngineError> {
-    let _one_at_a_time = shared.ordering.lock().await;
     if number(shared, addr).is_some() {
         return Ok(());
     }
-    let stores = shared.split_now(None).stores;
-    if stores.len() >= STORES_MAX {
-        return Err(too_many());
-    }
+    let stores = shared.split_now().stores;
     let most = stores.iter().map(|store| store.reserve_pages).max().unwrap_or_default();
     join(shared, addr, most).await
 }
 
-/// The servers take as much as a flush may bring.
+/// The servers take as much as a flush may bring, and some more.
 ///
 /// # Errors
 /// If they have not got the room.
 pub(super) async fn reserve_for_flush(shared: &Arc<Shared>) -> Result<(), EngineError> {
-    let _one_at_a_time = shared.ordering.lock().await;
-    let lacking = shared.remote.lock().flush_room_lacking();
-    reserve(shared, lacking, None, "--memory").await
+    loop {
+        let (lacking, limit) = {
+            let remote = shared.remote.lock();
+            (remote.flush_room_lacking(), remote.stats().resident_limit_pages.unwrap_or(0))
+        };
+        if lacking == 0 {
+            return Ok(());
+        }
+        // What the guest takes up meanwhile has room as well, so that this is not asked at every look.
+        let spare = limit / SPARE_SHARE * u64::from(shared.split.copies);
+        if reserve(shared, lacking + spare, None, "--memory").await.is_err() {
+            reserve(shared, lacking, None, "--memory").await?;
+        }
+    }
 }
 
 /// The servers, but one, keep so many more pages free for the guest together.
@@ -77,31 +89,45 @@ async fn reserve(
     except: Option<usize>,
     option: &str,
 ) -> Result<(), EngineError> {
-    let servers = shared.remote.lock().stats().servers;
-    let is_meant = |(number, server): &(usize, ServerStats)| {
-        server.state == ServerPhase::Serving && Some(*number) != except
-    };
-    let mut servers: Vec<_> = servers.into_iter().enumerate().filter(is_meant).collect();
-    let (mut left, mut why) = (pages, None);
+    let (mut left, mut full, mut why) = (pages, BTreeSet::new(), None);
     while left > 0 {
-        let share = left.div_ceil(servers.len().max(1) as u64);
-        let Some((number, server)) = servers.pop() else { break };
-        let (obeyed, is_obeyed) = oneshot::channel();
-        let wanted = server.reserve_pages.max(server.pages + server.stale_pages) + share;
-        shared.orders.lock().push(Order::Reserve(number, wanted, obeyed));
-        shared.keeper.notify_all();
-        match is_obeyed.await.map_err(|_ended| over())? {
-            Ok(()) => left -= share.min(left),
-            Err(error) => why = Some(error),
+        let servers = shared.remote.lock().stats().servers;
+        let is_meant = |(number, server): &(usize, ServerStats)| {
+            let is_open = !full.contains(number) && Some(*number) != except;
+            is_open && server.state == ServerPhase::Serving
+        };
+        let servers: Vec<_> = servers.into_iter().enumerate().filter(is_meant).collect();
+        if servers.is_empty() {
+            break;
+        }
+        let share = left.div_ceil(servers.len() as u64);
+        for (number, server) in servers {
+            let share = share.min(left);
+            match more(shared, number, server.reserve_pages + share).await {
+                Ok(()) => left -= share,
+                Err(error) => {
+                    full.insert(number);
+                    why = Some(error);
+                }
+            }
         }
     }
-    match why.filter(|_| left > 0) {
-        Some(error) => Err(EngineError::Misuse {
-            what: format!("The memory servers have no room for the guest: {}", error.tell()),
-            remedy: format!("Name another one by {option}"),
-        }),
-        None => Ok(()),
+    if left == 0 {
+        return Ok(());
     }
+    let why = why.map_or_else(|| "there is no other".to_owned(), |error| error.tell());
+    Err(EngineError::Misuse {
+        what: format!("The memory servers have no room for the guest: {why}"),
+        remedy: format!("Name another one by {option}"),
+    })
+}
+
+/// A server is to keep so many pages free for the guest.
+async fn more(shared: &Shared, server: usize, pages: u64) -> Result<(), EngineError> {
+    let (obeyed, is_obeyed) = oneshot::channel();
+    shared.orders.lock().push(Order::Reserve(server, pages, obeyed));
+    shared.keeper.notify_all();
+    is_obeyed.await.map_err(|_ended| over())?
 }
 
 /// The number of the server at an address, if it serves the guest.
@@ -151,9 +177,6 @@ fn check(shared: &Shared, from: SocketAddr, to: Option<SocketAddr>) -> Result<us
             "Name another memory server by --to",
         );
     }
-    if joins > 0 && shared.split_now(None).stores.len() >= STORES_MAX {
-        return Err(too_many());
-    }
     Ok(drain)
 }
 
@@ -163,33 +186,39 @@ async fn join(
     addr: SocketAddr,
     reserve_pages: u64,
 ) -> Result<(), EngineError> {
+    let known = shared.split_now().stores;
+    if known.len() >= STORES_MAX || shared.stores.read().len() >= SERVERS_MAX {
+        return Err(EngineError::Misuse {
+            what: format!("The guest has {} memory servers, and can have no more", known.len()),
+            remedy: "Name one that it has already".into(),
+        });
+    }
     let made = on_thread({
         let shared = Arc::clone(shared);
         move || make(&shared, addr, reserve_pages)
     });
     let joining = made.await??;
-    let mut split = shared.split_now(None);
-    if split.stores.iter().any(|store| store.name == joining.store.name) {
-        let what = format!("{} serves this guest already", joining.store.name);
-        unmake(joining).await;
-        return Err(EngineError::Misuse { what, remedy: "Name another server".into() });
-    }
-    split.stores.push(joining.store.clone());
-    match shared.note(split).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            unmake(joining).await;
-            return Err(error.into());
+    let store = joining.store.clone();
+    let joined = async {
+        if known.iter().any(|known| known.name == store.name) {
+            let what = format!("{} serves this guest already", store.name);
+            return Err(EngineError::Misuse { what, remedy: "Name another server".into() });
         }
-        Err(_ended) => {
-            unmake(joining).await;
-            return Err(over());
-        }
+        shared.listed.lock().joining.push(store.clone());
+        shared.note().await.map_err(|_ended| over())??;
+        let (obeyed, is_obeyed) = oneshot::channel();
+        shared.orders.lock().push(Order::Join(Box::new(joining), obeyed));
+        shared.keeper.notify_all();
+        is_obeyed.await.map_err(|_ended| over())?
+    };
+    let joined = joined.await;
+    if joined.is_err() {
+        shared.listed.lock().joining.retain(|joining| joining.id != store.id);
+        // First out of the journal.
+        let _unkept = shared.note().await;
+        unmake(shared, store).await;
     }
-    let (obeyed, is_obeyed) = oneshot::channel();
-    shared.orders.lock().push(Order::Join(Box::new(joining), obeyed));
-    shared.keeper.notify_all();
-    is_obeyed.await.map_err(|_ended| over())?
+    joined
 }
 
 /// A store that stays, and connections to it. Blocks.
@@ -205,19 +234,14 @@ fn make(shared: &Shared, addr: SocketAddr, reserve_pages: u64) -> Result<Joining
 }
 
 /// Gives a store up that was made in vain.
-async fn unmake(mut joining: Joining) {
-    let address = joining.store.address.clone();
-    let deleted =
-        on_thread(move || stores::ask(&mut joining.for_keeper, &address, &PageRequest::Delete));
+async fn unmake(shared: &Arc<Shared>, store: Store) {
+    let shared = Arc::clone(shared);
+    let deleted = on_thread(move || {
+        let mut client = stores::open(&store, &shared.identity, &shared.options)?;
+        stores::ask(&mut client, &store.address, &PageRequest::Delete)
+    });
     if !matches!(deleted.await, Ok(Ok(()))) {
         tracing::warn!("a store that is not needed was not deleted");
-    }
-}
-
-fn too_many() -> EngineError {
-    EngineError::Misuse {
-        what: format!("The guest has {STORES_MAX} memory servers, which is the most"),
-        remedy: "Name one that it has already".into(),
     }
 }
 

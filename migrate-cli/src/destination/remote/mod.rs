@@ -23,6 +23,7 @@ mod metrics;
 mod prepare;
 mod reclaim;
 mod rescue;
+mod shared;
 mod socket;
 mod traffic;
 
@@ -31,18 +32,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use migrate_core::layout::RamLayout;
 use migrate_core::pageset::PageSet;
-use migrate_core::remote::{Remote, RemoteConfig, ServerPhase, ServerRoom};
+use migrate_core::remote::{Remote, RemoteConfig, ServerRoom};
 use parking_lot::{Condvar, Mutex, RwLock};
-use qemu_glue::attach;
 use qemu_glue::pager::{Duty, Pager};
 use qemu_glue::qmp::Client;
 use qemu_glue::ram::GuestRam;
 use qemu_glue::vm::VmInventory;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, mpsc, oneshot};
-use transport::Identity;
+use tokio::sync::{Notify, mpsc};
 use transport::messages::{Split, Store, Then};
 
 use self::faults::FaultThread;
@@ -53,11 +51,11 @@ pub use self::metrics::Watched;
 pub use self::prepare::Reached;
 use self::reclaim::ReclaimThread;
 pub use self::rescue::rescue;
+pub use self::shared::Note;
+use self::shared::Shared;
 use self::traffic::Traffic;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
-use crate::journal::JournalError;
-use crate::pager_socket::PagerState;
 
 /// Most pages that are fetched with the one that the guest waits for.
 const READ_AHEAD_PAGES_MAX: u64 = 256;
@@ -70,65 +68,6 @@ const HEARD_WITHIN: Duration = Duration::from_secs(2);
 
 /// How often QEMU is looked after.
 const WATCH_EVERY: Duration = Duration::from_millis(200);
-
-/// What the threads share.
-#[derive(Debug)]
-struct Shared {
-    /// The VM's name.
-    vm: String,
-    ram: Arc<GuestRam>,
-    pager: Pager,
-    /// QEMU's own copy of the descriptor.
-    remote_fd: i32,
-    identity: Arc<Identity>,
-    options: transport::Options,
-    /// As the guest came; of its stores, those that it had then.
-    split: Split,
-    /// By the numbers of their servers, those included that it has no more.
-    stores: RwLock<Vec<Store>>,
-    /// What the journal is to say of them.
-    notes: mpsc::UnboundedSender<Note>,
-    /// One order is prepared at a time.
-    ordering: tokio::sync::Mutex<()>,
-    /// For the keeper.
-    orders: Mutex<Vec<Order>>,
-    remote: Mutex<Remote>,
-    began: Instant,
-    /// Wakes the keeper.
-    keeper: Condvar,
-    /// Whether the threads are to end.
-    is_over: AtomicBool,
-    /// Whether all memory is to come here.
-    is_merging: AtomicBool,
-    /// Whether all of it has.
-    is_merged: AtomicBool,
-    /// Whether the guest is about to leave for another main host.
-    is_leaving: AtomicBool,
-    /// Whether nothing may change on servers: it is not decided whose they are.
-    is_held: AtomicBool,
-    /// The keeper has this while it works.
-    keeping: Mutex<()>,
-    /// And the asking thread this.
-    asking: Mutex<()>,
-    /// Of the next pages that are put.
-    version: AtomicU64,
-    flushed: Flushed,
-    /// Who asks for the guest to leave.
-    wanted: mpsc::Sender<Wanted>,
-    /// Rings when the state changes.
-    changed: Notify,
-    traffic: Traffic,
-    failure: Mutex<Option<EngineError>>,
-}
-
-/// Something that the journal is to say before the pager goes on.
-#[derive(Debug)]
-pub struct Note {
-    /// Where the guest's memory is from now on.
-    pub split: Split,
-    /// Told once that is durable.
-    pub noted: oneshot::Sender<Result<(), JournalError>>,
-}
 
 /// The pager of a split guest.
 #[derive(Debug)]
@@ -210,8 +149,19 @@ impl RemoteGuest {
         let started = on_thread(move || {
             let present = ram.data_ranges()?;
             let (remote, version) = rescue::found(&mut reached, &present)?;
-            let config = config(&reached.split);
-            let remote = Remote::new(ram.layout().pages(), config, &present, remote)?;
+            let mut config = config(&reached.split);
+            let limit_pages = config.resident_pages_max;
+            // More than may be here, if it was being merged; more at a server than the journal knew of.
+            config.resident_pages_max = limit_pages.max(present.len());
+            for (room, held) in config.servers.iter_mut().zip(&remote) {
+                room.reserve_pages = room.reserve_pages.max(held.len());
+            }
+            let mut remote = Remote::new(ram.layout().pages(), config, &present, remote)?;
+            if reached.split.then.merge {
+                remote.begin_merge();
+            } else {
+                remote.set_resident_pages_max(limit_pages)?;
+            }
             let pager = Pager::resume(ram.identity().pid(), attached.uffd, &ram, Duty::Evict)?;
             let paged = (pager, attached.remote_fd, remote);
             Self::begin(name, ram, paged, reached, (version + 1, false))
@@ -237,6 +187,7 @@ impl RemoteGuest {
             identity,
             options,
             stores: RwLock::new(split.stores.clone()),
+            listed: Mutex::default(),
             split,
             notes,
             ordering: tokio::sync::Mutex::default(),
@@ -248,6 +199,7 @@ impl RemoteGuest {
             is_merging: AtomicBool::new(false),
             is_merged: AtomicBool::new(false),
             is_leaving: AtomicBool::new(false),
+            is_still: AtomicBool::new(false),
             is_held: AtomicBool::new(is_held),
             keeping: Mutex::default(),
             asking: Mutex::default(),
@@ -278,20 +230,23 @@ impl RemoteGuest {
         std::mem::replace(&mut self.notes, mpsc::unbounded_channel().1)
     }
 
-    /// The guest belongs here and runs: does what it came with, and lets nobody at its memory any more who is not of
-    /// its hosts, `from` which it came.
-    pub fn settle(&self, from: Option<&str>) {
+    /// The guest belongs here: from now on pages go to servers and are dropped there.
+    pub fn own(&self) {
+        self.shared.is_held.store(false, Ordering::Release);
+        self.shared.keeper.notify_all();
+    }
+
+    /// The guest runs: does what it came with, and lets none of `others` at its memory any more, which were its hosts or
+    /// were to be.
+    pub fn settle(&self, others: impl IntoIterator<Item = String>) {
+        self.own();
         let shared = &self.shared;
-        shared.is_held.store(false, Ordering::Release);
-        if let Some(from) = from.filter(|from| *from != shared.identity.name()) {
-            shared.orders.lock().push(Order::Revoke(from.to_owned()));
-        }
+        let others = others.into_iter().filter(|other| other != shared.identity.name());
         let Then { merge, drain } = &shared.split.then;
-        for server in drain {
-            shared.orders.lock().push(Order::Drain(usize::from(*server)));
-        }
-        if *merge {
-            shared.begin_merge();
+        let drain = drain.iter().map(|server| Order::Drain(usize::from(*server)));
+        shared.orders.lock().extend(others.map(Order::Revoke).chain(drain));
+        if *merge && let Err(error) = shared.begin_merge() {
+            tracing::error!(error = %error.tell(), "not merged");
         }
         shared.keeper.notify_all();
     }
@@ -435,88 +390,5 @@ fn config(split: &Split) -> RemoteConfig {
         servers: split.stores.iter().map(room).collect(),
         read_ahead_pages_max: READ_AHEAD_PAGES_MAX,
         direct_io_window: (!window.is_zero()).then_some(window),
-    }
-}
-
-impl Shared {
-    fn now(&self) -> Duration {
-        self.began.elapsed()
-    }
-
-    fn layout(&self) -> &RamLayout {
-        self.ram.layout()
-    }
-
-    /// The store on a server.
-    fn store(&self, server: usize) -> Option<Store> {
-        self.stores.read().get(server).cloned()
-    }
-
-    /// The guest's stores on servers that have not gone, `except` this one.
-    fn split_now(&self, except: Option<usize>) -> Split {
-        let gone = self.traffic.gone.lock().clone();
-        let stores = self.stores.read().clone();
-        let servers = self.remote.lock().stats().servers;
-        let (mut there, mut drain) = (vec![], vec![]);
-        for (number, (store, server)) in stores.into_iter().zip(servers).enumerate() {
-            if gone.contains(&number) || Some(number) == except {
-                continue;
-            }
-            if server.state == ServerPhase::Draining {
-                drain.extend(u16::try_from(there.len()));
-            }
-            there.push(Store { reserve_pages: server.reserve_pages, ..store });
-        }
-        let then = Then { merge: self.is_merging.load(Ordering::Acquire), drain };
-        Split { stores: there, then, ..self.split.clone() }
-    }
-
-    /// All memory is to come here.
-    fn begin_merge(&self) {
-        if !self.is_merging.swap(true, Ordering::AcqRel) {
-            self.remote.lock().begin_merge();
-            // The next pager goes on with it. Should it not be noted, it has to be asked for again.
-            drop(self.note(self.split_now(None)));
-            self.keeper.notify_all();
-        }
-    }
-
-    /// Has the journal say where the guest's memory is. The answer comes once that is durable; none if nobody keeps the
-    /// journal.
-    fn note(&self, split: Split) -> oneshot::Receiver<Result<(), JournalError>> {
-        let (noted, answer) = oneshot::channel();
-        let _unkept = self.notes.send(Note { split, noted });
-        answer
-    }
-
-    /// The state, for people.
-    fn state(&self) -> PagerState {
-        if self.remote.lock().is_lost() {
-            PagerState::Lost
-        } else if self.is_merged.load(Ordering::Acquire) {
-            PagerState::Merged
-        } else if self.is_merging.load(Ordering::Acquire) {
-            PagerState::Merging
-        } else if self.is_leaving.load(Ordering::Acquire) {
-            PagerState::Leaving
-        } else {
-            PagerState::Split
-        }
-    }
-
-    /// Something keeps pages from being served.
-    fn fail(&self, error: EngineError) {
-        self.failure.lock().get_or_insert(error);
-        self.is_over.store(true, Ordering::Release);
-        self.changed.notify_waiters();
-    }
-
-    fn end_paging(&self) {
-        if let Err(error) = self.pager.end() {
-            tracing::warn!(%error, "paging was not ended in good order");
-        }
-        if let Err(error) = attach::close_descriptor(self.pager.pid(), self.remote_fd) {
-            tracing::debug!(%error, "QEMU keeps a descriptor that is of no use any more");
-        }
     }
 }

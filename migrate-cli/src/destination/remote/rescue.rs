@@ -74,9 +74,9 @@ pub async fn rescue(
     let vm = vm::inventory(&client).await?;
     archive.add(journal);
     // A guest that belongs here, but was not resumed; or one that was about to leave.
-    archive.recover(Some(&client)).await;
-    recover::before_leaving(&client, &common).await?;
-    let paged = Paged { client: &client, vm: &vm, common, watched };
+    archive.recover(Some(&client), true).await;
+    let others = recover::before_leaving(&client, &common).await?;
+    let paged = Paged { client: &client, vm: &vm, common, watched, others };
     page(&mut listener, paged, archive, remote).await?;
     Ok(Outcome::Completed)
 }
@@ -145,13 +145,23 @@ pub(super) fn found(
     let is_newest = |page: u64, version| {
         usize::try_from(page).ok().and_then(|page| newest.get(page)) == Some(&version)
     };
+    // A put whose answer was lost may have gone to another server as well.
+    let mut holders: Vec<u8> = vec![0; newest.len()];
+    let copies = reached.split.copies;
+    let mut is_one_more = |page: u64| {
+        let holders = usize::try_from(page).ok().and_then(|page| holders.get_mut(page));
+        holders.is_some_and(|holders| {
+            *holders = holders.saturating_add(1);
+            *holders <= copies
+        })
+    };
     let mut remote = vec![];
     let stores = reached.split.stores.iter().zip(&mut reached.for_keeper);
     for ((store, client), entries) in stores.zip(listed) {
         let (mut held, mut stale) = (PageSet::new(present.size()), PageSet::new(present.size()));
         for (extent, version) in entries {
             for page in extent.iter() {
-                match is_newest(page, version) && !present.contains(page) {
+                match is_newest(page, version) && !present.contains(page) && is_one_more(page) {
                     true => held.insert(page),
                     false => stale.insert(page),
                 }

@@ -15,6 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Take};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 use super::leave::Wanted;
 use super::{Shared, fragment};
@@ -68,8 +69,15 @@ async fn answer(stream: UnixStream, shared: Arc<Shared>) {
     let begun = match ask {
         Ask::Leave(leave) => return let_go(reader, writer, shared, leave).await,
         Ask::Status => Ok(()),
-        Ask::Merge => merge(&shared),
-        Ask::MoveFragment { from, to } => fragment::begin(&shared, from, to).await,
+        Ask::Merge => shared.begin_merge(),
+        Ask::MoveFragment { from, to } => {
+            let begin = tokio::spawn({
+                let shared = Arc::clone(&shared);
+                // Also if the asker leaves: what was begun is brought to its end.
+                async move { fragment::begin(&shared, from, to).await }
+            });
+            tell_until(begin, &mut writer, &shared).await
+        }
     };
     if let Err(error) = begun {
         return refuse(&mut writer, &error).await;
@@ -88,16 +96,20 @@ async fn answer(stream: UnixStream, shared: Arc<Shared>) {
     }
 }
 
-/// Begins to bring all memory here.
-fn merge(shared: &Shared) -> Result<(), EngineError> {
-    if shared.is_leaving.load(Ordering::Acquire) {
-        return Err(EngineError::Misuse {
-            what: "The guest is about to leave for another main host".into(),
-            remedy: "Interrupt that, or merge it there".into(),
-        });
+/// Tells how the guest does until something is begun.
+async fn tell_until(
+    mut begin: JoinHandle<Result<(), EngineError>>,
+    writer: &mut OwnedWriteHalf,
+    shared: &Shared,
+) -> Result<(), EngineError> {
+    loop {
+        tokio::select! {
+            begun = &mut begin => {
+                return begun.unwrap_or_else(|error| Err(EngineError::Internal(error.to_string())));
+            }
+            () = tokio::time::sleep(TELL_EVERY) => drop(say(writer, &status(shared)).await),
+        }
     }
-    shared.begin_merge();
-    Ok(())
 }
 
 /// Has the guest leave; shows how far that is. Whoever leaves before the end cancels it.
@@ -109,7 +121,8 @@ async fn let_go(
 ) {
     let (cancel, cancelled) = oneshot::channel();
     let (done, mut is_done) = oneshot::channel();
-    if shared.wanted.try_send(Wanted { asked, cancelled, done }).is_err() {
+    let is_busy = shared.is_leaving.load(Ordering::Acquire);
+    if is_busy || shared.wanted.try_send(Wanted { asked, cancelled, done }).is_err() {
         let error = EngineError::Misuse {
             what: "The guest is about to leave already".into(),
             remedy: "Wait for that, or interrupt it".into(),

@@ -306,9 +306,12 @@ impl Keeper {
 
     /// Finishes pages that no direct I/O can reach any more. Says whether there were any.
     fn finish_later(&mut self) -> Result<bool, EngineError> {
-        let now = self.shared.now();
-        let due: Vec<_> = self.later.extract_if(.., |_, (until, _)| *until <= now).collect();
         let shared = Arc::clone(&self.shared);
+        let now = shared.now();
+        // The disks of a guest that stands still are drained.
+        let is_still = shared.is_still.load(Ordering::Acquire);
+        let due = self.later.extract_if(.., |_, (until, _)| is_still || *until <= now);
+        let due: Vec<_> = due.collect();
         for (page, (_, copy)) in &due {
             let mut remote = shared.remote.lock();
             let is_unchanged = || shared.is_unchanged(*page, copy);

@@ -8,6 +8,7 @@
 //! deleted, so that no later pager seeks a store that is not there.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use migrate_core::remote::{RemoteError, ServerRoom};
 use tokio::sync::oneshot::{self, error::TryRecvError};
@@ -87,7 +88,7 @@ impl Keeper {
             self.parting.push(Parting { server, noted: None });
         }
         // The next pager goes on with it. Should it not be noted, it has to be asked for again.
-        drop(self.shared.note(self.shared.split_now(None)));
+        drop(self.shared.note());
     }
 
     fn reserve(&mut self, server: usize, pages: u64) -> Result<(), EngineError> {
@@ -95,6 +96,8 @@ impl Keeper {
         match self.call(server, &PageRequest::Reserve { pages }) {
             Ok(_) => {
                 self.shared.remote.lock().set_reserve(server, pages);
+                // The next pager is told of it by the server's pages, should it not be noted.
+                drop(self.shared.note());
                 Ok(())
             }
             Err(Failed::Refused(error)) => Err(stores::refused(&address, error)),
@@ -118,9 +121,11 @@ impl Keeper {
     fn join(&mut self, joining: Joining) -> Result<(), RemoteError> {
         let Joining { store, for_faults, for_keeper } = joining;
         // Numbers are given out under the lock of the stores, so that both lists agree.
+        let mut listed = self.shared.listed.lock();
         let mut stores = self.shared.stores.write();
         let room = ServerRoom { reserve_pages: store.reserve_pages };
         let server = self.shared.remote.lock().add_server(room)?;
+        listed.joining.retain(|joining| joining.id != store.id);
         stores.push(store);
         self.clients.push(Some(for_keeper));
         self.faults.tell(Command::Connect(server, Box::new(for_faults)));
@@ -129,6 +134,10 @@ impl Keeper {
 
     /// Parts with servers that have nothing of the guest any more.
     pub(super) fn part(&mut self) {
+        // A guest that leaves has told of them.
+        if self.shared.is_leaving.load(Ordering::Acquire) {
+            return;
+        }
         for mut parting in std::mem::take(&mut self.parting) {
             match self.look(&mut parting) {
                 Look::Waits => self.parting.push(parting),
@@ -146,14 +155,16 @@ impl Keeper {
         if !shared.remote.lock().is_drained(parting.server) {
             return Look::Waits;
         }
-        let noted = parting
-            .noted
-            .get_or_insert_with(|| shared.note(shared.split_now(Some(parting.server))));
+        let noted = parting.noted.get_or_insert_with(|| {
+            shared.listed.lock().parting.insert(parting.server);
+            shared.note()
+        });
         match noted.try_recv() {
             Ok(Ok(())) => Look::Empty,
             Err(TryRecvError::Empty) => Look::Waits,
             Ok(Err(error)) => {
                 eprintln!("memory server {} is empty, but stays: {error}", parting.server);
+                shared.listed.lock().parting.remove(&parting.server);
                 Look::Over
             }
             // Nobody keeps the journal any more: the paging is over.

@@ -92,7 +92,7 @@ impl Keeper {
         eprintln!("memory server {server} is lost with what it had of the guest: {why}");
         self.part_with(server);
         // The next pager would seek it in vain. Should it not be noted, that is all that comes of it.
-        drop(self.shared.note(self.shared.split_now(None)));
+        drop(self.shared.note());
     }
 
     /// The server has nothing of the guest any more.
