@@ -264,15 +264,18 @@ impl Journal {
         written
     }
 
-    /// Notes that QEMU's memory is not paged any more. Losing this note does no harm.
-    pub fn end_paging(&mut self) {
-        if self.entry.paging.take().is_some()
-            && let Err(error) = self.write()
-        {
-            tracing::debug!(%error, "not noted");
-        }
+    /// Notes that QEMU's memory is not paged any more. Says whether that is durable.
+    pub fn end_paging(&mut self) -> bool {
         // Left by a pager that was killed.
         let _none_there = fs::remove_file(self.socket());
+        if self.entry.paging.take().is_none() {
+            return true;
+        }
+        let written = self.write();
+        if let Err(error) = &written {
+            tracing::warn!(%error, "not noted");
+        }
+        written.is_ok()
     }
 
     /// Where the pager of the guest is asked, if there is one.

@@ -16,7 +16,7 @@ use crate::destination::answer::Archive;
 use crate::error::EngineError;
 use crate::journal::{Journal, Record, default_dir};
 use crate::report::ReportOutcome;
-use crate::source::handover::place;
+use crate::source::handover::{place, quit_left};
 use crate::source::recover;
 
 /// How long an unreachable destination is asked.
@@ -118,7 +118,7 @@ async fn resolve_source(
     if outcome == Outcome::Completed && is_split {
         archive.paging_ended();
         if let Some(client) = client {
-            client.quit().await?;
+            quit_left(client).await;
         }
     }
     let vm = place(client).await;

@@ -213,11 +213,9 @@ impl Archive {
         }
     }
 
-    /// The latest guest is not paged any more.
-    pub fn paging_ended(&mut self) {
-        if let Some(journal) = self.journals.last_mut() {
-            journal.end_paging();
-        }
+    /// The latest guest is not paged any more. Says whether that is durable.
+    pub fn paging_ended(&mut self) -> bool {
+        self.journals.last_mut().is_none_or(Journal::end_paging)
     }
 
     /// Keeps the journal of an arrival that is over.

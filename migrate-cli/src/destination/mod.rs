@@ -295,11 +295,17 @@ async fn page(
     let attendant = Attendant::new(listener, Some(client), archive, None);
     let attendant = Attendant { notes, ..attendant };
     let ending = attendant.attend(remote.run(client, &home)).await?;
-    archive.paging_ended();
+    let is_noted = archive.paging_ended();
     match ending {
         Ending::Merged => eprintln!("all memory of the guest is here"),
         Ending::Gone => eprintln!("the guest's QEMU is gone"),
-        Ending::Left => eprintln!("the guest has left for its new main host"),
+        Ending::Left(journal) => {
+            eprintln!("the guest has left for its new main host");
+            // As long as something says that it is paged here, this says that it is not to be.
+            if is_noted {
+                journal.remove();
+            }
+        }
     }
     Ok(())
 }

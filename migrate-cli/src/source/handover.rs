@@ -233,18 +233,24 @@ impl Owner<'_> {
     /// Quits the QEMU that the guest has left, unless it is to stay. One whose guest runs is never
     /// quit: then somebody said what is not so.
     pub async fn release(&self) {
-        let Some(client) = self.client.filter(|_| !self.keep_source) else { return };
-        match client.query_status().await {
-            Ok(status) if status.running => {
-                tracing::error!("the guest runs here; its QEMU is not quit");
-            }
-            Ok(_) => {
-                if let Err(error) = client.quit().await {
-                    tracing::warn!(%error, "the source's QEMU was not quit");
-                }
-            }
-            Err(error) => tracing::warn!(%error, "the source's QEMU was not quit"),
+        if let Some(client) = self.client.filter(|_| !self.keep_source) {
+            quit_left(client).await;
         }
+    }
+}
+
+/// Quits a QEMU that its guest has left, unless a guest runs in it.
+pub async fn quit_left(client: &Client) {
+    match client.query_status().await {
+        Ok(status) if status.running => {
+            tracing::error!("the guest runs here; its QEMU is not quit");
+        }
+        Ok(_) => {
+            if let Err(error) = client.quit().await {
+                tracing::warn!(%error, "the source's QEMU was not quit");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "the source's QEMU was not quit"),
     }
 }
 

@@ -36,15 +36,16 @@ pub(super) async fn begin(
     check(shared, from, to)?;
     let _alone = shared.ordering.lock().await;
     let drain = check(shared, from, to)?;
-    let reserve_pages = shared.store(drain).map_or(0, |store| store.reserve_pages);
+    let servers = shared.remote.lock().stats().servers;
+    let reserve_pages =
+        servers.get(drain).map_or(0, |server| server.reserve_pages.max(server.pages));
     match to.filter(|to| number(shared, *to).is_none()) {
         Some(to) => join(shared, to, reserve_pages).await?,
         None => reserve(shared, reserve_pages, Some(drain), "--to").await?,
     }
     // From here on it is seen to be drained.
     shared.remote.lock().drain(drain);
-    shared.orders.lock().push(Order::Drain(drain));
-    shared.keeper.notify_all();
+    shared.order(Order::Drain(drain));
     Ok(())
 }
 
@@ -66,20 +67,38 @@ pub(super) async fn take_in(shared: &Arc<Shared>, addr: SocketAddr) -> Result<()
 /// # Errors
 /// If they have not got the room.
 pub(super) async fn reserve_for_flush(shared: &Arc<Shared>) -> Result<(), EngineError> {
+    let lacking = || shared.remote.lock().flush_room_lacking();
+    let mut before = u64::MAX;
     loop {
-        let (lacking, limit) = {
-            let remote = shared.remote.lock();
-            (remote.flush_room_lacking(), remote.stats().resident_limit_pages.unwrap_or(0))
-        };
-        if lacking == 0 {
+        let now = lacking();
+        if now == 0 {
             return Ok(());
         }
+        if now >= before {
+            // With two copies, room on one server alone does not help.
+            return Err(EngineError::Misuse {
+                what: format!("The memory servers lack room for {now} pages"),
+                remedy: "Name another one by --memory".into(),
+            });
+        }
+        before = now;
+        let limit = shared.remote.lock().stats().resident_limit_pages.unwrap_or(0);
         // What the guest takes up meanwhile has room as well, so that this is not asked at every look.
         let spare = limit / SPARE_SHARE * u64::from(shared.split.copies);
-        if reserve(shared, lacking + spare, None, "--memory").await.is_err() {
-            reserve(shared, lacking, None, "--memory").await?;
+        if reserve(shared, now + spare, None, "--memory").await.is_err() {
+            reserve(shared, lacking(), None, "--memory").await?;
         }
     }
+}
+
+/// A host may use the guest's stores from now on.
+///
+/// # Errors
+/// If a server does not let it.
+pub(super) async fn grant(shared: &Shared, host: &str) -> Result<(), EngineError> {
+    let (obeyed, is_obeyed) = oneshot::channel();
+    shared.order(Order::Grant(host.to_owned(), obeyed));
+    is_obeyed.await.map_err(|_ended| over())?
 }
 
 /// The servers, but one, keep so many more pages free for the guest together.
@@ -125,8 +144,7 @@ async fn reserve(
 /// A server is to keep so many pages free for the guest.
 async fn more(shared: &Shared, server: usize, pages: u64) -> Result<(), EngineError> {
     let (obeyed, is_obeyed) = oneshot::channel();
-    shared.orders.lock().push(Order::Reserve(server, pages, obeyed));
-    shared.keeper.notify_all();
+    shared.order(Order::Reserve(server, pages, obeyed));
     is_obeyed.await.map_err(|_ended| over())?
 }
 
@@ -207,16 +225,16 @@ async fn join(
         shared.listed.lock().joining.push(store.clone());
         shared.note().await.map_err(|_ended| over())??;
         let (obeyed, is_obeyed) = oneshot::channel();
-        shared.orders.lock().push(Order::Join(Box::new(joining), obeyed));
-        shared.keeper.notify_all();
+        shared.order(Order::Join(Box::new(joining), obeyed));
         is_obeyed.await.map_err(|_ended| over())?
     };
     let joined = joined.await;
     if joined.is_err() {
         shared.listed.lock().joining.retain(|joining| joining.id != store.id);
-        // First out of the journal.
-        let _unkept = shared.note().await;
-        unmake(shared, store).await;
+        // First out of the journal: no later pager is to seek a store that is not there.
+        if matches!(shared.note().await, Ok(Ok(()))) {
+            unmake(shared, store).await;
+        }
     }
     joined
 }

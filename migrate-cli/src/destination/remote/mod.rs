@@ -56,6 +56,7 @@ use self::shared::Shared;
 use self::traffic::Traffic;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
+use crate::journal::Journal;
 
 /// Most pages that are fetched with the one that the guest waits for.
 const READ_AHEAD_PAGES_MAX: u64 = 256;
@@ -90,14 +91,14 @@ pub struct Attached {
 }
 
 /// How the paging of a guest came to its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Ending {
     /// All memory is here.
     Merged,
     /// QEMU is gone.
     Gone,
-    /// It runs at another main host.
-    Left,
+    /// It runs at another main host. The journal of that may go once nothing says any more that it is paged here.
+    Left(Box<Journal>),
 }
 
 impl RemoteGuest {
@@ -179,6 +180,8 @@ impl RemoteGuest {
         let Reached { split, identity, options, for_faults, for_keeper } = reached;
         let (notes, to_note) = mpsc::unbounded_channel();
         let (wanted, is_wanted) = mpsc::channel(1);
+        // When its last pager died.
+        let is_merging = !is_held && split.then.merge;
         let shared = Arc::new(Shared {
             vm,
             ram,
@@ -196,11 +199,12 @@ impl RemoteGuest {
             began: Instant::now(),
             keeper: Condvar::new(),
             is_over: AtomicBool::new(false),
-            is_merging: AtomicBool::new(false),
+            is_merging: AtomicBool::new(is_merging),
             is_merged: AtomicBool::new(false),
             is_leaving: AtomicBool::new(false),
             is_still: AtomicBool::new(false),
             is_held: AtomicBool::new(is_held),
+            is_settled: AtomicBool::new(!is_held),
             keeping: Mutex::default(),
             asking: Mutex::default(),
             version: AtomicU64::new(version),
@@ -210,6 +214,10 @@ impl RemoteGuest {
             traffic: Traffic::default(),
             failure: Mutex::new(None),
         });
+        // Whatever is noted from now on says so.
+        for server in &shared.split.then.drain {
+            shared.remote.lock().drain(usize::from(*server));
+        }
         let faults = FaultThread::start(Arc::clone(&shared), for_faults)?;
         let keeper = KeeperThread::start(Arc::clone(&shared), for_keeper, faults.handle());
         let (faults, keeper) = (Some(faults), Some(keeper));
@@ -230,7 +238,7 @@ impl RemoteGuest {
         std::mem::replace(&mut self.notes, mpsc::unbounded_channel().1)
     }
 
-    /// The guest belongs here: from now on pages go to servers and are dropped there.
+    /// The guest belongs here and is about to run: from now on pages leave for servers.
     pub fn own(&self) {
         self.shared.is_held.store(false, Ordering::Release);
         self.shared.keeper.notify_all();
@@ -241,14 +249,15 @@ impl RemoteGuest {
     pub fn settle(&self, others: impl IntoIterator<Item = String>) {
         self.own();
         let shared = &self.shared;
-        let others = others.into_iter().filter(|other| other != shared.identity.name());
+        shared.is_settled.store(true, Ordering::Release);
+        shared.revoke(others);
         let Then { merge, drain } = &shared.split.then;
-        let drain = drain.iter().map(|server| Order::Drain(usize::from(*server)));
-        shared.orders.lock().extend(others.map(Order::Revoke).chain(drain));
+        for server in drain {
+            shared.order(Order::Drain(usize::from(*server)));
+        }
         if *merge && let Err(error) = shared.begin_merge() {
             tracing::error!(error = %error.tell(), "not merged");
         }
-        shared.keeper.notify_all();
     }
 
     /// Pages the guest until all of its memory is here, it has left, or its QEMU is gone; answers on the socket
@@ -280,16 +289,12 @@ impl RemoteGuest {
         if let Err(error) = std::fs::remove_file(&home.socket) {
             tracing::debug!(%error, "socket not removed");
         }
-        match ending? {
-            Ending::Left => {
-                self.stop();
-                Ok(Ending::Left)
-            }
-            ending => {
-                self.end(true).await;
-                Ok(ending)
-            }
+        let ending = ending?;
+        match &ending {
+            Ending::Left(_) => self.stop(),
+            Ending::Merged | Ending::Gone => self.end(true).await,
         }
+        Ok(ending)
     }
 
     /// Lets the guest go; tells who asked for that.
@@ -299,16 +304,16 @@ impl RemoteGuest {
         home: &Home,
         wanted: Wanted,
     ) -> Result<Option<Ending>, EngineError> {
-        let Wanted { asked, mut cancelled, done } = wanted;
-        let (left, report) = leave::leave(&self.shared, client, home, &asked, &mut cancelled).await;
+        let Wanted { asked, mut cancel, done } = wanted;
+        let (left, report) = leave::leave(&self.shared, client, home, &asked, &mut cancel).await;
         let error = report.error.as_ref().map(|error| error.message.clone());
         let _gone = done.send(Box::new(report));
         // Whoever asked has heard it when it leaves.
-        if left != Left::Here {
-            let _gone_anyway = tokio::time::timeout(HEARD_WITHIN, cancelled).await;
+        if !matches!(left, Left::Here) {
+            let _gone_anyway = tokio::time::timeout(HEARD_WITHIN, cancel.requested()).await;
         }
         match left {
-            Left::Gone => Ok(Some(Ending::Left)),
+            Left::Gone(journal) => Ok(Some(Ending::Left(journal))),
             Left::Here => {
                 eprintln!("the guest stays here: {}", error.unwrap_or_default());
                 Ok(None)

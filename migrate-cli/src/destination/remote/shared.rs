@@ -61,6 +61,8 @@ pub(super) struct Shared {
     pub(super) is_still: AtomicBool,
     /// Whether nothing may change on servers: it is not decided whose they are.
     pub(super) is_held: AtomicBool,
+    /// Whether the guest has run here, so that nobody else needs what was on servers before.
+    pub(super) is_settled: AtomicBool,
     /// The keeper has this while it works.
     pub(super) keeping: Mutex<()>,
     /// And the asking thread this.
@@ -160,6 +162,22 @@ impl Shared {
         let listed = self.listed.lock();
         let _unkept = self.notes.send(Note { split: self.listed(&listed), noted });
         answer
+    }
+
+    /// Has the keeper do something. One that has ended does nothing any more, and whoever waits for it is told so.
+    pub(super) fn order(&self, order: Order) {
+        self.orders.lock().push(order);
+        if self.is_over.load(Ordering::Acquire) {
+            self.orders.lock().clear();
+        }
+        self.keeper.notify_all();
+    }
+
+    /// These hosts have nothing to do with the guest's memory any more.
+    pub(super) fn revoke(&self, hosts: impl IntoIterator<Item = String>) {
+        for host in hosts.into_iter().filter(|host| host != self.identity.name()) {
+            self.order(Order::Revoke(host));
+        }
     }
 
     /// The state, for people.

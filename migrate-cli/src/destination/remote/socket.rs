@@ -17,7 +17,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::leave::Wanted;
+use super::leave::{Cancel, Wanted};
 use super::{Shared, fragment};
 use crate::error::EngineError;
 use crate::pager_socket::{
@@ -122,7 +122,9 @@ async fn let_go(
     let (cancel, cancelled) = oneshot::channel();
     let (done, mut is_done) = oneshot::channel();
     let is_busy = shared.is_leaving.load(Ordering::Acquire);
-    if is_busy || shared.wanted.try_send(Wanted { asked, cancelled, done }).is_err() {
+    if is_busy
+        || shared.wanted.try_send(Wanted { asked, cancel: Cancel::new(cancelled), done }).is_err()
+    {
         let error = EngineError::Misuse {
             what: "The guest is about to leave already".into(),
             remedy: "Wait for that, or interrupt it".into(),

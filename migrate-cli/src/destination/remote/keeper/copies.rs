@@ -31,8 +31,15 @@ enum Uncopied {
 }
 
 impl Keeper {
+    /// Drops copies that are out of date and makes missing ones, unless the guest's last main host may need what there
+    /// is. Says whether there was anything to do.
+    pub(super) fn tend_copies(&mut self) -> bool {
+        let is_settled = self.shared.is_settled.load(Ordering::Acquire);
+        is_settled && self.drop_stale() | self.copy_again()
+    }
+
     /// Has servers drop copies that are out of date. Says whether there were any.
-    pub(super) fn drop_stale(&mut self) -> bool {
+    fn drop_stale(&mut self) -> bool {
         // After a failure what is out of date may be all that there is.
         if self.shared.is_over.load(Ordering::Acquire) {
             return false;
@@ -54,7 +61,7 @@ impl Keeper {
     }
 
     /// Makes copies of pages that have too few, or are on a server that is drained. Says whether any were made.
-    pub(super) fn copy_again(&mut self) -> bool {
+    fn copy_again(&mut self) -> bool {
         let moves = self.shared.remote.lock().next_to_move(MOVE_PAGES, self.shared.now());
         let mut by_way: BTreeMap<(usize, usize), Vec<u64>> = BTreeMap::new();
         for Move { page, from, to } in moves {

@@ -95,6 +95,8 @@ impl KeeperThread {
             if let Err(error) = keeper.run() {
                 keeper.shared.fail(error);
             }
+            // Whoever waits for them is told that nobody obeys.
+            keeper.shared.orders.lock().clear();
             *leaves.lock() = std::mem::take(&mut keeper.clients);
         });
         Self { thread, clients: left }
@@ -174,8 +176,7 @@ impl Keeper {
         let busy = self.finish_later()?
             | self.evict()?
             | self.flush()?
-            | self.drop_stale()
-            | self.copy_again()
+            | self.tend_copies()
             | self.merge()?;
         self.obey();
         self.part();

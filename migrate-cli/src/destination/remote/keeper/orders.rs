@@ -41,6 +41,8 @@ pub(in crate::destination::remote) enum Order {
     Drain(usize),
     /// This server is to keep so many pages free for the guest.
     Reserve(usize, u64, Obeyed),
+    /// This host may use the guest's stores.
+    Grant(String, Obeyed),
     /// This host has nothing to do with the guest's memory any more.
     Revoke(String),
 }
@@ -77,6 +79,9 @@ impl Keeper {
                 Order::Reserve(server, pages, obeyed) => {
                     let _asker_left = obeyed.send(self.reserve(server, pages));
                 }
+                Order::Grant(host, obeyed) => {
+                    let _asker_left = obeyed.send(self.grant(&host));
+                }
                 Order::Revoke(host) => self.revoke(&host),
             }
         }
@@ -92,29 +97,47 @@ impl Keeper {
     }
 
     fn reserve(&mut self, server: usize, pages: u64) -> Result<(), EngineError> {
-        let address = self.shared.store(server).map(|store| store.address).unwrap_or_default();
-        match self.call(server, &PageRequest::Reserve { pages }) {
-            Ok(_) => {
-                self.shared.remote.lock().set_reserve(server, pages);
-                // The next pager is told of it by the server's pages, should it not be noted.
-                drop(self.shared.note());
-                Ok(())
+        self.ask(server, &PageRequest::Reserve { pages })?;
+        self.shared.remote.lock().set_reserve(server, pages);
+        // The next pager is told of it by the server's pages, should it not be noted.
+        drop(self.shared.note());
+        Ok(())
+    }
+
+    fn grant(&mut self, host: &str) -> Result<(), EngineError> {
+        for server in self.there() {
+            self.ask(server, &PageRequest::Grant { host: host.to_owned() })?;
+        }
+        Ok(())
+    }
+
+    /// One that does not answer is told by no one: whoever knows the store's secret may go on using it there.
+    fn revoke(&mut self, host: &str) {
+        for server in self.there() {
+            let revoked = self.ask(server, &PageRequest::Revoke { host: host.to_owned() });
+            if let Err(error) = revoked {
+                let error = error.tell();
+                tracing::warn!(error, host, "access to the guest's memory was not withdrawn");
             }
+        }
+    }
+
+    /// The servers that the guest has.
+    fn there(&self) -> Vec<usize> {
+        let gone = self.shared.traffic.gone.lock();
+        (0..self.clients.len()).filter(|server| !gone.contains(server)).collect()
+    }
+
+    /// Has a server do something that it answers by a word.
+    fn ask(&mut self, server: usize, request: &PageRequest) -> Result<(), EngineError> {
+        let address = self.shared.store(server).map(|store| store.address).unwrap_or_default();
+        match self.call(server, request) {
+            Ok(_) => Ok(()),
             Err(Failed::Refused(error)) => Err(stores::refused(&address, error)),
             Err(Failed::Away) => Err(EngineError::Misuse {
                 what: format!("The memory server {address} does not answer"),
                 remedy: "Wait until `migrate status` shows it as connected".into(),
             }),
-        }
-    }
-
-    /// One that does not answer is told by no one: whoever knows the store's secret may go on using it there.
-    fn revoke(&mut self, host: &str) {
-        for server in 0..self.clients.len() {
-            let request = PageRequest::Revoke { host: host.to_owned() };
-            if self.call(server, &request).is_err() {
-                tracing::warn!(server, host, "access to the guest's memory was not withdrawn");
-            }
         }
     }
 
@@ -134,11 +157,13 @@ impl Keeper {
 
     /// Parts with servers that have nothing of the guest any more.
     pub(super) fn part(&mut self) {
-        // A guest that leaves has told of them.
-        if self.shared.is_leaving.load(Ordering::Acquire) {
-            return;
-        }
+        let is_leaving = self.shared.is_leaving.load(Ordering::Acquire);
         for mut parting in std::mem::take(&mut self.parting) {
+            if is_leaving && parting.noted.is_none() {
+                // The new main host is told of it.
+                self.parting.push(parting);
+                continue;
+            }
             match self.look(&mut parting) {
                 Look::Waits => self.parting.push(parting),
                 Look::Empty => self.delete(parting.server),

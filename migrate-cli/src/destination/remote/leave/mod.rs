@@ -15,7 +15,7 @@ mod flush;
 mod prepare;
 
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migrate_core::error::GuestPlace;
@@ -58,17 +58,60 @@ pub struct Home {
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub(super) asked: Leave,
-    /// Comes when whoever asked is gone, or wants it no more.
-    pub(super) cancelled: oneshot::Receiver<()>,
+    /// Whether whoever asked still wants it.
+    pub(super) cancel: Cancel,
     /// What became of it.
     pub(super) done: oneshot::Sender<Box<Report>>,
 }
 
+/// Tells when whoever asked for something is gone, or wants it no more.
+#[derive(Debug)]
+pub(super) struct Cancel(Option<oneshot::Receiver<()>>);
+
+impl Cancel {
+    /// One that comes when the other end of the channel is used or dropped.
+    pub(super) fn new(receiver: oneshot::Receiver<()>) -> Self {
+        Self(Some(receiver))
+    }
+
+    /// Returns when it is cancelled. Cancel-safe.
+    pub(super) async fn requested(&mut self) {
+        if let Some(receiver) = &mut self.0 {
+            let _used_or_dropped = receiver.await;
+            self.0 = None;
+        }
+    }
+
+    fn check(&mut self) -> Result<(), EngineError> {
+        let waits = |receiver: &mut oneshot::Receiver<()>| {
+            receiver.try_recv() == Err(oneshot::error::TryRecvError::Empty)
+        };
+        match self.0.as_mut().is_some_and(waits) {
+            true => Ok(()),
+            false => {
+                self.0 = None;
+                Err(EngineError::Cancelled)
+            }
+        }
+    }
+
+    /// Does what can be dropped at any time, unless it is cancelled.
+    async fn unless<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, EngineError>>,
+    ) -> Result<T, EngineError> {
+        tokio::select! {
+            done = work => done,
+            () = self.requested() => Err(EngineError::Cancelled),
+        }
+    }
+}
+
 /// Whether the guest is still here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Left {
-    /// It runs elsewhere.
-    Gone,
+    /// It runs elsewhere. The journal of that may go once nothing says any more that it is paged here.
+    Gone(Box<Journal>),
     /// It is paged here as before.
     Here,
     /// That is not known; it stands still here.
@@ -81,12 +124,12 @@ pub(super) async fn leave(
     client: &Client,
     home: &Home,
     asked: &Leave,
-    cancelled: &mut oneshot::Receiver<()>,
+    cancel: &mut Cancel,
 ) -> (Left, Report) {
     let clock = Instant::now();
     let mut report = Report::begin(&shared.vm);
     report.mode = "split";
-    let left = match course(shared, client, home, asked, (&mut report, clock), cancelled).await {
+    let left = match course(shared, client, home, asked, (&mut report, clock), cancel).await {
         Ok(left) => left,
         Err(error) => {
             report.fail(&error, place(Some(client)).await, GuestPlace::Unknown);
@@ -106,25 +149,15 @@ async fn course(
     home: &Home,
     asked: &Leave,
     (report, clock): (&mut Report, Instant),
-    cancelled: &mut oneshot::Receiver<()>,
+    cancel: &mut Cancel,
 ) -> Result<Left, EngineError> {
     // No server joins or is emptied for another reason meanwhile.
-    let _alone = shared.ordering.lock().await;
+    let _alone = cancel.unless(async { Ok(shared.ordering.lock().await) }).await?;
     let rooms = shared.begin_leaving()?;
-    let granted = OnceLock::new();
-    let begun = tokio::select! {
-        begun = Box::pin(prepare::begin(shared, client, home, asked, &granted)) => begun,
-        _ = &mut *cancelled => Err(EngineError::Cancelled),
-    };
-    let left = match begun {
-        Ok(begun) => Ok(begun.run(report, clock, cancelled).await),
+    let left = match Box::pin(prepare::begin(shared, client, home, asked, cancel)).await {
+        Ok(begun) => Ok(begun.run(report, clock, cancel).await),
         Err(error) => Err(error),
     };
-    if left.is_err()
-        && let Some(peer) = granted.get()
-    {
-        prepare::revoke(shared, peer).await;
-    }
     if matches!(left, Ok(Left::Here) | Err(_)) {
         shared.end_leaving(rooms);
     }
@@ -146,18 +179,10 @@ struct Leaving<'a> {
 }
 
 impl Leaving<'_> {
-    async fn run(
-        mut self,
-        report: &mut Report,
-        clock: Instant,
-        cancelled: &mut oneshot::Receiver<()>,
-    ) -> Left {
+    async fn run(mut self, report: &mut Report, clock: Instant, cancel: &mut Cancel) -> Left {
         report.lanes = Some(LaneReport::of(&self.closer, self.lanes.len()));
         let mut stopped_at = None;
-        let moved = tokio::select! {
-            moved = self.move_guest(report, &mut stopped_at) => moved,
-            _ = cancelled => Err(EngineError::Cancelled),
-        };
+        let moved = cancel.unless(self.move_guest(report, &mut stopped_at)).await;
         failpoint::hit("leave-ready").await;
         let input = match &moved {
             Ok(()) => Input::Ready { agrees: true },
@@ -201,15 +226,14 @@ impl Leaving<'_> {
             Outcome::Completed => {
                 report.outcome = ReportOutcome::Completed;
                 self.contact.close("done").await;
-                self.journal.remove();
-                Left::Gone
+                Left::Gone(Box::new(self.journal))
             }
             Outcome::RolledBack => {
                 self.shared.page_on();
                 let error = error.unwrap_or_else(refused_late);
                 self.contact.abort(&error).await;
                 if let Some(peer) = self.contact.options.expected_peer.take() {
-                    prepare::revoke(self.shared, &peer).await;
+                    self.shared.revoke([peer]);
                 }
                 let error = match stuck {
                     None => {

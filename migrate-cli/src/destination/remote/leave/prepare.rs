@@ -1,21 +1,20 @@
 //! Before a split guest leaves: its new main host is reached, and there is room for all of it on the servers.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use migrate_core::layout::PAGE_BYTES;
+use migrate_core::remote::ServerPhase;
 use qemu_glue::qmp::Client;
 use transport::Options;
 use transport::messages::{FEATURE_SPLIT, Message, Split, Then};
-use transport::pages::PageRequest;
 
 use super::super::keeper::Order;
 use super::super::{Shared, fragment};
-use super::{Home, Leaving};
+use super::{Cancel, Home, Leaving};
 use crate::args::{CommonArgs, Mode};
-use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::pager_socket::{Leave, PagerState};
 use crate::source::contact::Contact;
@@ -23,12 +22,11 @@ use crate::source::gate::Gate;
 use crate::source::link::Link;
 use crate::source::prepare::{self, Accepted, Asked};
 use crate::source::{early, recover};
-use crate::stores;
 
 /// Longest wait for the destination to reach the memory servers.
 const PREPARED_WITHIN: Duration = Duration::from_secs(30);
 
-/// Everything up to the journal; `granted` is the host that may use the guest's stores then.
+/// Everything up to the journal.
 ///
 /// # Errors
 /// What keeps the guest from leaving: nothing was touched but rooms on servers.
@@ -37,10 +35,10 @@ pub(super) async fn begin<'a>(
     client: &Client,
     home: &Home,
     asked: &'a Leave,
-    granted: &OnceLock<String>,
+    cancel: &mut Cancel,
 ) -> Result<Leaving<'a>, EngineError> {
     let others = recover::before_leaving(client, &home.common).await?;
-    shared.orders.lock().extend(others.into_iter().map(Order::Revoke));
+    shared.revoke(others);
     let guest = prepare::paged_guest(client.clone(), Arc::clone(&shared.ram)).await?;
     let addr = prepare::resolve_address(&asked.to).await?;
     let migration = prepare::new_migration()?;
@@ -50,8 +48,8 @@ pub(super) async fn begin<'a>(
         ..prepare::options(&common, prepare::lanes(None, Mode::PreCopy))
     };
     let wanted = Asked { verify: false, mode: Mode::PreCopy };
-    let accepted =
-        prepare::accepted(addr, &shared.identity, &options, migration, &guest, wanted).await?;
+    let accepted = prepare::accepted(addr, &shared.identity, &options, migration, &guest, wanted);
+    let accepted = cancel.unless(accepted).await?;
     let Accepted { session, urgent: _ } = accepted;
     let (closer, peer) = (session.closer.clone(), session.peer.name.clone());
     let gate = Arc::new(Gate::new(None));
@@ -64,15 +62,18 @@ pub(super) async fn begin<'a>(
                 remedy: "Update it there".into(),
             });
         }
+        // None of these is left half done.
         for addr in asked.memory.iter().flatten() {
+            cancel.check()?;
             fragment::take_in(shared, *addr).await?;
         }
         fragment::reserve_for_flush(shared).await?;
-        granted.get_or_init(|| peer.clone());
-        ask_all(shared, &PageRequest::Grant { host: peer.clone() }).await?;
+        cancel.check()?;
+        fragment::grant(shared, &peer).await?;
         let told = told(shared, asked)?;
         link.send(Message::Split(told.clone())).await?;
-        early::prepared(&mut link, "that it is prepared", PREPARED_WITHIN).await?;
+        let prepared = early::prepared(&mut link, "that it is prepared", PREPARED_WITHIN);
+        cancel.unless(prepared).await?;
         let journal = prepare::journal(&common, &asked.to, false, &guest, migration, &peer)?;
         Ok((told, journal))
     };
@@ -80,6 +81,7 @@ pub(super) async fn begin<'a>(
         Ok(recorded) => recorded,
         Err(error) => {
             closer.close(transport::close_code::ABORTED, &error.tell()).await;
+            shared.revoke([peer]);
             return Err(error);
         }
     };
@@ -94,32 +96,6 @@ pub(super) async fn begin<'a>(
         running_at: None,
     };
     Ok(Leaving { shared, asked, told, guest, contact, journal, closer, lanes: session.lanes })
-}
-
-/// Has all servers of the guest do something, over connections of their own; what the first says that does not comes
-/// after all were asked.
-async fn ask_all(shared: &Arc<Shared>, request: &PageRequest) -> Result<(), EngineError> {
-    let (shared, request) = (Arc::clone(shared), request.clone());
-    let asked = on_thread(move || {
-        let ask = |store| {
-            let mut client = stores::open(store, &shared.identity, &shared.options)?;
-            stores::ask(&mut client, &store.address, &request)
-        };
-        let all: Vec<_> = shared.split_now().stores.iter().map(ask).collect();
-        all.into_iter().collect()
-    });
-    asked.await?
-}
-
-/// The guest stays: whoever was to have it has nothing to do with its memory. One that does not answer is told by no
-/// one.
-pub(super) async fn revoke(shared: &Arc<Shared>, peer: &str) {
-    if peer == shared.identity.name() {
-        return;
-    }
-    if let Err(error) = ask_all(shared, &PageRequest::Revoke { host: peer.to_owned() }).await {
-        tracing::warn!(error = %error.tell(), peer, "access to the guest's memory was not withdrawn");
-    }
 }
 
 /// What the new main host is told of the guest's memory.
@@ -179,10 +155,11 @@ impl Shared {
         self.page_on();
         let servers = self.remote.lock().stats().servers;
         for (number, (server, before)) in servers.iter().zip(rooms).enumerate() {
-            // Nobody waits for it: what is in use by now cannot be given back, and stays.
+            // What is in use by now cannot be given back. Nobody waits for it.
+            let wanted = before.max(server.pages + server.stale_pages);
             let (obeyed, _) = tokio::sync::oneshot::channel();
-            if server.reserve_pages > before {
-                self.orders.lock().push(Order::Reserve(number, before, obeyed));
+            if server.state != ServerPhase::Gone {
+                self.order(Order::Reserve(number, wanted, obeyed));
             }
         }
         self.is_leaving.store(false, Ordering::Release);
