@@ -167,6 +167,18 @@ pub enum PagerState {
     Lost,
 }
 
+impl fmt::Display for PagerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Split => "split",
+            Self::Merging => "merging",
+            Self::Merged => "merged",
+            Self::Leaving => "leaving",
+            Self::Lost => "lost",
+        })
+    }
+}
+
 /// What one memory server has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServerStatus {

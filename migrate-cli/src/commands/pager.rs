@@ -93,7 +93,7 @@ async fn go(args: &PagerArgs, leave: Leave) -> ExitCode {
 /// Tells how a guest has left.
 fn left_as(left: &serde_json::Value, json: bool) -> ExitCode {
     if json {
-        println!("{left}");
+        print_json(left);
     }
     let text = |at: &str| left.pointer(at).and_then(serde_json::Value::as_str).unwrap_or_default();
     if let Some(message) = left.pointer("/error/message").and_then(serde_json::Value::as_str) {
@@ -202,7 +202,7 @@ fn mib(pages: u64) -> f64 {
 
 fn tell(status: &Status) {
     let Status { faults, read_ahead, evicted, bytes, .. } = status;
-    println!("{}: {}", status.vm, format!("{:?}", status.state).to_lowercase());
+    println!("{}: {}", status.vm, status.state);
     println!(
         "here       {:.1} MiB of at most {:.1}",
         mib(status.resident_pages),

@@ -28,7 +28,7 @@ use super::Place;
 use super::intake::Intake;
 use super::owner::{Owner, Voice};
 use super::paging::{self, Paging};
-use super::remote::{Attached, Reached, RemoteGuest, VERSIONS_BELIEVED};
+use super::remote::{Attached, Reached, RemoteGuest, check_version};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
@@ -483,10 +483,7 @@ impl Arrival {
         if self.uffd.is_none() || !in_order || remote.len() >= reached.split.stores.len() {
             return Err(out_of_place());
         }
-        if end.version > VERSIONS_BELIEVED {
-            let text = format!("that a page has version {}", end.version);
-            return Err(EngineError::Contradiction(text));
-        }
+        check_version(end.version)?;
         self.remote_version = self.remote_version.max(end.version);
         let fresh = Arriving::new(self.ram.layout().pages());
         let arrived = std::mem::replace(&mut self.arriving, fresh);

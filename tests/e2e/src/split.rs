@@ -53,6 +53,9 @@ pub struct Offer<'a> {
     pub extra: &'a [&'a str],
 }
 
+/// Room for all that the tests' guests have.
+pub const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
+
 /// Identities of memory servers. A name is issued once.
 #[derive(Debug)]
 pub struct ServerIdentities(pub Vec<PathBuf>);
@@ -78,6 +81,16 @@ impl Rig {
     ) -> Result<Vec<MemoryServer>> {
         let start = |identity: &PathBuf| self.memory_server(identity, "127.0.0.1:0", offer);
         identities.0.iter().map(start).collect()
+    }
+
+    /// Two memory servers, and one more for later.
+    ///
+    /// # Errors
+    /// One does not start.
+    pub fn servers_and_a_spare(&self) -> Result<(Vec<MemoryServer>, MemoryServer)> {
+        let mut servers = self.memory_servers(&self.server_identities(3)?, &OFFER)?;
+        let spare = servers.pop().context("There are three")?;
+        Ok((servers, spare))
     }
 
     /// Starts a memory server of this identity that listens at `listen`.
@@ -405,7 +418,7 @@ impl Split {
         report: Value,
         servers: &[MemoryServer],
     ) -> Result<Vm> {
-        self.left(next, report)?.check_whole(rig, servers)
+        self.left(next, report)?.whole(rig, servers)
     }
 
     /// As [`Self::merge`], with a pager that is killed half-way: the next one goes on by itself.
@@ -425,21 +438,15 @@ impl Split {
         ensure!(interrupted.code == Some(1), "{interrupted:?}");
         let listen = free_address()?;
         self.receive = rig.receive_as(&self.identity, &self.vm, &listen, &[])?;
-        self.check_whole(rig, servers)
+        self.whole(rig, servers)
     }
 
     /// It is being merged: waits for that and checks what must hold then.
-    fn check_whole(self, rig: &Rig, servers: &[MemoryServer]) -> Result<Vm> {
+    fn whole(self, rig: &Rig, servers: &[MemoryServer]) -> Result<Vm> {
         let Self { mut vm, receive, watch, .. } = self;
         // Whole, it takes more than was allowed before.
         watch.end()?;
-        receive.wait(PATIENCE)?.success()?;
-        for server in servers {
-            server.wait_empty(EMPTY_WITHIN)?;
-        }
-        assert_detached(vm.pid())?;
-        check_journals(rig)?;
-        ensure!(vm.qmp().run_state()? == "running", "The guest does not run");
+        check_whole(rig, &mut vm, receive, servers)?;
         Ok(vm)
     }
 
@@ -457,20 +464,27 @@ impl Split {
         let merged = rig.pager(&vm).merge(PATIENCE);
         merged.with_context(|| format!("receive: {}", receive.stderr()))?;
         let took = began.elapsed();
-        receive.wait(PATIENCE)?.success()?;
-        ensure!(rig.pager(&vm).status().is_err(), "Somebody still pages a guest that is whole");
-        for server in servers {
-            server.wait_empty(EMPTY_WITHIN)?;
-        }
-        assert_detached(vm.pid())?;
-        check_journals(rig)?;
+        check_whole(rig, &mut vm, receive, servers)?;
         // What was elsewhere is here now.
         let bytes = framework::memory::allocated_bytes(vm.ram_files())?;
         ensure!(bytes > resident_mib * MIB, "{bytes} bytes after the merge");
         vm.verify_checker(PATIENCE)?;
-        ensure!(vm.qmp().run_state()? == "running", "The guest does not run");
         Ok(Merged { vm, ram, status, took })
     }
+}
+
+/// What must hold of a guest whose memory is all at its main host: its pager has ended, nothing is left at the servers, at
+/// its QEMU and in the journals, and it runs.
+fn check_whole(rig: &Rig, vm: &mut Vm, receive: Engine, servers: &[MemoryServer]) -> Result<()> {
+    receive.wait(PATIENCE)?.success()?;
+    ensure!(rig.pager(vm).status().is_err(), "Somebody still pages a guest that is whole");
+    for server in servers {
+        server.wait_empty(EMPTY_WITHIN)?;
+    }
+    assert_detached(vm.pid())?;
+    check_journals(rig)?;
+    ensure!(vm.qmp().run_state()? == "running", "The guest does not run");
+    Ok(())
 }
 
 /// The journals hold nothing but what an ordinary migration leaves: that the guest has run there.

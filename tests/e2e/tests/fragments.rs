@@ -3,11 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::split::Offer;
 use e2e::{PATIENCE, Rig, in_turn};
 use framework::worker::{self, Phase};
-
-const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
 
 /// Longest wait for a server to be empty once its fragment has moved.
 const EMPTY_WITHIN: Duration = Duration::from_secs(10);
@@ -16,9 +13,7 @@ const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 fn a_fragment_moves_to_another_server_while_the_guest_works() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
-        let identities = rig.server_identities(3)?;
-        let mut servers = rig.memory_servers(&identities, &OFFER)?;
-        let third = servers.pop().expect("there are three");
+        let (mut servers, third) = rig.servers_and_a_spare()?;
         let mut split = rig.split_at_work(&servers, &[])?;
         let left = servers.remove(0);
         let stored = left.stored_pages()?;
@@ -43,9 +38,7 @@ fn a_fragment_moves_to_another_server_while_the_guest_works() -> Result<()> {
 fn both_copies_of_a_fragment_stay_apart() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
-        let identities = rig.server_identities(3)?;
-        let mut servers = rig.memory_servers(&identities, &OFFER)?;
-        let third = servers.pop().expect("there are three");
+        let (mut servers, third) = rig.servers_and_a_spare()?;
         let mut split = rig.split_at_work(&servers, &["--copies", "2"])?;
         let pager = rig.pager(&split.vm);
         let left = servers.remove(0);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::reading::{reading, slow_disk};
-use e2e::split::{Merged, Offer, PAGES_PER_MIB, Split, number};
+use e2e::split::{Merged, OFFER, Offer, PAGES_PER_MIB, Split, number};
 use e2e::untouched::Before;
 use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::split::SplitState;
@@ -29,8 +29,6 @@ const WORK_WITHIN: Duration = Duration::from_secs(300);
 
 /// Slow enough for a split to be under way for ten seconds at least.
 const SLOWLY: [&str; 2] = ["--max-bandwidth", "150M"];
-
-const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
 
 /// A guest of 512 MiB that uses some 300 of them.
 fn working(kind: QemuKind) -> VmSpec {

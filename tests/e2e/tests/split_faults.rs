@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::split::Offer;
+use e2e::split::OFFER;
 use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::split::SplitState;
 use framework::wait;
@@ -11,8 +11,6 @@ use framework::worker::{self, Phase};
 
 /// How long a thread that waits for memory is looked at.
 const WAITS: Duration = Duration::from_secs(2);
-
-const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
 
 #[test]
 fn the_next_pager_goes_on_where_one_was_killed() -> Result<()> {

@@ -3,14 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::split::{NextHost, Offer, Split, WORKING_RESIDENT_MIB};
+use e2e::split::{NextHost, OFFER, Split, WORKING_RESIDENT_MIB};
 use e2e::{PATIENCE, Rig, in_turn};
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
 use framework::{Engine, MemoryServer, wait};
 use nix::sys::signal::Signal;
-
-const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
 
 /// Not within any round.
 const NEVER: [&str; 2] = ["--max-downtime-ms", "1"];
@@ -34,8 +32,7 @@ fn start(
 fn a_split_guest_leaves_for_other_hosts_while_it_works() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
-        let mut servers = rig.memory_servers(&rig.server_identities(3)?, &OFFER)?;
-        let third = servers.pop().expect("there are three");
+        let (mut servers, third) = rig.servers_and_a_spare()?;
         let split = rig.split_at_work(&servers, &[])?;
         let next = split.next_host(&rig, "host-c", &[])?;
         // The second one stays, the first is drained, the third joins.

@@ -15,7 +15,7 @@ use transport::messages::{STORES_MAX, Store};
 use transport::pages::PageRequest;
 
 use super::Shared;
-use super::keeper::{Joining, Order};
+use super::keeper::{Joining, Obeyed, Order};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::pager_socket::PagerState;
@@ -45,7 +45,7 @@ pub(super) async fn begin(
     }
     // From here on it is seen to be drained.
     shared.remote.lock().drain(drain);
-    shared.order(Order::Drain(drain));
+    shared.order(Order::Part(drain));
     Ok(())
 }
 
@@ -96,8 +96,13 @@ pub(super) async fn reserve_for_flush(shared: &Arc<Shared>) -> Result<(), Engine
 /// # Errors
 /// If a server does not let it.
 pub(super) async fn grant(shared: &Shared, host: &str) -> Result<(), EngineError> {
+    order(shared, |obeyed| Order::Grant(host.to_owned(), obeyed)).await
+}
+
+/// Gives the keeper an order and waits until it was carried out.
+async fn order(shared: &Shared, order: impl FnOnce(Obeyed) -> Order) -> Result<(), EngineError> {
     let (obeyed, is_obeyed) = oneshot::channel();
-    shared.order(Order::Grant(host.to_owned(), obeyed));
+    shared.order(order(obeyed));
     is_obeyed.await.map_err(|_ended| over())?
 }
 
@@ -122,7 +127,8 @@ async fn reserve(
         let share = left.div_ceil(servers.len() as u64);
         for (number, server) in servers {
             let share = share.min(left);
-            match more(shared, number, server.reserve_pages + share).await {
+            let wanted = server.reserve_pages + share;
+            match order(shared, |obeyed| Order::Reserve(number, wanted, obeyed)).await {
                 Ok(()) => left -= share,
                 Err(error) => {
                     full.insert(number);
@@ -141,13 +147,6 @@ async fn reserve(
     })
 }
 
-/// A server is to keep so many pages free for the guest.
-async fn more(shared: &Shared, server: usize, pages: u64) -> Result<(), EngineError> {
-    let (obeyed, is_obeyed) = oneshot::channel();
-    shared.order(Order::Reserve(server, pages, obeyed));
-    is_obeyed.await.map_err(|_ended| over())?
-}
-
 /// The number of the server at an address, if it serves the guest.
 fn number(shared: &Shared, addr: SocketAddr) -> Option<usize> {
     let stores = shared.stores.read();
@@ -164,7 +163,7 @@ fn check(shared: &Shared, from: SocketAddr, to: Option<SocketAddr>) -> Result<us
         |what: String, remedy: &str| Err(EngineError::Misuse { what, remedy: remedy.into() });
     if shared.state() != PagerState::Split {
         return refuse(
-            format!("The guest's memory is {}", format!("{:?}", shared.state()).to_lowercase()),
+            format!("The guest's memory is {}", shared.state()),
             "Only what lies on servers for good can be moved between them",
         );
     }
@@ -224,9 +223,7 @@ async fn join(
         }
         shared.listed.lock().joining.push(store.clone());
         shared.note().await.map_err(|_ended| over())??;
-        let (obeyed, is_obeyed) = oneshot::channel();
-        shared.order(Order::Join(Box::new(joining), obeyed));
-        is_obeyed.await.map_err(|_ended| over())?
+        order(shared, |obeyed| Order::Join(Box::new(joining), obeyed)).await
     };
     let joined = joined.await;
     if joined.is_err() {

@@ -45,7 +45,7 @@ fn text(status: Option<&Status>) -> String {
 
 fn register(registry: &mut Registry, status: &Status) {
     let guest = Family::<Label<2>, Gauge>::default();
-    let state = format!("{:?}", status.state).to_lowercase();
+    let state = status.state.to_string();
     guest.get_or_create(&[("vm", status.vm.clone()), ("state", state)]).set(1);
     registry.register("guest", "The guest and its state", guest);
     let bytes = |pages: u64| pages * PAGE_BYTES as u64;

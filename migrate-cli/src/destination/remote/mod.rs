@@ -62,7 +62,7 @@ use crate::journal::Journal;
 const READ_AHEAD_PAGES_MAX: u64 = 256;
 
 /// Highest version of a page that a peer is believed: a guest comes to it in no lifetime, and there is room above it.
-pub const VERSIONS_BELIEVED: u64 = 1 << 55;
+const VERSIONS_BELIEVED: u64 = 1 << 55;
 
 /// How long whoever asked for a guest to leave may take to hear that it has.
 const HEARD_WITHIN: Duration = Duration::from_secs(2);
@@ -253,7 +253,7 @@ impl RemoteGuest {
         shared.revoke(others);
         let Then { merge, drain } = &shared.split.then;
         for server in drain {
-            shared.order(Order::Drain(usize::from(*server)));
+            shared.order(Order::Part(usize::from(*server)));
         }
         if *merge && let Err(error) = shared.begin_merge() {
             tracing::error!(error = %error.tell(), "not merged");
@@ -384,6 +384,17 @@ fn stop_lost(client: Client) {
             tracing::warn!(%error, "QEMU was not stopped");
         }
     });
+}
+
+/// Refuses a version of a page that no guest comes to.
+///
+/// # Errors
+/// [`EngineError::Contradiction`].
+pub fn check_version(version: u64) -> Result<(), EngineError> {
+    if version <= VERSIONS_BELIEVED {
+        return Ok(());
+    }
+    Err(EngineError::Contradiction(format!("that a page has version {version}")))
 }
 
 fn config(split: &Split) -> RemoteConfig {

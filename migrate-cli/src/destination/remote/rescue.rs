@@ -27,7 +27,7 @@ use transport::{Identity, Listener, Options};
 
 use super::super::answer::Archive;
 use super::super::{Paged, page};
-use super::{Attached, Reached, RemoteGuest, VERSIONS_BELIEVED, Watched};
+use super::{Attached, Reached, RemoteGuest, Watched, check_version};
 use crate::args::ReceiveArgs;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
@@ -128,10 +128,7 @@ pub(super) fn found(
     for (store, client) in reached.split.stores.iter().zip(&mut reached.for_keeper) {
         let entries = list(client, &store.address)?;
         for (extent, version) in &entries {
-            if *version > VERSIONS_BELIEVED {
-                let text = format!("that a page has version {version}");
-                return Err(EngineError::Contradiction(text));
-            }
+            check_version(*version)?;
             for page in extent.iter() {
                 let newest = usize::try_from(page).ok().and_then(|page| newest.get_mut(page));
                 let newest = newest.ok_or_else(|| {

@@ -27,7 +27,7 @@ use transport::pages::wire::REQUEST_PAGES_MAX;
 use transport::pages::{Extent, PageAnswer, PageClient, PageRequest, StoreError};
 
 use self::orders::Parting;
-pub(super) use self::orders::{Joining, Order};
+pub(super) use self::orders::{Joining, Obeyed, Order};
 use self::reach::Reaching;
 use super::Shared;
 use super::faults::{Command, FaultHandle};

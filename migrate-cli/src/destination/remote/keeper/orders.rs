@@ -37,8 +37,8 @@ pub(in crate::destination::remote) type Obeyed = oneshot::Sender<Result<(), Engi
 pub(in crate::destination::remote) enum Order {
     /// One more server joins.
     Join(Box<Joining>, Obeyed),
-    /// All that this server has moves to others.
-    Drain(usize),
+    /// This server, which is being drained, is parted with once it is empty.
+    Part(usize),
     /// This server is to keep so many pages free for the guest.
     Reserve(usize, u64, Obeyed),
     /// This host may use the guest's stores.
@@ -75,7 +75,7 @@ impl Keeper {
                     let joined = self.join(*joining).map_err(EngineError::from);
                     let _asker_left = obeyed.send(joined);
                 }
-                Order::Drain(server) => self.drain(server),
+                Order::Part(server) => self.begin_to_part(server),
                 Order::Reserve(server, pages, obeyed) => {
                     let _asker_left = obeyed.send(self.reserve(server, pages));
                 }
@@ -87,8 +87,7 @@ impl Keeper {
         }
     }
 
-    fn drain(&mut self, server: usize) {
-        self.shared.remote.lock().drain(server);
+    fn begin_to_part(&mut self, server: usize) {
         if self.parting.iter().all(|parting| parting.server != server) {
             self.parting.push(Parting { server, noted: None });
         }

@@ -142,7 +142,7 @@ impl Shared {
         // Merging begins under the same lock.
         if state != PagerState::Split || self.is_merging.load(Ordering::Acquire) {
             return Err(EngineError::Misuse {
-                what: format!("The guest's memory is {}", format!("{state:?}").to_lowercase()),
+                what: format!("The guest's memory is {state}"),
                 remedy: "Only a guest that is split and at peace can leave".into(),
             });
         }
