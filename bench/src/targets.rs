@@ -3,6 +3,8 @@
 
 use std::collections::BTreeMap;
 
+use framework::split::Faults;
+
 use crate::mode::Mode;
 use crate::record::{Attach, Bulk, Migration};
 use crate::scenario::{AccessPhase, Among, BEST_OF_QEMU, Quantity, Scenario, TargetPart};
@@ -65,8 +67,12 @@ fn value(what: Quantity, one: &Migration) -> Option<f64> {
         Quantity::ArrivalMs => one.arrived_ms,
         Quantity::WireBytes => Some(one.wire_bytes()),
         Quantity::WirePerCompulsory => one.wire_per_compulsory(),
-        Quantity::FaultMedianUs => fault_us(one, "p50_us"),
-        Quantity::FaultP99Us => fault_us(one, "p99_us"),
+        Quantity::FaultMedianUs => {
+            paged_us(one, |faults| faults.p50_us).or_else(|| fault_us(one, "p50_us"))
+        }
+        Quantity::FaultP99Us => {
+            paged_us(one, |faults| faults.p99_us).or_else(|| fault_us(one, "p99_us"))
+        }
         Quantity::SendMemoryMib => one.engine_memory.source_bytes.map(mib),
         Quantity::ReceiveMemoryMib => one.engine_memory.destination_bytes.map(mib),
         Quantity::CpuSPerGb => one.cpu_s_per_gb(),
@@ -74,8 +80,15 @@ fn value(what: Quantity, one: &Migration) -> Option<f64> {
         Quantity::HotMibPerS => work_mib_per_s(one, AccessPhase::Hot),
         Quantity::FreshMibPerS => work_mib_per_s(one, AccessPhase::Fresh),
         Quantity::UsedMibPerS => work_mib_per_s(one, AccessPhase::Used),
+        Quantity::BothMibPerS => work_mib_per_s(one, AccessPhase::Both),
         Quantity::Completed => Some(f64::from(u8::from(one.is_complete()))),
     }
+}
+
+/// A figure of the faults of a split guest, from the split until the end of its work.
+fn paged_us(one: &Migration, figure: fn(&Faults) -> u64) -> Option<f64> {
+    let faults = one.split.as_ref()?.status.as_ref()?.faults;
+    (faults.fetched > 0).then(|| figure(&faults) as f64)
 }
 
 /// A figure of the faults that waited for a page, if there were any.

@@ -17,6 +17,8 @@ pub(crate) enum AccessPhase {
     Fresh,
     /// Reads pages of the area that was filled once.
     Used,
+    /// The last two by turns.
+    Both,
 }
 
 impl AccessPhase {
@@ -26,6 +28,7 @@ impl AccessPhase {
             Self::Hot => Phase::Hot,
             Self::Fresh => Phase::Fresh,
             Self::Used => Phase::Used,
+            Self::Both => Phase::Both,
         }
     }
 

@@ -26,7 +26,7 @@ pub(crate) enum Quantity {
     /// Bytes on the link by the compulsory ones.
     WirePerCompulsory,
     /// From a page fault's reading until its page is in place, in microseconds: the median of a
-    /// migration's faults by Godwit's report.
+    /// migration's faults by Godwit's report; of a split guest, of those until the end of its work.
     FaultMedianUs,
     /// The same: what 99 % of the faults stay below.
     FaultP99Us,
@@ -44,6 +44,8 @@ pub(crate) enum Quantity {
     FreshMibPerS,
     /// The same on memory that was filled before.
     UsedMibPerS,
+    /// The same on the last two by turns.
+    BothMibPerS,
     /// Share of the runs that completed.
     Completed,
 }
@@ -67,6 +69,7 @@ impl Quantity {
             Self::HotMibPerS => ("work on its hot memory", Some("MiB/s")),
             Self::FreshMibPerS => ("work on fresh memory", Some("MiB/s")),
             Self::UsedMibPerS => ("work on used memory", Some("MiB/s")),
+            Self::BothMibPerS => ("work on fresh and used memory by turns", Some("MiB/s")),
             Self::Completed => ("share of runs that completed", None),
         }
     }

@@ -258,7 +258,9 @@ impl Workload {
     pub(super) fn has_phase(&self, phase: AccessPhase) -> bool {
         match (self, phase) {
             (Self::Worker { hot_mib, .. }, AccessPhase::Hot) => *hot_mib > 0,
-            (Self::Worker { fresh_mib, .. }, AccessPhase::Fresh) => *fresh_mib > 0,
+            (Self::Worker { fresh_mib, .. }, AccessPhase::Fresh | AccessPhase::Both) => {
+                *fresh_mib > 0
+            }
             (Self::Worker { .. }, AccessPhase::Used) => true,
             _ => false,
         }

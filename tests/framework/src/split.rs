@@ -41,6 +41,9 @@ pub struct RemotePages {
     pub server: String,
     /// Pages there.
     pub pages: u64,
+    /// How it does, as the pager calls it.
+    #[serde(default)]
+    pub state: String,
 }
 
 /// Faults of the guest on pages that were not at the main host.

@@ -22,6 +22,8 @@ pub enum Phase {
     Fresh,
     /// Reads pages of the area that was filled once.
     Used,
+    /// The last two by turns.
+    Both,
 }
 
 impl Phase {
@@ -33,6 +35,7 @@ impl Phase {
             Self::Hot => "hot",
             Self::Fresh => "fresh",
             Self::Used => "used",
+            Self::Both => "both",
         }
     }
 }

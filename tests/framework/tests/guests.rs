@@ -87,7 +87,12 @@ fn the_worker_goes_through_its_phases_and_finds_a_wrong_byte() -> Result<()> {
     let idle = worker::report(&mut vm)?;
     std::thread::sleep(second(1));
     ensure!(worker::report(&mut vm)?.pages == idle.pages, "An idle worker works");
-    for (phase, mib) in [(Phase::Hot, 16), (Phase::Fresh, 2 * 32), (Phase::Used, 24)] {
+    for (phase, mib) in [
+        (Phase::Hot, 16),
+        (Phase::Fresh, 2 * 32),
+        (Phase::Used, 24),
+        (Phase::Both, 3 * (2 * 32 + 24)),
+    ] {
         let first = worker::set_phase(&mut vm, phase)?;
         let last = worker::wait_pages(&mut vm, mib * 256, second(60))?;
         println!("{phase:?}: {:?} MiB/s", last.mib_per_s(&first));

@@ -5,6 +5,7 @@
 //!  hot ─── pages of the hot area, read and written, at random or in their order
 //!  fresh ─ memory is allocated, written, read and freed again, over and over
 //!  used ── pages of the area that was filled once, read
+//!  both ── a turn of fresh, then as many pages of used as there are, over and over
 //! ```
 //! Options: `fill_mib` (filled once, then only read), `content` (of it: `random`, `text` or `mixed`), `hot_mib`, `fresh_mib`,
 //! `order` (`random` or `sequential`, for hot and used), `phase` (the first one; without it hot if there is a hot
@@ -45,10 +46,11 @@ enum Phase {
     Hot,
     Fresh,
     Used,
+    Both,
 }
 
 impl Phase {
-    const ALL: [Self; 4] = [Self::Idle, Self::Hot, Self::Fresh, Self::Used];
+    const ALL: [Self; 5] = [Self::Idle, Self::Hot, Self::Fresh, Self::Used, Self::Both];
 
     fn label(self) -> &'static str {
         match self {
@@ -56,6 +58,7 @@ impl Phase {
             Self::Hot => "hot",
             Self::Fresh => "fresh",
             Self::Used => "used",
+            Self::Both => "both",
         }
     }
 }
@@ -259,10 +262,23 @@ struct Worker {
     hot: Hot,
     used: Used,
     fresh: Fresh,
+    /// Of both: pages to read before it is fresh memory's turn again.
+    reads_left: usize,
     shared: Arc<Shared>,
 }
 
 impl Worker {
+    fn step_by_turns(&mut self, shared: &Shared) {
+        if self.reads_left > 0 {
+            self.reads_left = self.reads_left.saturating_sub(STEP_PAGES);
+            return self.used.step(shared);
+        }
+        self.fresh.step(shared);
+        if self.fresh.bytes.is_empty() {
+            self.reads_left = self.used.pages.len();
+        }
+    }
+
     fn check(&self) {
         (0..self.used.pages.len()).for_each(|number| self.used.verify(number, &self.shared));
         (0..self.hot.pages.len()).for_each(|number| self.hot.verify(number, &self.shared));
@@ -282,8 +298,9 @@ impl Worker {
                 continue;
             }
             let phase = shared.phase();
-            if phase != Phase::Fresh {
+            if phase != Phase::Fresh && phase != Phase::Both {
                 self.fresh.free();
+                self.reads_left = 0;
             }
             match phase {
                 Phase::Idle => {
@@ -293,6 +310,7 @@ impl Worker {
                 Phase::Hot => self.hot.step(&shared),
                 Phase::Fresh => self.fresh.step(&shared),
                 Phase::Used => self.used.step(&shared),
+                Phase::Both => self.step_by_turns(&shared),
             }
             shared.pages.fetch_add(STEP_PAGES as u64, Ordering::Relaxed);
         }
@@ -328,13 +346,14 @@ impl Sizes {
     fn phase(&self, name: &str) -> Result<Phase> {
         let found = Phase::ALL.into_iter().find(|phase| phase.label() == name);
         let Some(phase) = found else {
-            bail!("Unknown phase {name:?}; there are idle, hot, fresh, used")
+            bail!("Unknown phase {name:?}; there are idle, hot, fresh, used, both")
         };
         let (pages, option) = match phase {
             Phase::Idle => return Ok(phase),
             Phase::Hot => (self.hot, "hot_mib"),
             Phase::Fresh => (self.fresh, "fresh_mib"),
             Phase::Used => (self.used, "fill_mib"),
+            Phase::Both => (self.used.min(self.fresh), "fill_mib and fresh_mib"),
         };
         ensure!(pages > 0, "Phase {name} needs memory: give {option}");
         Ok(phase)
@@ -396,6 +415,7 @@ pub(crate) fn run(mut options: Options) -> Result<()> {
             seed: seed ^ 3,
             round: 0,
         },
+        reads_left: 0,
         shared: Arc::clone(&shared),
     };
     worker.used.fill();
