@@ -57,6 +57,8 @@ pub enum Command {
     Resolve(ResolveArgs),
     /// Keeps memory of guests that run on other hosts.
     MemoryServer(MemoryServerArgs),
+    /// Receives guests and keeps memory of others' guests, as a file says.
+    Agent(AgentArgs),
     /// Boots a guest on this machine, migrates it over loopback and prints a report.
     Demo(DemoArgs),
 }
@@ -479,6 +481,30 @@ pub struct MemoryServerArgs {
     /// Take hosts only if their identity has this name; may be given several times.
     #[arg(long, value_name = "NAME")]
     pub peer: Vec<String>,
+}
+
+/// `migrate agent`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "The file is in TOML. A table for each part, with the options of the command that does the same:\n\n  \
+        identity = \"/etc/godwit/pki/host-a\"   # for all parts; a table may name another\n  \
+        journal = \"/var/lib/godwit/journal\"   # may be left out\n  \
+        metrics = \"127.0.0.1:9700\"            # all parts on one page; may be left out\n\n  \
+        [memory-server]                       # `migrate memory-server --help`\n  \
+        listen = \"0.0.0.0:7701\"\n  \
+        capacity = \"64G\"\n\n  \
+        [[receive]]                           # `migrate receive --help`; one for each VM\n  \
+        qmp = \"/run/godwit/web.qmp\"\n  \
+        listen = \"0.0.0.0:7710\"\n\n\
+        A receiver begins when a QEMU that waits makes its QMP socket, and begins again with the next one; a guest that \
+        runs there already is left alone. A pager that died is taken up again. On the first Ctrl-C or SIGTERM all parts end \
+        that no guest needs; on the second the others too. Pages that the memory server keeps are in this process: merge \
+        the guests that need them before it is restarted."
+)]
+pub struct AgentArgs {
+    /// What to do.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
 }
 
 /// `migrate demo`.

@@ -187,6 +187,14 @@ pub enum EngineError {
         /// Pages compared.
         pages: u64,
     },
+    /// QEMU takes no guest.
+    #[error(
+        "QEMU is {state} and does not wait for a guest. Start it with -incoming defer and otherwise the source's options"
+    )]
+    NotWaiting {
+        /// What it is.
+        state: String,
+    },
     /// Something asked for that cannot be had.
     #[error("{what}. {remedy}")]
     Misuse {
@@ -283,6 +291,7 @@ impl Classify for EngineError {
             | Self::NotConverging(_)
             | Self::Cancelled
             | Self::Misuse { .. }
+            | Self::NotWaiting { .. }
             | Self::PagerRefused { is_misuse: true, .. }
             | Self::Unresolved { .. } => ErrorBin::CallerMisuse,
             Self::PeerAborted { code, .. } => match code {

@@ -195,39 +195,38 @@ impl Journal {
     /// # Errors
     /// [`JournalError`] if the file cannot be read, [`Found::Held`] is no error.
     pub fn open(path: &Path) -> Result<Option<Found>, JournalError> {
+        Self::open_if(path, |_| true)
+    }
+
+    /// The same of a journal that `is_wanted`; others are not locked, which would be in somebody's way.
+    fn open_if(
+        path: &Path,
+        is_wanted: impl Fn(&Entry) -> bool,
+    ) -> Result<Option<Found>, JournalError> {
         let fail = |source| JournalError { path: path.to_owned(), action: "read", source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(fail)?;
+        if !newest(&file).is_some_and(|(_, entry)| is_wanted(&entry)) {
+            return Ok(None);
+        }
         let held = match file.try_lock() {
             Ok(()) => false,
             Err(TryLockError::WouldBlock) => true,
             Err(TryLockError::Error(error)) => return Err(fail(error)),
         };
-        let mut newest: Option<(u64, Entry)> = None;
-        for slot in 0..2 {
-            let mut bytes = vec![0; SLOT_BYTES];
-            if file.read_exact_at(&mut bytes, slot * SLOT_BYTES as u64).is_err() {
-                continue;
-            }
-            if let Some(found) = decode(&bytes)
-                && newest.as_ref().is_none_or(|(sequence, _)| found.0 > *sequence)
-            {
-                newest = Some(found);
-            }
-        }
-        Ok(newest.map(|(sequence, entry)| match held {
+        Ok(newest(&file).map(|(sequence, entry)| match held {
             true => Found::Held(entry),
             false => Found::Free(Self { file, path: path.to_owned(), sequence, entry }),
         }))
     }
 
-    /// All journals in a directory; files that are none are skipped.
-    pub fn list(dir: &Path) -> Vec<Found> {
+    /// The journals in a directory that are wanted; files that are none are skipped.
+    pub fn list(dir: &Path, is_wanted: impl Fn(&Entry) -> bool) -> Vec<Found> {
         let Ok(files) = fs::read_dir(dir) else { return vec![] };
         files
             .flatten()
             .map(|file| file.path())
             .filter(|path| path.extension().is_some_and(|ending| ending == "journal"))
-            .filter_map(|path| Self::open(&path).ok().flatten())
+            .filter_map(|path| Self::open_if(&path, &is_wanted).ok().flatten())
             .collect()
     }
 
@@ -332,6 +331,16 @@ fn encode(sequence: u64, entry: &Entry) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The last entry that was written whole, with its number.
+fn newest(file: &File) -> Option<(u64, Entry)> {
+    let slots = (0..2).filter_map(|slot| {
+        let mut bytes = vec![0; SLOT_BYTES];
+        file.read_exact_at(&mut bytes, slot * SLOT_BYTES as u64).ok()?;
+        decode(&bytes)
+    });
+    slots.max_by_key(|(sequence, _)| *sequence)
+}
+
 fn decode(slot: &[u8]) -> Option<(u64, Entry)> {
     let (head, rest) = slot.split_at_checked(24)?;
     let (sum, rest) = rest.split_at_checked(8)?;
@@ -375,14 +384,17 @@ mod tests {
         journal.record(Record::Source(SourceRecord::HandedOver)).unwrap();
         let path = journal.path.clone();
         let read = || Journal::open(&path).unwrap().unwrap().entry().record;
-        assert!(matches!(Journal::list(dir.path())[..], [Found::Held(_)]), "it is locked");
+        assert!(
+            matches!(Journal::list(dir.path(), |_| true)[..], [Found::Held(_)]),
+            "it is locked"
+        );
         assert_eq!(read(), Record::Source(SourceRecord::HandedOver));
         // Sequence 2 lies in slot 0: tear it.
         journal.file.write_all_at(b"torn", 40).unwrap();
         assert_eq!(read(), Record::Source(SourceRecord::Moving));
         journal.file.write_all_at(&[0xff; 2 * SLOT_BYTES], 0).unwrap();
         assert!(Journal::open(&path).unwrap().is_none());
-        assert!(Journal::list(dir.path()).is_empty());
+        assert!(Journal::list(dir.path(), |_| true).is_empty());
     }
 
     #[test]

@@ -216,6 +216,9 @@ pub struct ReadAheadStatus {
     pub pages: u64,
     /// Of those, known to have been used.
     pub used: u64,
+    /// Besides, pages that hold nothing, provided before they were asked for.
+    #[serde(default)]
+    pub zeros: u64,
 }
 
 /// Pages that were taken away.

@@ -11,9 +11,11 @@ use std::process::ExitCode;
 
 use migrate_core::handover::Outcome;
 
-use crate::args::{Command, MemoryServerArgs, ReceiveArgs};
+use crate::args::{AgentArgs, Command, MemoryServerArgs, ReceiveArgs};
+use crate::destination::remote::Watched;
+use crate::error::EngineError;
 use crate::report::{Report, ReportOutcome};
-use crate::{destination, memory_server, source};
+use crate::{agent, destination, http, memory_server, source};
 
 /// Runs a command; errors are told on stderr.
 pub async fn run(command: Command) -> ExitCode {
@@ -31,6 +33,7 @@ pub async fn run(command: Command) -> ExitCode {
         Command::MoveFragment(args) => pager::move_fragment(&args).await,
         Command::Resolve(args) => resolve::run(&args).await,
         Command::MemoryServer(args) => serve_memory(&args).await,
+        Command::Agent(args) => run_agent(&args).await,
         Command::Demo(args) => demo::run(&args).await,
     }
 }
@@ -85,7 +88,7 @@ fn tell(report: &Report) {
 }
 
 async fn receive(args: &ReceiveArgs) -> ExitCode {
-    match destination::receive(args).await {
+    match receive_and_tell(args).await {
         Ok(Outcome::Completed) => ExitCode::SUCCESS,
         Ok(Outcome::RolledBack) => ExitCode::from(1),
         Ok(Outcome::InDoubt) => ExitCode::from(3),
@@ -96,8 +99,28 @@ async fn receive(args: &ReceiveArgs) -> ExitCode {
     }
 }
 
+/// Receives guests, and tells metrics if asked for.
+async fn receive_and_tell(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
+    let watched = Watched::new(&args.common.qmp);
+    if let Some(addr) = args.metrics {
+        let http = http::bind(addr).await?;
+        eprintln!("metrics on http://{}/metrics", http.addr());
+        let watched = watched.clone();
+        tokio::spawn(http.serve(move || watched.text()));
+    }
+    destination::receive(args, &watched).await
+}
+
 async fn serve_memory(args: &MemoryServerArgs) -> ExitCode {
-    match memory_server::serve(args).await {
+    over(memory_server::serve(args).await)
+}
+
+async fn run_agent(args: &AgentArgs) -> ExitCode {
+    over(agent::run(args).await)
+}
+
+fn over(ended: Result<(), EngineError>) -> ExitCode {
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", error.tell());

@@ -221,7 +221,10 @@ fn tell(status: &Status) {
         "faults     {} ({} fetched, {} of memory that held nothing): {} us in the median, {} at 99 %, {} at most",
         faults.count, faults.fetched, faults.zero, faults.p50_us, faults.p99_us, faults.max_us
     );
-    println!("read ahead {} pages, {} of them used", read_ahead.pages, read_ahead.used);
+    println!(
+        "read ahead {} pages, {} of them used; {} of memory that held nothing",
+        read_ahead.pages, read_ahead.used, read_ahead.zeros
+    );
     println!(
         "evicted    {} pages ({} not sent again), {} kept because they were written",
         evicted.pages, evicted.clean, evicted.cancelled

@@ -14,6 +14,7 @@ use super::paging::release_abandoned;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, JournalError, PagingEntry, Record};
 use crate::source::recover::{free_journals, is_same_qemu};
+use crate::tell;
 
 /// Longest wait for the question, and for the answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -142,6 +143,14 @@ impl Archive {
         }
     }
 
+    /// Whether what becomes of a guest is to be seen at its QEMU alone.
+    pub fn needs_monitor(&self) -> bool {
+        let is_owned = |journal: &Journal| {
+            journal.entry().record == Record::Destination(DestinationRecord::Owned)
+        };
+        self.journals.iter().any(|journal| is_owned(journal) && is_same_qemu(journal.entry()))
+    }
+
     /// Whether somebody may ask about a migration that ended here without the source's knowledge.
     pub fn is_asked_for(&self) -> bool {
         self.journals.iter().any(|journal| !journal.entry().heard)
@@ -244,7 +253,7 @@ impl Archive {
                 (DestinationState::Unknown, text)
             }
         };
-        eprintln!("{} asks about {id}: {state:?}", session.peer.name);
+        tell!("{} asks about {id}: {state:?}", session.peer.name);
         let verdict = Message::Verdict(Verdict { state, text });
         if let Err(error) = session.control_sender.send(&verdict).await {
             tracing::info!(%error, "not answered");
@@ -293,7 +302,7 @@ async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: O
                 }
             },
             (Output::ResumeGuest, Some(client)) => {
-                eprintln!("the guest of migration {} belongs here", journal.entry().migration);
+                tell!("the guest of migration {} belongs here", journal.entry().migration);
                 match resume_guest(client, journal.entry().was_running).await {
                     Ok(()) => Input::Resumed { complete: true },
                     Err(error) => {

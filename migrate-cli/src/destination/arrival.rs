@@ -33,7 +33,7 @@ use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
 use crate::missing::Arriving;
-use crate::{attaching, failpoint, state_parts, verify};
+use crate::{attaching, failpoint, state_parts, tell, verify};
 
 /// Most RAM blocks of a guest whose pages may be missing: the journal holds them all.
 const PAGED_BLOCKS_MAX: usize = 32;
@@ -56,7 +56,7 @@ pub async fn take_guest(
     mut session: DestinationSession,
     asks: &mut mpsc::Receiver<DestinationSession>,
 ) -> (Option<Journal>, Result<Outcome, EngineError>) {
-    eprintln!("session from {} ({})", session.peer.name, session.peer.addr);
+    tell!("session from {} ({})", session.peer.name, session.peer.addr);
     let begun = begin(&place, &mut session).await;
     let (ram, mut journal) = match begun {
         Ok(begun) => begun,
@@ -88,7 +88,7 @@ fn refuse_code(error: &EngineError) -> RefuseCode {
     match error {
         EngineError::Layout(_) => RefuseCode::Layout,
         EngineError::Refused { code, .. } => *code,
-        EngineError::Misuse { .. } => RefuseCode::NoPlace,
+        EngineError::Misuse { .. } | EngineError::NotWaiting { .. } => RefuseCode::NoPlace,
         _ => RefuseCode::Internal,
     }
 }

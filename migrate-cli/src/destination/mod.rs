@@ -22,7 +22,7 @@ pub mod paging;
 pub mod remote;
 pub mod rescue;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,7 +43,7 @@ use self::answer::{Archive, Latest};
 use self::remote::{Ending, Home, Note, RemoteGuest, Watched};
 use crate::args::{CommonArgs, ReceiveArgs};
 use crate::error::EngineError;
-use crate::{cancel, http, journal};
+use crate::{cancel, journal, qmp_socket, tell};
 
 /// How long this stays after the guest has arrived, in times of the lease, to answer a source that
 /// lost contact: it asks for 30 s unless told otherwise, and the lease is 20 s.
@@ -77,11 +77,35 @@ pub struct Place {
     pub watched: Watched,
 }
 
-/// Receives guests as asked.
+/// Whether somebody may ask about a guest that came here, or a guest here has no pager; also if that cannot be told.
+pub fn is_asked_for(common: &CommonArgs) -> bool {
+    let journal_dir = common.journal.clone().unwrap_or_else(journal::default_dir);
+    let archive = Archive::open(&journal_dir, &common.qmp);
+    archive.map_or(true, |archive| archive.is_asked_for() || archive.lacks_pages())
+}
+
+/// Receives guests as asked; a guest that it pages is `watched`.
 ///
 /// # Errors
 /// What kept it from listening, or ended the only migration under `--once`.
-pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
+pub async fn receive(args: &ReceiveArgs, watched: &Watched) -> Result<Outcome, EngineError> {
+    loop {
+        // What it finds may no longer be so once QEMU was started anew.
+        if let Some(outcome) = receive_or_another(args, watched).await? {
+            return Ok(outcome);
+        }
+    }
+}
+
+/// The same; nothing if it answered questions until another QEMU was there.
+///
+/// # Errors
+/// As [`receive`].
+pub async fn receive_or_another(
+    args: &ReceiveArgs,
+    watched: &Watched,
+) -> Result<Option<Outcome>, EngineError> {
+    let (mut requests, watched) = (cancel::Requests::watch(), watched.clone());
     let journal_dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
     let identity = Identity::load(&args.common.identity)?;
     let default = Options::default();
@@ -93,24 +117,18 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         features: FEATURE_SPLIT,
         ..default
     };
-    let watched = Watched::default();
-    if let Some(addr) = args.metrics {
-        let http = http::bind(addr).await?;
-        eprintln!("metrics on http://{}/metrics", http.addr());
-        let watched = watched.clone();
-        tokio::spawn(http.serve(move || watched.text()));
-    }
+    let socket = qmp_socket::at(&args.common.qmp);
     let mut archive = Archive::open(&journal_dir, &args.common.qmp)?;
     archive.release_abandoned().await;
     if let Some(journal) = archive.take_fetching() {
         let fetches = AtomicBool::new(true);
         let going_on = rescue::rescue(args, &identity, &options, journal, &mut archive, &fetches);
-        return until_cancelled(&fetches, going_on).await;
+        return until_cancelled(&mut requests, &fetches, going_on).await.map(Some);
     }
     if let Some(journal) = archive.take_split() {
         let fetches = AtomicBool::new(true);
         let going_on = remote::rescue(args, identity, &options, journal, (&mut archive, watched));
-        return until_cancelled(&fetches, going_on).await;
+        return until_cancelled(&mut requests, &fetches, going_on).await.map(Some);
     }
     let client = Client::connect(&args.common.qmp).await;
     archive.recover(client.as_ref().ok(), false).await;
@@ -126,20 +144,25 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         // A source may still ask about a guest that came here, or never came to run here.
         Err(why) if archive.is_asked_for() => {
             let mut listener = Listener::bind(args.listen, &identity, &options)?;
-            eprintln!(
+            tell!(
                 "{}; answering questions about earlier migrations only, listening on {}",
                 why.tell(),
                 listener.local_addr()
             );
-            let client = client.as_ref();
-            return answer_only(&mut listener, &mut archive, client, args.once, why).await;
+            // Others may want both, and a question is rare.
+            drop((archive, client));
+            return tokio::select! {
+                outcome = answer_only(&mut listener, &journal_dir, args, why) => outcome.map(Some),
+                () = requests.next() => Err(EngineError::Cancelled),
+                _ = qmp_socket::other_than(&args.common.qmp, socket) => Ok(None),
+            };
         }
         Err(why) => return Err(why),
     };
     let client = client.ok_or_else(|| EngineError::Internal("QEMU's monitor is gone".into()))?;
     let mut listener = Listener::bind(args.listen, &identity, &options)?;
     // Scripts wait for this line.
-    eprintln!("listening on {}", listener.local_addr());
+    tell!("listening on {}", listener.local_addr());
     let place = Arc::new(Place {
         client,
         vm,
@@ -152,11 +175,13 @@ pub async fn receive(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
         remote: Mutex::new(None),
         watched,
     });
-    until_cancelled(&place.fetches, serve(&mut listener, &place, &mut archive)).await
+    let serving = serve(&mut listener, &place, &mut archive);
+    until_cancelled(&mut requests, &place.fetches, serving).await.map(Some)
 }
 
 /// Ends `work` at Ctrl-C; while a guest runs here that lacks pages, only at the second.
 async fn until_cancelled<T>(
+    requests: &mut cancel::Requests,
     fetches: &AtomicBool,
     work: impl Future<Output = Result<T, EngineError>>,
 ) -> Result<T, EngineError> {
@@ -165,13 +190,13 @@ async fn until_cancelled<T>(
     loop {
         tokio::select! {
             done = &mut work => return done,
-            () = cancel::requested() => {}
+            () = requests.next() => {}
         }
         if was_warned || !fetches.load(Ordering::Relaxed) {
             return Err(EngineError::Cancelled);
         }
         was_warned = true;
-        eprintln!(
+        tell!(
             "the guest runs here and lacks pages: going on until it has them. If interrupted again, \
              its threads wait for pages until `migrate receive` is started anew"
         );
@@ -185,25 +210,32 @@ async fn waiting_vm(client: &Client) -> Result<VmInventory, EngineError> {
     Ok(vm)
 }
 
-/// Answers questions until Ctrl-C, or the first one under `--once`.
+/// Answers questions; under `--once` until nobody may ask any more.
 async fn answer_only(
     listener: &mut Listener,
-    archive: &mut Archive,
-    client: Option<&Client>,
-    once: bool,
+    journal_dir: &Path,
+    args: &ReceiveArgs,
     why: EngineError,
 ) -> Result<Outcome, EngineError> {
     loop {
-        let session = tokio::select! {
-            session = listener.accept() => session?,
-            () = cancel::requested() => return Err(EngineError::Cancelled),
-        };
+        let session = listener.accept().await?;
         if session.intent == Intent::Migrate {
             session.close(close_code::REJECTED, &why.tell()).await;
             continue;
         }
-        archive.answer(client, session).await;
-        if once && !archive.is_asked_for() {
+        let mut archive = match Archive::open(journal_dir, &args.common.qmp) {
+            Ok(archive) => archive,
+            Err(busy) => {
+                session.close(close_code::REJECTED, &busy.tell()).await;
+                continue;
+            }
+        };
+        let client = match archive.needs_monitor() {
+            true => Client::connect(&args.common.qmp).await.ok(),
+            false => None,
+        };
+        archive.answer(client.as_ref(), session).await;
+        if args.once && !archive.is_asked_for() {
             return Ok(match archive.latest() {
                 Some((_, true)) => Outcome::Completed,
                 _ => Outcome::RolledBack,
@@ -221,7 +253,7 @@ async fn serve(
         let session = match listener.accept().await {
             Err(TransportError::ListenerEnded) => return Err(TransportError::ListenerEnded.into()),
             Err(error) => {
-                eprintln!("refused: {}", EngineError::from(error).tell());
+                tell!("refused: {}", EngineError::from(error).tell());
                 continue;
             }
             Ok(session) if session.intent == Intent::Migrate => session,
@@ -232,8 +264,8 @@ async fn serve(
         };
         let taken = take(listener, place, archive, session).await;
         match &taken {
-            Ok(outcome) => eprintln!("{}", describe(*outcome)),
-            Err(error) => eprintln!("refused: {}", error.tell()),
+            Ok(outcome) => tell!("{}", describe(*outcome)),
+            Err(error) => tell!("refused: {}", error.tell()),
         }
         let remote = place.remote.lock().take();
         if let Some(mut remote) = remote {
@@ -289,18 +321,16 @@ async fn page(
     remote.begin_to_ask(client, vm);
     let notes = remote.take_notes();
     let home = Home { socket, common, watched };
-    eprintln!(
-        "part of its memory is elsewhere; this is its pager (`migrate status`, `migrate merge`)"
-    );
+    tell!("part of its memory is elsewhere; this is its pager (`migrate status`, `migrate merge`)");
     let attendant = Attendant::new(listener, Some(client), archive, None);
     let attendant = Attendant { notes, ..attendant };
     let ending = attendant.attend(remote.run(client, &home)).await?;
     let is_noted = archive.paging_ended();
     match ending {
-        Ending::Merged => eprintln!("all memory of the guest is here"),
-        Ending::Gone => eprintln!("the guest's QEMU is gone"),
+        Ending::Merged => tell!("all memory of the guest is here"),
+        Ending::Gone => tell!("the guest's QEMU is gone"),
         Ending::Left(journal) => {
-            eprintln!("the guest has left for its new main host");
+            tell!("the guest has left for its new main host");
             // As long as something says that it is paged here, this says that it is not to be.
             if is_noted {
                 journal.remove();
@@ -434,10 +464,7 @@ async fn check_waiting(client: &Client) -> Result<(), EngineError> {
     if status.state == RunState::InMigrate {
         return Ok(());
     }
-    Err(EngineError::Misuse {
-        what: format!("QEMU is {} and does not wait for a guest", status.state),
-        remedy: "Start it with -incoming defer and otherwise the source's options".into(),
-    })
+    Err(EngineError::NotWaiting { state: status.state.to_string() })
 }
 
 fn check_vm(vm: &VmInventory) -> Result<(), EngineError> {

@@ -29,6 +29,7 @@ use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::journal::{Journal, Record};
+use crate::tell;
 
 /// How long the source has to close the session after it was told that the guest runs.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -129,7 +130,7 @@ impl Owner<'_> {
                     }
                     // Nobody can resume it any more, and it may have run: the source stays stopped.
                     None if self.is_bereft(state) => {
-                        eprintln!("the guest belongs here, but its QEMU is gone");
+                        tell!("the guest belongs here, but its QEMU is gone");
                         return Outcome::InDoubt;
                     }
                     None => Some(self.hear(state, lease_ends).await),
@@ -270,7 +271,7 @@ impl Owner<'_> {
     async fn react(&mut self, event: Event) -> Option<Input> {
         match event {
             Event::Failed(error) => {
-                eprintln!("{}; waiting for the source to come back", error.tell());
+                tell!("{}; waiting for the source to come back", error.tell());
                 self.voice.closer.close_now(close_code::ABORTED, &messages::text(&error.tell()));
                 self.is_lost = true;
                 self.disconnect().await;
@@ -281,7 +282,7 @@ impl Owner<'_> {
             Event::Heard(Ok(Message::Commit(_))) => return Some(Input::Commit),
             Event::Heard(Ok(other)) => tracing::warn!(message = other.name(), "out of place"),
             Event::Heard(Err(error)) => {
-                eprintln!("{error}; the guest stays here, waiting for the source to come back");
+                tell!("{error}; the guest stays here, waiting for the source to come back");
                 self.is_lost = true;
                 self.disconnect().await;
             }
@@ -313,13 +314,13 @@ impl Owner<'_> {
                     }
                     Ok(Message::Ask(ask)) if ask.migration == self.migration => break Input::Asked,
                     Ok(Message::Abort(abort)) => {
-                        eprintln!("the source gave up: {}", abort.text);
+                        tell!("the source gave up: {}", abort.text);
                         self.source_knows = true;
                         break Input::PeerAborted;
                     }
                     Ok(other) => tracing::warn!(message = other.name(), "out of place"),
                     Err(error) => {
-                        eprintln!("{error}; waiting for the source to come back");
+                        tell!("{error}; waiting for the source to come back");
                         is_lost = true;
                         self.disconnect().await;
                     }
@@ -334,7 +335,7 @@ impl Owner<'_> {
                 }
                 () = tokio::time::sleep(QEMU_WATCH_EVERY), if is_ready => {
                     if self.client.is_closed() {
-                        eprintln!("QEMU is gone");
+                        tell!("QEMU is gone");
                         break Input::ResumeFailed;
                     }
                 }
@@ -369,7 +370,7 @@ impl Owner<'_> {
                 true
             }
             Err(error) => {
-                eprintln!("{}; waiting for the source to come back", error.tell());
+                tell!("{}; waiting for the source to come back", error.tell());
                 false
             }
         }
@@ -508,7 +509,7 @@ pub async fn discard(client: &Client, ram: Option<&Arc<GuestRam>>) {
             && !failed;
     if !waiting {
         let why = if failed { "can take no other" } else { "holds a copy" };
-        eprintln!("the guest stays at its source; this QEMU, which {why}, is quit");
+        tell!("the guest stays at its source; this QEMU, which {why}, is quit");
         if let Err(error) = client.quit().await {
             tracing::info!(%error, "QEMU not quit");
         }

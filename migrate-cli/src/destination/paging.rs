@@ -19,6 +19,7 @@ use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, PagingEntry};
 use crate::missing;
+use crate::tell;
 
 /// A guest's missing pages and what brings them.
 #[derive(Debug)]
@@ -134,7 +135,7 @@ impl Paging {
             self.fetcher.set_missing(missing)?;
         }
         let wanted = self.fetcher.still_missing().unwrap_or_else(|| PageSet::new(0));
-        eprintln!("the source is back; {} pages are missing", wanted.len());
+        tell!("the source is back; {} pages are missing", wanted.len());
         for message in missing::messages(&wanted) {
             control.send(&message).await?;
         }

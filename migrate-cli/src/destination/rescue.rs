@@ -22,6 +22,7 @@ use crate::args::ReceiveArgs;
 use crate::error::EngineError;
 use crate::journal::{Journal, Record};
 use crate::source::parse_migration;
+use crate::tell;
 
 /// Longest wait for QEMU's monitor once pages come in again.
 const MONITOR_WITHIN: Duration = Duration::from_secs(60);
@@ -46,7 +47,7 @@ pub async fn rescue(
     let ram = Arc::new(GuestRam::open(entry.qemu_pid, &left.regions, true)?);
     let paging = Paging::take_over(left, Arc::clone(&ram)).await?;
     let mut listener = Listener::bind(args.listen, identity, options)?;
-    eprintln!("the guest runs here and lacks pages; listening on {}", listener.local_addr());
+    tell!("the guest runs here and lacks pages; listening on {}", listener.local_addr());
     let lease = Duration::from_secs(args.lease_s);
     let (forward, mut asks) = mpsc::channel(ASKS_WAITING);
     let work = async {
@@ -55,7 +56,7 @@ pub async fn rescue(
     };
     let attendant = Attendant::new(&mut listener, None, archive, Some((migration, &forward)));
     let outcome = attendant.attend(work).await?;
-    eprintln!("{}", describe(outcome));
+    tell!("{}", describe(outcome));
     let heard = journal.entry().heard;
     archive.add(journal);
     if !heard {
@@ -133,7 +134,7 @@ async fn first_session(
         if session.intent == Intent::Resume {
             match paging.resume(session).await {
                 Ok(voice) => return Ok(voice),
-                Err(error) => eprintln!("{}; waiting for the source to come back", error.tell()),
+                Err(error) => tell!("{}; waiting for the source to come back", error.tell()),
             }
             continue;
         }

@@ -110,8 +110,18 @@ type Label = [(&'static str, String); 1];
 
 /// All metrics as text.
 pub fn text(shared: &Shared) -> String {
+    let mut registry = Registry::default();
+    register(&mut registry, shared);
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _infallible = encode(&mut text, &registry);
+    text
+}
+
+/// Registers all metrics.
+pub fn register(registry: &mut Registry, shared: &Shared) {
     let Shared { stores, counters, places, .. } = shared;
-    let mut registry = Registry::with_prefix("godwit_memory");
+    let registry = registry.sub_registry_with_prefix("godwit_memory");
     let (capacity, reserved) = stores.capacity();
     let connections = places.hosts();
     let gauges = [
@@ -123,8 +133,8 @@ pub fn text(shared: &Shared) -> String {
     for (name, help, value) in gauges {
         registry.register(name, help, ConstGauge::new(value as i64));
     }
-    register_stores(&mut registry, &stores.list());
-    register_hosts(&mut registry, &stores.hosts(), connections);
+    register_stores(registry, &stores.list());
+    register_hosts(registry, &stores.hosts(), connections);
     let counted = [
         ("accepted", "Connections so far", &counters.accepted),
         ("turned_away", "Connections that were closed or refused at once", &counters.turned_away),
@@ -139,13 +149,9 @@ pub fn text(shared: &Shared) -> String {
         registry.register(name, help, ConstCounter::new(counter.get()));
     }
     let requests = ("requests", "Requests by kind", "kind");
-    register_counts(&mut registry, requests, &REQUESTS, &counters.requests);
+    register_counts(registry, requests, &REQUESTS, &counters.requests);
     let refused = ("refused", "Requests that were refused, by reason", "reason");
-    register_counts(&mut registry, refused, &REFUSALS, &counters.refusals);
-    let mut text = String::new();
-    // Writing to a string does not fail.
-    let _infallible = encode(&mut text, &registry);
-    text
+    register_counts(registry, refused, &REFUSALS, &counters.refusals);
 }
 
 /// Metrics of every host: what its stores take, and its connections. Its name is the one in its certificate.

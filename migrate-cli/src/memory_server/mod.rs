@@ -18,12 +18,15 @@ pub mod metrics;
 pub mod places;
 
 use std::fs;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::store::Stores;
 use migrate_core::store::stores::StoreInfo;
+use tokio::task::JoinHandle;
+use transport::pages::PageListenerStop;
 use transport::{Identity, Options, PageListener};
 
 use self::connection::accept_all;
@@ -32,7 +35,7 @@ use self::places::Places;
 use crate::args::{MemoryServerArgs, Switch};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
-use crate::{cancel, http};
+use crate::{cancel, http, tell};
 
 /// Looks for leases that have ended this many times a lease.
 const LOOKS_A_LEASE: u32 = 10;
@@ -72,15 +75,42 @@ impl Shared {
 /// # Errors
 /// What kept it from listening.
 pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
+    let http = match args.metrics {
+        Some(addr) => Some(http::bind(addr).await?),
+        None => None,
+    };
+    let server = start(args)?;
+    if let Some(http) = http {
+        tell!("metrics on http://{}/metrics", http.addr());
+        let shared = server.shared();
+        tokio::spawn(http.serve(move || metrics::text(&shared)));
+    }
+    // Scripts wait for this line.
+    tell!("listening on {}", server.addr);
+    server.until_cancelled().await;
+    Ok(())
+}
+
+/// A memory server that serves until it is dropped.
+#[derive(Debug)]
+pub struct Server {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    shared: Arc<Shared>,
+    stop: PageListenerStop,
+    expiry: JoinHandle<()>,
+}
+
+/// Begins to serve.
+///
+/// # Errors
+/// What kept it from listening.
+pub fn start(args: &MemoryServerArgs) -> Result<Server, EngineError> {
     check_capacity(args.capacity, available_bytes()?)?;
     let per_host = args.per_host.unwrap_or(args.capacity);
     check_per_host(per_host, args.capacity)?;
     let identity = Identity::load(&args.identity)?;
     let listener = PageListener::bind(args.listen, &identity, &Options::default())?;
-    let http = match args.metrics {
-        Some(addr) => Some(http::bind(addr).await?),
-        None => None,
-    };
     let lease = Duration::from_secs(args.lease_s);
     let stores = Stores::new(args.capacity, lease, args.compress == Switch::On);
     let stores = stores.with_per_host(per_host);
@@ -91,17 +121,46 @@ pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
         .name("accept".into())
         .spawn(move || accept_all(&listener, &accepting))
         .map_err(|error| EngineError::Internal(format!("no thread to accept with: {error}")))?;
-    if let Some(http) = http {
-        eprintln!("metrics on http://{}/metrics", http.addr());
-        let shared = Arc::clone(&shared);
-        tokio::spawn(http.serve(move || metrics::text(&shared)));
+    let expiry = tokio::spawn(expire(Arc::clone(&shared), lease));
+    Ok(Server { addr, shared, stop, expiry })
+}
+
+impl Server {
+    /// What it keeps.
+    pub fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
     }
-    // Scripts wait for this line.
-    eprintln!("listening on {addr}");
-    tokio::spawn(expire(Arc::clone(&shared), lease));
-    until_cancelled(&shared).await;
-    stop.stop();
-    Ok(())
+
+    /// Returns at Ctrl-C; while stores are kept, at the second.
+    pub async fn until_cancelled(self) {
+        let mut requests = cancel::Requests::watch();
+        requests.next().await;
+        if self.is_needed() {
+            requests.next().await;
+            tell!("{}", told(&self.shared.stores.list()));
+        }
+    }
+
+    /// Whether guests cannot go on without it; tells what is stored, and that.
+    pub fn is_needed(&self) -> bool {
+        let stores = self.shared.stores.list();
+        tell!("{}", told(&stores));
+        let is_any_kept = stores.iter().any(|store| store.stat.kept);
+        if is_any_kept {
+            tell!(
+                "guests need these pages and cannot run without them: going on. If interrupted again, the \
+                 pages are lost; merge the guests first (`migrate merge` on their hosts)"
+            );
+        }
+        is_any_kept
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop.stop();
+        self.expiry.abort();
+    }
 }
 
 /// Deletes stores whose lease has ended, for ever.
@@ -116,21 +175,6 @@ async fn expire(shared: Arc<Shared>, lease: Duration) {
             shared.counters.expired.add(1);
             tracing::warn!(vm = store.vm, host = store.host, "nothing came for a store: deleted");
         }
-    }
-}
-
-/// Returns at Ctrl-C; while stores are kept, at the second.
-async fn until_cancelled(shared: &Shared) {
-    cancel::requested().await;
-    let stores = shared.stores.list();
-    eprintln!("{}", told(&stores));
-    if stores.iter().any(|store| store.stat.kept) {
-        eprintln!(
-            "guests need these pages and cannot run without them: going on. If interrupted again, the \
-             pages are lost; merge the guests first (`migrate merge` on their hosts)"
-        );
-        cancel::requested().await;
-        eprintln!("{}", told(&shared.stores.list()));
     }
 }
 

@@ -55,10 +55,7 @@ pub fn free_journals(
 ) -> Result<Vec<Journal>, EngineError> {
     let qmp = std::path::absolute(qmp).unwrap_or_else(|_| qmp.to_owned());
     let mut free = vec![];
-    for found in Journal::list(dir) {
-        if found.entry().qmp != qmp || !is_ours(found.entry().record) {
-            continue;
-        }
+    for found in Journal::list(dir, |entry| entry.qmp == qmp && is_ours(entry.record)) {
         match found {
             Found::Free(journal) => free.push(journal),
             Found::Held(entry) => {

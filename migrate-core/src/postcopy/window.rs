@@ -37,6 +37,18 @@ const FRESH_PAGES: u64 = 4;
 /// A stream begins with at most this part of the widest window.
 const FRESH_SHARE: u64 = 4;
 
+/// Pages that a fault may be on.
+pub(crate) trait Unsent {
+    /// Whether any of these is one; asked about at most [`REACH_PAGES`].
+    fn is_any_in(&self, pages: Range<u64>) -> bool;
+}
+
+impl Unsent for PageSet {
+    fn is_any_in(&self, pages: Range<u64>) -> bool {
+        self.first_in(pages).is_some()
+    }
+}
+
 /// Where a stream leads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
@@ -71,7 +83,7 @@ struct Stream {
 
 impl Stream {
     /// Whether `fault` is right behind or before the window, and how far the two are apart.
-    fn continued(&self, fault: &HostPage, unsent: &PageSet) -> Option<(Direction, u64)> {
+    fn continued(&self, fault: &HostPage, unsent: &impl Unsent) -> Option<(Direction, u64)> {
         let (direction, between) = if fault.pages.start >= self.span.end {
             (Direction::Forward, self.span.end..fault.pages.start)
         } else {
@@ -79,7 +91,7 @@ impl Stream {
         };
         let distance = between.end.checked_sub(between.start)?;
         let near = distance <= REACH_PAGES && self.block == fault.block;
-        (near && unsent.first_in(between).is_none()).then_some((direction, distance))
+        (near && !unsent.is_any_in(between)).then_some((direction, distance))
     }
 
     /// Whether `page` lies in the farther half of what was asked for last.
@@ -121,7 +133,7 @@ impl Windows {
     }
 
     /// Takes out the stream that `fault` continues, and says where to.
-    fn take(&mut self, fault: &HostPage, unsent: &PageSet) -> Option<(Stream, Direction)> {
+    fn take(&mut self, fault: &HostPage, unsent: &impl Unsent) -> Option<(Stream, Direction)> {
         let found = self.streams.iter().enumerate().rev().filter_map(|(index, stream)| {
             let (direction, distance) = stream.continued(fault, unsent)?;
             Some((distance, index, direction))
@@ -142,7 +154,7 @@ impl Windows {
     }
 
     /// The window for a fault on a page that was not sent.
-    pub(crate) fn fault(&mut self, fault: &HostPage, unsent: &PageSet) -> Window {
+    pub(crate) fn fault(&mut self, fault: &HostPage, unsent: &impl Unsent) -> Window {
         let stream = match self.take(fault, unsent) {
             Some((mut stream, direction)) => {
                 let turned = direction != stream.window.direction;
@@ -200,7 +212,7 @@ impl Windows {
     }
 
     /// A fault on a page that is under way already: its stream moves on, but no window grows.
-    pub(crate) fn late(&mut self, fault: &HostPage, unsent: &PageSet) {
+    pub(crate) fn late(&mut self, fault: &HostPage, unsent: &impl Unsent) {
         let inside = |stream: &Stream| stream.span.contains(&fault.pages.start);
         if self.streams.iter().any(inside) {
             return;

@@ -1,8 +1,9 @@
 //! Which pages leave the RAM file, and what becomes of their copies.
 //!
-//! Cold pages, as introspection tells, go first. The others leave as in 2Q (Johnson and Shasha, VLDB
+//! Cold pages, as introspection tells, go first, as long as no fault shows that they are used. The others leave as in 2Q (Johnson and Shasha, VLDB
 //! 1994): pages used for the first time pass through a short queue, pages that come back soon after
-//! they were evicted stay in a long one, and what was read ahead has a shorter one than both. A write
+//! they were evicted stay in a long one, and what was read ahead has a shorter one than both. How long they are
+//! follows what comes back ([`super::ghosts`]). A write
 //! that is seen puts its page to the end of its queue (second chance); reads are not seen.
 //!
 //! ```text
@@ -36,17 +37,11 @@ use crate::pageset::PageSet;
 /// Most queue heads that are passed over in the search for one page.
 pub(super) const LOOKS_MAX: usize = 256;
 
-/// Part of the limit that pages used for the first time have for themselves.
-const RECENT_SHARE: u64 = 4;
-
 /// Part of the limit that pages read ahead have for themselves, at least.
 const AHEAD_SHARE: u64 = 16;
 
-/// Part of the limit that as many evictions are remembered as, and twice that at most.
-const GHOST_SHARE: u64 = 4;
-
-/// Least evictions that are remembered.
-const GHOST_PAGES_MIN: u64 = 256;
+/// And at most.
+const AHEAD_SHARE_MAX: u64 = 4;
 
 /// Pages that are to leave the RAM file. Both in ascending order.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -156,49 +151,6 @@ impl Cold {
     }
 }
 
-/// Recent evictions, in two generations.
-#[derive(Debug)]
-pub(super) struct Ghosts {
-    young: PageSet,
-    old: PageSet,
-    young_pages: u64,
-    generation_pages: u64,
-}
-
-impl Ghosts {
-    pub(super) fn new(pages: u64, limit_pages: u64) -> Self {
-        let generation_pages = (limit_pages / GHOST_SHARE).max(GHOST_PAGES_MIN);
-        let none = || PageSet::new(pages);
-        Self { young: none(), old: none(), young_pages: 0, generation_pages }
-    }
-
-    pub(super) fn evicted(&mut self, page: u64) {
-        if self.young_pages >= self.generation_pages {
-            std::mem::swap(&mut self.young, &mut self.old);
-            self.young.clear();
-            self.young_pages = 0;
-        }
-        self.young_pages += 1;
-        self.young.insert(page);
-    }
-
-    /// Whether a page was evicted recently, which is forgotten.
-    pub(super) fn take(&mut self, page: u64) -> bool {
-        let mut found = false;
-        for set in [&mut self.young, &mut self.old] {
-            if set.contains(page) {
-                set.remove(page);
-                found = true;
-            }
-        }
-        found
-    }
-
-    pub(super) fn memory_bytes(&self) -> usize {
-        self.young.memory_bytes() + self.old.memory_bytes()
-    }
-}
-
 impl Remote {
     /// Pages that have to be evicted to keep the slack free for faults, besides those that are leaving.
     /// Costs nothing.
@@ -299,11 +251,11 @@ impl Remote {
         }
         let limit = self.limit_pages.unwrap_or(u64::MAX);
         let ahead_pages =
-            (2 * self.read_ahead_pages_max).max(limit / AHEAD_SHARE).min(limit / RECENT_SHARE);
+            (2 * self.read_ahead_pages_max).max(limit / AHEAD_SHARE).min(limit / AHEAD_SHARE_MAX);
         let beyond = |class, pages| (self.queues.len(class) > pages).then_some(class);
         let order = [
             beyond(Class::Ahead, ahead_pages),
-            beyond(Class::Recent, limit / RECENT_SHARE),
+            beyond(Class::Recent, self.ghosts.recent_pages()),
             Some(Class::Long),
             Some(Class::Recent),
             Some(Class::Ahead),
@@ -449,8 +401,9 @@ impl Remote {
         drops
     }
 
-    /// What introspection found: `cold` pages leave first; `pinned` ones, which introspection itself
-    /// reads, stay, up to half of the limit. Linear in these sets.
+    /// What introspection found: `cold` pages leave first, but for those that are known to have been used here: a
+    /// guest's kernel notes uses when it is short of memory, and faults tell more. `pinned` ones, which introspection
+    /// itself reads, stay, up to half of the limit. Linear in these sets.
     pub fn set_cold(&mut self, cold: &PageSet, pinned: &PageSet) {
         let mut unpinned = std::mem::replace(&mut self.pinned, pinned.clone());
         unpinned.subtract(pinned);
@@ -463,6 +416,7 @@ impl Remote {
         let mut dirty = cold.clone();
         dirty.intersect(self.pages.resident());
         dirty.subtract(pinned);
+        dirty.subtract(&self.used);
         let mut clean = PageSet::new(dirty.size());
         for server in &self.servers.list {
             clean.union_with(&server.held);

@@ -43,8 +43,8 @@ pub struct MissingFault {
 /// What the guest gets for a fault on a missing page.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FaultAnswer {
-    /// Place a zero page, not protected.
-    Zeros,
+    /// Place zeros in these pages, not protected: the faulting one and neighbours that hold nothing either.
+    Zeros(Range<u64>),
     /// Ask for the page, and with it for the others named.
     Fetch(Fetch),
     /// It is under way; placing it wakes the guest.
@@ -97,6 +97,7 @@ impl Remote {
     /// afterwards.
     pub fn missing_fault(&mut self, page: u64, is_write: bool, now: Duration) -> MissingFault {
         let queued_before = self.waits.contains_key(&page);
+        self.used.insert(page);
         let fault = self.answer(page, is_write, now);
         if fault.answer == FaultAnswer::NoRoom {
             let wait = self.note_wait(page, is_write, now);
@@ -128,8 +129,38 @@ impl Remote {
         }
         self.turn(page, State::Dirty, self.class_for(page, Class::Recent));
         self.counts.faults.zero += 1;
+        self.ghosts.forget(page);
         self.end_wait(page, now);
-        FaultAnswer::Zeros
+        let run = self.zeros_beside(page);
+        for neighbour in run.clone().filter(|neighbour| *neighbour != page) {
+            self.turn(neighbour, State::Dirty, self.class_for(neighbour, Class::Recent));
+            self.counts.zeros_ahead_pages += 1;
+        }
+        self.zero_windows.answered(&run);
+        FaultAnswer::Zeros(run)
+    }
+
+    /// The page with neighbours that hold nothing and that the guest will use next, if it goes on as it did: what
+    /// is allocated for something large lies side by side.
+    fn zeros_beside(&mut self, page: u64) -> Range<u64> {
+        let fault = self.host_page(page);
+        let window = self.zero_windows.fault(&fault, &self.pages);
+        // What is provided needlessly has to leave again, and others may wait for the room.
+        let has_servers = self.servers.free_pages() > 0 || self.is_merging();
+        let room = self.room().saturating_sub(self.queued.len() as u64) / NEIGHBOURS_SHARE;
+        let count = window.pages.saturating_sub(1).min(if has_servers { room } else { 0 });
+        let is_free =
+            |page: &u64| self.pages.state(*page) == State::Empty && !self.waits.contains_key(page);
+        match window.direction {
+            Direction::Forward => {
+                let reach = page + 1..page.saturating_add(1 + count).min(self.pages.len());
+                page..page + 1 + reach.take_while(is_free).count() as u64
+            }
+            Direction::Backward => {
+                let reach = page.saturating_sub(count)..page;
+                page - reach.rev().take_while(is_free).count() as u64..page + 1
+            }
+        }
     }
 
     fn fetch(
@@ -179,7 +210,7 @@ impl Remote {
 
     /// Whether a page that is used now was evicted too early.
     fn class_of_fault(&mut self, page: u64) -> Class {
-        if self.ghosts.take(page) {
+        if self.ghosts.returned(page) {
             self.counts.refaults += 1;
             Class::Long
         } else {
@@ -199,6 +230,7 @@ impl Remote {
             Class::Long => Class::Long,
             Class::None | Class::Ahead | Class::Recent => Class::Recent,
         };
+        self.used.insert(page);
         self.make_dirty(page, class);
         WriteFault::Unprotect
     }
@@ -377,7 +409,8 @@ impl Remote {
     fn ask_neighbours(&mut self, pages: &mut [u64], server: usize) {
         pages.sort_unstable();
         for page in &*pages {
-            self.ask(*page, server, Class::Ahead);
+            let is_back = self.ghosts.returned(*page);
+            self.ask(*page, server, if is_back { Class::Recent } else { Class::Ahead });
             self.windows.answered(&(*page..page + 1));
         }
         self.counts.read_ahead_pages += pages.len() as u64;

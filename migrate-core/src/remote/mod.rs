@@ -47,6 +47,7 @@
 mod eviction;
 mod faults;
 mod flush;
+mod ghosts;
 mod merge;
 mod pages;
 mod placement;
@@ -75,8 +76,9 @@ use crate::pageset::PageSet;
 use crate::postcopy::stalls::Stalls;
 use crate::postcopy::window::Windows;
 
-use eviction::{Cold, Ghosts};
+use eviction::Cold;
 use faults::Wait;
+use ghosts::Ghosts;
 use pages::{Class, Pages, State};
 use queues::Queues;
 use servers::Servers;
@@ -84,6 +86,9 @@ use stats::Counts;
 
 /// Most pages that one [`Fetch`] asks for.
 pub const FETCH_PAGES_MAX: u64 = 256;
+
+/// Most pages of zeros that are provided for one fault.
+const ZERO_PAGES_MAX: u64 = 64;
 
 /// Room on a memory server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,6 +179,8 @@ pub struct Remote {
     queues: Queues,
     servers: Servers,
     windows: Windows,
+    /// The same for memory that holds nothing.
+    zero_windows: Windows,
     read_ahead_pages_max: u64,
     /// Which server each coming page was asked from.
     coming: BTreeMap<u64, usize>,
@@ -184,6 +191,8 @@ pub struct Remote {
     /// Asked for ahead of the guest, not yet handed out.
     ahead: Vec<Fetch>,
     cold: Cold,
+    /// Pages that the guest used since they came here, as its faults show.
+    used: PageSet,
     pinned: PageSet,
     ghosts: Ghosts,
     /// Remote pages that have fewer copies than asked for.
@@ -226,12 +235,14 @@ impl Remote {
             queues: Queues::new(pages),
             servers: Servers::new(pages, config.copies),
             windows: Windows::new(read_ahead_pages_max),
+            zero_windows: Windows::new(ZERO_PAGES_MAX),
             read_ahead_pages_max,
             coming: BTreeMap::new(),
             waits: BTreeMap::new(),
             queued: VecDeque::new(),
             ahead: Vec::new(),
             cold: Cold::new(pages),
+            used: none(),
             pinned: none(),
             ghosts: Ghosts::new(pages, limit),
             under_copied: none(),
@@ -312,9 +323,11 @@ impl Remote {
 
     /// The page leaves the RAM file; servers have its content.
     fn make_remote(&mut self, page: u64) {
+        let class = self.pages.class(page);
         self.turn(page, State::Remote, Class::None);
         self.cold.touched(page);
-        self.ghosts.evicted(page);
+        self.used.remove(page);
+        self.ghosts.evicted(page, class);
         if let Some(returned) = &mut self.returned {
             returned.insert(page);
         }
@@ -391,12 +404,18 @@ impl Remote {
             return Ok(());
         }
         self.limit_pages = Some(pages);
+        self.ghosts.set_limit(pages);
         while self.queues.len(Class::None) > pages / 2
             && let Some(page) = self.queues.oldest(Class::None, true)
         {
             self.turn(page, self.pages.state(page), Class::Recent);
         }
         Ok(())
+    }
+
+    /// Pages that were evicted so far. Costs nothing.
+    pub fn evicted_pages(&self) -> u64 {
+        self.counts.evicted.clean + self.counts.evicted.dirty
     }
 
     /// What was done so far. Linear in the servers' sets.
@@ -420,6 +439,7 @@ impl Remote {
             faults: self.counts.faults,
             read_ahead_pages: self.counts.read_ahead_pages,
             read_ahead_used_pages: self.windows.used_pages(),
+            zeros_ahead_pages: self.counts.zeros_ahead_pages,
             evicted: self.counts.evicted,
             refaults: self.counts.refaults,
             reclaimed_pages: self.counts.reclaimed_pages,
@@ -431,7 +451,7 @@ impl Remote {
 
     /// Bytes of memory in use, parts of tables included that were never touched.
     pub fn memory_bytes(&self) -> usize {
-        let sets = [&self.pinned, &self.under_copied];
+        let sets = [&self.used, &self.pinned, &self.under_copied];
         self.pages.memory_bytes()
             + self.queues.memory_bytes()
             + self.servers.memory_bytes()

@@ -4,7 +4,10 @@
 //! remote, in `lost` exactly if it is lost; the counts are those of the table. Pages that never had
 //! content take no memory: the table begins as zeros of the kernel's.
 
+use std::ops::Range;
+
 use crate::pageset::PageSet;
+use crate::postcopy::window::Unsent;
 
 /// Where a page is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,5 +187,12 @@ impl Pages {
     pub(super) fn memory_bytes(&self) -> usize {
         let sets = [&self.resident, &self.remote, &self.lost];
         self.table.len() + sets.map(PageSet::memory_bytes).iter().sum::<usize>()
+    }
+}
+
+/// Of faults on memory that holds nothing.
+impl Unsent for Pages {
+    fn is_any_in(&self, mut pages: Range<u64>) -> bool {
+        pages.any(|page| self.state(page) == State::Empty)
     }
 }

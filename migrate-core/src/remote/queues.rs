@@ -25,6 +25,9 @@ const NONE: u32 = u32::MAX;
 /// Most pages that the table can number: 16 TiB.
 pub(super) const PAGES_MAX: u64 = NONE as u64;
 
+/// A clean page leaves before a dirty one that has been there up to so many times as long.
+const CLEAN_FIRST: u32 = 2;
+
 /// Queues of one class.
 const DIRTY: usize = 0;
 const CLEAN: usize = 1;
@@ -150,11 +153,18 @@ impl Queues {
     }
 
     /// The page that has been longest in the queues of a class, dirty ones left out if they are not
-    /// allowed.
+    /// allowed. A dirty page has to be put before it leaves, so that a clean one goes before it that has
+    /// been there half as long (clean first, as in CFLRU; Park and others, CASES 2006). Flushed ones count
+    /// as dirty there, so that a flush changes nothing in the order.
     pub(super) fn oldest(&self, class: Class, dirty: bool) -> Option<u64> {
-        let dirty = self.head(class, DIRTY).filter(|_| dirty);
-        let heads = [dirty, self.head(class, CLEAN), self.head(class, FLUSHED)];
-        heads.into_iter().flatten().max_by_key(|page| self.age(*page))
+        let written = [self.head(class, DIRTY).filter(|_| dirty), self.head(class, FLUSHED)];
+        let written = written.into_iter().flatten().max_by_key(|page| self.age(*page));
+        match (written, self.head(class, CLEAN)) {
+            (Some(written), Some(clean)) if self.age(clean) < self.age(written) / CLEAN_FIRST => {
+                Some(written)
+            }
+            (written, clean) => clean.or(written),
+        }
     }
 
     /// How many pages came after this one. Right for the last 2^32 of them.

@@ -84,6 +84,7 @@ impl Remote {
         }
         if still_unused {
             self.servers.give_up(page);
+            self.used.remove(page);
             self.turn(page, State::Empty, Class::None);
             self.counts.reclaimed_pages += 1;
             return ReclaimDone::Punch;

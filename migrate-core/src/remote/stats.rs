@@ -57,6 +57,7 @@ pub(super) struct Counts {
     pub(super) faults: FaultCounts,
     pub(super) evicted: EvictionCounts,
     pub(super) read_ahead_pages: u64,
+    pub(super) zeros_ahead_pages: u64,
     pub(super) refaults: u64,
     pub(super) reclaimed_pages: u64,
 }
@@ -87,6 +88,8 @@ pub struct RemoteStats {
     pub read_ahead_pages: u64,
     /// Of those, pages of windows that the guest went on behind.
     pub read_ahead_used_pages: u64,
+    /// Pages that hold nothing and that were provided before the guest used them.
+    pub zeros_ahead_pages: u64,
     /// Pages that left the RAM file.
     pub evicted: EvictionCounts,
     /// Faults on pages that had been evicted shortly before.

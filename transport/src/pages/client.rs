@@ -212,6 +212,17 @@ impl PageClient {
         answers.into_iter().reduce(joined).ok_or(TransportError::Ended { peer: self.addr })
     }
 
+    /// As [`Self::receive`], but waits [`call_wait`] at most.
+    ///
+    /// # Errors
+    /// As [`Self::receive`], and [`TransportError::PagesTimeout`], after which the connection is over.
+    pub fn receive_in_time(&mut self, answers: &mut Vec<PageAnswer>) -> Result<(), TransportError> {
+        if !self.has_answers() {
+            self.wait_until(Instant::now() + self.call_wait, self.call_wait, "The answer")?;
+        }
+        self.receive(answers)
+    }
+
     /// The server's first word.
     fn first_answer(&mut self, within: Duration) -> Result<PageAnswer, TransportError> {
         let deadline = Instant::now() + within;

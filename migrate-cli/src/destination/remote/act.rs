@@ -43,7 +43,12 @@ impl Shared {
     ) -> Result<(), EngineError> {
         self.punch(&fault.punch)?;
         match fault.answer {
-            FaultAnswer::Zeros => drop(self.pager.place_zeros(PageIndex(page), 1)?),
+            FaultAnswer::Zeros(run) => {
+                for (first, count) in self.layout().split(PageIndex(run.start), run.end - run.start)
+                {
+                    self.pager.place_zeros(first, count)?;
+                }
+            }
             FaultAnswer::Present => {
                 if self.pager.place_zeros(PageIndex(page), 1)?.placed > 0 {
                     remote.given_back(page);

@@ -1,97 +1,146 @@
-//! What the pager of a split guest tells Prometheus: what `migrate status` tells.
+//! What the pagers of split guests tell Prometheus: what `migrate status` tells.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use migrate_core::layout::PAGE_BYTES;
 use parking_lot::Mutex;
 use prometheus_client::encoding::text::encode;
-use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::{Shared, socket};
 use crate::pager_socket::{PagerState, ServerState, Status};
 
-/// The guest that is paged here, if there is one.
-#[derive(Debug, Clone, Default)]
-pub struct Watched(Arc<Mutex<Weak<Shared>>>);
+/// The guest that is paged for one QMP socket, if there is one.
+#[derive(Debug, Clone)]
+pub struct Watched {
+    qmp: PathBuf,
+    shared: Arc<Mutex<Weak<Shared>>>,
+}
 
 impl Watched {
+    /// None yet.
+    pub fn new(qmp: &Path) -> Self {
+        Self { qmp: qmp.to_owned(), shared: Arc::default() }
+    }
+
     /// This one is, from now on.
     pub(super) fn begin(&self, shared: &Arc<Shared>) {
-        *self.0.lock() = Arc::downgrade(shared);
+        *self.shared.lock() = Arc::downgrade(shared);
     }
 
     /// Its metrics as text; none without a guest.
     pub fn text(&self) -> String {
-        let shared = self.0.lock().upgrade();
-        text(shared.map(|shared| socket::status(&shared)).as_ref())
+        let mut registry = Registry::default();
+        register_pagers(&mut registry, [self]);
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let _infallible = encode(&mut text, &registry);
+        text
+    }
+}
+
+/// Registers the metrics of all guests that are paged.
+pub fn register_pagers<'a>(
+    registry: &mut Registry,
+    watched: impl IntoIterator<Item = &'a Watched>,
+) {
+    let paged = watched.into_iter().filter_map(|watched| {
+        let shared = watched.shared.lock().upgrade()?;
+        Some((watched.qmp.display().to_string(), socket::status(&shared)))
+    });
+    let paged: Vec<_> = paged.collect();
+    if !paged.is_empty() {
+        register_all(registry.sub_registry_with_prefix("godwit_pager"), &paged);
     }
 }
 
 type Label<const N: usize> = [(&'static str, String); N];
 
-fn text(status: Option<&Status>) -> String {
-    let mut registry = Registry::with_prefix("godwit_pager");
-    if let Some(status) = status {
-        register(&mut registry, status);
+/// A family for each number of a guest.
+fn register_all(registry: &mut Registry, paged: &[(String, Status)]) {
+    let vm_of = |qmp: &str, status: &Status| [("vm", status.vm.clone()), ("qmp", qmp.to_owned())];
+    let guests = Family::<Label<3>, Gauge>::default();
+    let held = Family::<Label<3>, Gauge>::default();
+    let reached = Family::<Label<3>, Gauge>::default();
+    for (qmp, status) in paged {
+        let [vm, qmp] = vm_of(qmp, status);
+        let state = ("state", status.state.to_string());
+        guests.get_or_create(&[vm.clone(), qmp.clone(), state]).set(1);
+        for server in &status.remote_pages {
+            let label = [vm.clone(), qmp.clone(), ("server", server.server.clone())];
+            let answers = matches!(server.state, ServerState::Connected | ServerState::Draining);
+            // One that was drained may have come back under the same address: the later one counts.
+            held.get_or_create(&label).set(server.bytes as i64);
+            reached.get_or_create(&label).set(i64::from(answers));
+        }
     }
-    let mut text = String::new();
-    // Writing to a string does not fail.
-    let _infallible = encode(&mut text, &registry);
-    text
-}
-
-fn register(registry: &mut Registry, status: &Status) {
-    let guest = Family::<Label<2>, Gauge>::default();
-    let state = status.state.to_string();
-    guest.get_or_create(&[("vm", status.vm.clone()), ("state", state)]).set(1);
-    registry.register("guest", "The guest and its state", guest);
-    let bytes = |pages: u64| pages * PAGE_BYTES as u64;
-    let is_lost = u64::from(status.state == PagerState::Lost);
-    let faults = &status.faults;
-    for (name, help, value) in [
-        ("lost", "Whether memory is on no server any more", is_lost),
-        ("resident_bytes", "Memory that is here", bytes(status.resident_pages)),
-        ("resident_limit_bytes", "The most that may be", bytes(status.resident_limit_pages)),
-        ("under_copied_pages", "Pages on fewer servers than asked for", status.under_copied_pages),
-        (
-            "unflushed_pages",
-            "Pages that are only here, of a guest that leaves",
-            status.unflushed_pages,
-        ),
-        ("fault_p50_us", "Median time from fault to page, in microseconds", faults.p50_us),
-        ("fault_p99_us", "What 99 % of them stay below, in microseconds", faults.p99_us),
-    ] {
-        registry.register(name, help, ConstGauge::new(value as i64));
-    }
-    for (name, help, value) in [
-        ("zero_faults", "Faults on memory that held nothing", faults.zero),
-        ("fetched_faults", "Faults on pages that were fetched", faults.fetched),
-        ("read_ahead_pages", "Pages fetched before they were asked for", status.read_ahead.pages),
-        ("read_ahead_used_pages", "Of those, known to have been used", status.read_ahead.used),
-        ("evicted_pages", "Pages taken away", status.evicted.pages),
-        ("evicted_clean_pages", "Of those, not sent again", status.evicted.clean),
-        ("evictions_cancelled", "Given up since the guest wrote", status.evicted.cancelled),
-        ("reclaimed_pages", "Pages dropped that the guest had freed", status.reclaimed_pages),
-        ("sent_bytes", "TCP payload to memory servers", status.bytes.sent),
-        ("received_bytes", "TCP payload from memory servers", status.bytes.received),
-    ] {
-        registry.register(name, help, ConstCounter::new(value));
-    }
-    let held = Family::<Label<1>, Gauge>::default();
-    let reached = Family::<Label<1>, Gauge>::default();
-    for server in &status.remote_pages {
-        let label = [("server", server.server.clone())];
-        let answers = matches!(server.state, ServerState::Connected | ServerState::Draining);
-        // One that was drained may have come back under the same address: the later one counts.
-        held.get_or_create(&label).set(server.bytes as i64);
-        reached.get_or_create(&label).set(i64::from(answers));
-    }
+    registry.register("guest", "The guest and its state", guests);
     registry.register("server_bytes", "Valid copies on a memory server", held);
     registry.register("server_up", "Whether it answers", reached);
+    for (name, help, value) in GAUGES {
+        let family = Family::<Label<2>, Gauge>::default();
+        for (qmp, status) in paged {
+            family.get_or_create(&vm_of(qmp, status)).set(value(status) as i64);
+        }
+        registry.register(*name, *help, family);
+    }
+    for (name, help, value) in COUNTERS {
+        let family = Family::<Label<2>, Counter>::default();
+        for (qmp, status) in paged {
+            family.get_or_create(&vm_of(qmp, status)).inc_by(value(status));
+        }
+        registry.register(*name, *help, family);
+    }
 }
+
+/// A number of a guest: its name, its help, and where it is.
+type Number = (&'static str, &'static str, fn(&Status) -> u64);
+
+fn bytes(pages: u64) -> u64 {
+    pages * PAGE_BYTES as u64
+}
+
+const GAUGES: &[Number] = &[
+    ("lost", "Whether memory is on no server any more", |status| {
+        u64::from(status.state == PagerState::Lost)
+    }),
+    ("resident_bytes", "Memory that is here", |status| bytes(status.resident_pages)),
+    ("resident_limit_bytes", "The most that may be", |status| bytes(status.resident_limit_pages)),
+    ("under_copied_pages", "Pages on fewer servers than asked for", |status| {
+        status.under_copied_pages
+    }),
+    ("unflushed_pages", "Pages that are only here, of a guest that leaves", |status| {
+        status.unflushed_pages
+    }),
+    ("fault_p50_us", "Median time from fault to page, in microseconds", |status| {
+        status.faults.p50_us
+    }),
+    ("fault_p99_us", "What 99 % of them stay below, in microseconds", |status| {
+        status.faults.p99_us
+    }),
+];
+
+const COUNTERS: &[Number] = &[
+    ("zero_faults", "Faults on memory that held nothing", |status| status.faults.zero),
+    ("fetched_faults", "Faults on pages that were fetched", |status| status.faults.fetched),
+    ("read_ahead_pages", "Pages fetched before they were asked for", |status| {
+        status.read_ahead.pages
+    }),
+    ("read_ahead_used_pages", "Of those, known to have been used", |status| status.read_ahead.used),
+    ("zeros_ahead_pages", "Pages that held nothing, provided ahead", |status| {
+        status.read_ahead.zeros
+    }),
+    ("evicted_pages", "Pages taken away", |status| status.evicted.pages),
+    ("evicted_clean_pages", "Of those, not sent again", |status| status.evicted.clean),
+    ("evictions_cancelled", "Given up since the guest wrote", |status| status.evicted.cancelled),
+    ("reclaimed_pages", "Pages dropped that the guest had freed", |status| status.reclaimed_pages),
+    ("sent_bytes", "TCP payload to memory servers", |status| status.bytes.sent),
+    ("received_bytes", "TCP payload from memory servers", |status| status.bytes.received),
+];
 
 #[cfg(test)]
 mod tests {
@@ -128,23 +177,29 @@ mod tests {
                 p99_us: 300,
                 max_us: 400,
             },
-            read_ahead: ReadAheadStatus { pages: 8, used: 7 },
+            read_ahead: ReadAheadStatus { pages: 8, used: 7, zeros: 5 },
             evicted: EvictedStatus { pages: 6, clean: 2, cancelled: 1 },
             reclaimed_pages: 11,
             bytes: BytesStatus { sent: 12, received: 13 },
         };
-        let told = text(Some(&status));
+        let other = Status { vm: "c".into(), under_copied_pages: 0, ..status.clone() };
+        let mut registry = Registry::default();
+        register_all(&mut registry, &[("/a".into(), status), ("/c".into(), other)]);
+        let mut told = String::new();
+        encode(&mut told, &registry).unwrap();
         for line in [
-            "godwit_pager_guest{vm=\"a \\\"b\\\"\",state=\"split\"} 1",
-            "godwit_pager_resident_bytes 36864",
-            "godwit_pager_under_copied_pages 3",
-            "godwit_pager_fault_p99_us 300",
-            "godwit_pager_fetched_faults_total 5",
-            "godwit_pager_server_bytes{server=\"127.0.0.1:1\"} 8192",
-            "godwit_pager_server_up{server=\"127.0.0.1:2\"} 0",
+            "guest{vm=\"a \\\"b\\\"\",qmp=\"/a\",state=\"split\"} 1",
+            "resident_bytes{vm=\"c\",qmp=\"/c\"} 36864",
+            "under_copied_pages{vm=\"a \\\"b\\\"\",qmp=\"/a\"} 3",
+            "under_copied_pages{vm=\"c\",qmp=\"/c\"} 0",
+            "fault_p99_us{vm=\"c\",qmp=\"/c\"} 300",
+            "fetched_faults_total{vm=\"c\",qmp=\"/c\"} 5",
+            "zeros_ahead_pages_total{vm=\"c\",qmp=\"/c\"} 5",
+            "server_bytes{vm=\"c\",qmp=\"/c\",server=\"127.0.0.1:1\"} 8192",
+            "server_up{vm=\"c\",qmp=\"/c\",server=\"127.0.0.1:2\"} 0",
         ] {
             assert!(told.lines().any(|other| other == line), "{line}\nis not in\n{told}");
         }
-        assert_eq!(text(None), "# EOF\n");
+        assert_eq!(Watched::new(Path::new("/a")).text(), "# EOF\n");
     }
 }

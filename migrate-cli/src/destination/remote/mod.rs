@@ -47,7 +47,7 @@ use self::faults::FaultThread;
 use self::keeper::{Flushed, KeeperThread, Order};
 pub use self::leave::Home;
 use self::leave::{Left, Wanted};
-pub use self::metrics::Watched;
+pub use self::metrics::{Watched, register_pagers};
 pub use self::prepare::Reached;
 use self::reclaim::ReclaimThread;
 pub use self::rescue::rescue;
@@ -57,6 +57,7 @@ use self::traffic::Traffic;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::Journal;
+use crate::tell;
 
 /// Most pages that are fetched with the one that the guest waits for.
 const READ_AHEAD_PAGES_MAX: u64 = 256;
@@ -315,7 +316,7 @@ impl RemoteGuest {
         match left {
             Left::Gone(journal) => Ok(Some(Ending::Left(journal))),
             Left::Here => {
-                eprintln!("the guest stays here: {}", error.unwrap_or_default());
+                tell!("the guest stays here: {}", error.unwrap_or_default());
                 Ok(None)
             }
             Left::InDoubt => Err(EngineError::InDoubt { qmp: home.common.qmp.clone() }),
@@ -378,7 +379,7 @@ impl RemoteGuest {
 /// Part of the guest's memory is lost: it must not go on. QEMU may not answer, as its threads wait for that memory;
 /// then they stand still by themselves.
 fn stop_lost(client: Client) {
-    eprintln!("part of the guest's memory is lost with a memory server: the guest is stopped");
+    tell!("part of the guest's memory is lost with a memory server: the guest is stopped");
     tokio::spawn(async move {
         if let Err(error) = client.stop().await {
             tracing::warn!(%error, "QEMU was not stopped");

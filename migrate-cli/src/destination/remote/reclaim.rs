@@ -28,12 +28,19 @@ use tokio::runtime::Handle;
 
 use super::Shared;
 use super::faults::{Command, FaultHandle};
+use super::keeper::LOCKED_PAGES;
 use crate::blocking::join;
 use crate::error::EngineError;
 use crate::resets::Resets;
 
-/// How often the kernel is asked.
+/// How often the kernel is asked while nothing has to leave.
 const EVERY: Duration = Duration::from_secs(2);
+
+/// Shortest pause between two times, where pages leave that might have been freed instead.
+const SOONEST: Duration = Duration::from_millis(500);
+
+/// And the pause in times of what asking took, so that it takes little of a processor.
+const PAUSE_TIMES: u32 = 10;
 
 /// How long nothing is asked after it could not be.
 const AGAIN_AFTER: Duration = Duration::from_secs(10);
@@ -132,22 +139,31 @@ struct Reclaimer {
 
 impl Reclaimer {
     fn run(&mut self) {
-        let mut next = Instant::now();
+        let shared = Arc::clone(&self.shared);
+        let evicted = || shared.remote.lock().evicted_pages();
+        let (mut next, mut soonest, mut evicted_then) = (Instant::now(), Instant::now(), 0);
         while !self.is_over() {
             thread::sleep(TICK);
-            if Instant::now() < next || self.shared.is_merging.load(Ordering::Acquire) {
+            let now = Instant::now();
+            let is_due = now >= next || now >= soonest && evicted() > evicted_then;
+            if !is_due || shared.is_merging.load(Ordering::Acquire) {
                 continue;
             }
-            next = Instant::now() + EVERY;
-            let shared = Arc::clone(&self.shared);
+            next = now + EVERY;
+            evicted_then = evicted();
             let _asking = shared.asking.lock();
             if shared.is_leaving.load(Ordering::Acquire) {
                 continue;
             }
-            if let Err(error) = self.ask() {
+            let asked = self.ask();
+            let ended = Instant::now();
+            soonest = ended + (ended - now).saturating_mul(PAUSE_TIMES).max(SOONEST);
+            next = next.max(soonest);
+            if let Err(error) = asked {
                 tracing::info!(error = %error.tell(), "the guest's kernel tells nothing");
                 self.kernel = None;
-                next = Instant::now() + AGAIN_AFTER;
+                next = ended + AGAIN_AFTER;
+                soonest = next;
             }
         }
     }
@@ -249,14 +265,19 @@ impl Reclaimer {
     fn finish(&self, pages: &[u64], still: Option<&PageSet>) -> Result<(), EngineError> {
         let shared = &self.shared;
         let mut fetches = vec![];
-        for page in pages {
+        for pages in pages.chunks(LOCKED_PAGES) {
+            let (mut gone, mut stay) = (vec![], vec![]);
             let mut remote = shared.remote.lock();
-            let is_unused = still.is_some_and(|still| still.contains(*page));
-            match remote.reclaim_done(*page, is_unused) {
-                ReclaimDone::Punch => shared.punch(&[*page])?,
-                ReclaimDone::Unprotect => shared.protect(&[*page], false)?,
-                ReclaimDone::Keep | ReclaimDone::Cancelled => {}
+            for page in pages {
+                let is_unused = still.is_some_and(|still| still.contains(*page));
+                match remote.reclaim_done(*page, is_unused) {
+                    ReclaimDone::Punch => gone.push(*page),
+                    ReclaimDone::Unprotect => stay.push(*page),
+                    ReclaimDone::Keep | ReclaimDone::Cancelled => {}
+                }
             }
+            shared.punch(&gone)?;
+            shared.protect(&stay, false)?;
             shared.serve_waiting(&mut remote, &mut fetches)?;
         }
         if !fetches.is_empty() {

@@ -34,6 +34,7 @@ use crate::error::EngineError;
 use crate::journal::{Journal, PagingEntry};
 use crate::source::recover;
 use crate::stores;
+use crate::tell;
 
 /// Pause between attempts to reach the servers.
 const AGAIN_AFTER: Duration = Duration::from_secs(2);
@@ -59,9 +60,7 @@ pub async fn rescue(
     let PagingEntry { remote_fd, regions, split } = entry.paging.clone().ok_or_else(lost)?;
     let split = split.ok_or_else(lost)?;
     let mut listener = Listener::bind(args.listen, &identity, options)?;
-    eprintln!(
-        "the guest runs here and part of its memory is elsewhere; reaching the memory servers"
-    );
+    tell!("the guest runs here and part of its memory is elsewhere; reaching the memory servers");
     let dead_peer = options.dead_peer;
     let reached = reach(split, Arc::new(identity), dead_peer).await?;
     let pid = entry.qemu_pid;
@@ -69,7 +68,7 @@ pub async fn rescue(
     let uffd = on_thread(move || attach::take_descriptor(pid, remote_fd)).await??;
     let attached = Attached { uffd, remote_fd };
     let remote = RemoteGuest::take_over(entry.vm.clone(), ram, attached, reached).await?;
-    eprintln!("listening on {}", listener.local_addr());
+    tell!("listening on {}", listener.local_addr());
     let client = monitor(args).await?;
     let vm = vm::inventory(&client).await?;
     archive.add(journal);
@@ -92,7 +91,7 @@ async fn reach(
         let options = Options { dead_peer, ..Options::default() };
         match on_thread(move || Reached::connect(split, identity, options)).await? {
             Err(error @ EngineError::NoStore { .. }) => {
-                eprintln!("{}; trying again", error.tell());
+                tell!("{}; trying again", error.tell());
                 tokio::time::sleep(AGAIN_AFTER).await;
             }
             reached => return reached,

@@ -209,6 +209,7 @@ pub(super) fn status(shared: &Shared) -> Status {
         read_ahead: ReadAheadStatus {
             pages: stats.read_ahead_pages,
             used: stats.read_ahead_used_pages,
+            zeros: stats.zeros_ahead_pages,
         },
         evicted: EvictedStatus {
             pages: stats.evicted.clean + stats.evicted.dirty,

@@ -54,10 +54,6 @@ const DELETE_WITHIN: Duration = Duration::from_secs(10);
 /// Bytes from which on a way's rate is measured.
 const ENOUGH_BYTES: u64 = 1 << 20;
 
-/// Part of what the main host may hold that is kept free when the first pages are placed: for those that turn out
-/// to be written, and for what the guest touches first.
-const SPARE_SHARE: u64 = 8;
-
 /// A guest's stores, before it is known what goes there.
 #[derive(Debug)]
 pub struct Room {
@@ -128,8 +124,9 @@ impl Room {
                 remedy: format!("Name at most {STORES_MAX}"),
             });
         }
-        // All that may ever not be here, spread evenly.
-        let reserve_pages = routes::reserve_pages(pages - resident_pages, copies, count);
+        // All that may ever not be there, spread evenly.
+        let elsewhere_pages = pages - routes::least_on_main(resident_pages);
+        let reserve_pages = routes::reserve_pages(elsewhere_pages, copies, count);
         let window = prepare::direct_io_window(&asked.send, &guest.vm).unwrap_or_default();
         let direct_io_window_ms = u32::try_from(window.as_millis()).unwrap_or(u32::MAX);
         let mut room = Self { resident_pages, copies, direct_io_window_ms, ways: vec![] };
@@ -252,9 +249,7 @@ impl Split {
             None => (data.clone(), PageSet::new(data.size())),
         };
         let reserves = room.ways.iter().map(|way| way.store.reserve_pages).collect();
-        let first = room.resident_pages - room.resident_pages / SPARE_SHARE;
-        let routes =
-            Routes::new(&in_use, &hot, (first, room.resident_pages), reserves, room.copies)?;
+        let routes = Routes::new(&in_use, &hot, room.resident_pages, reserves, room.copies)?;
         let ways = std::mem::take(&mut room.ways);
         let (routes, rate_bytes_per_s) = (Mutex::new(routes), Mutex::default());
         let renewed = Mutex::new(Instant::now());

@@ -10,6 +10,21 @@ use crate::error::EngineError;
 /// Fewest pages that a guest may have on its main host: its kernel alone takes some of them.
 pub(super) const RESIDENT_PAGES_MIN: u64 = 16 << 8;
 
+/// Part of what the main host may hold that is kept free when the first pages are placed: for those that turn out
+/// to be written, and for what the guest touches first.
+const SPARE_SHARE: u64 = 8;
+
+/// Of as many pages as the main host may hold, those that go there at first: the rest is for what is written meanwhile.
+fn first_on_main(resident_pages: u64) -> u64 {
+    resident_pages - resident_pages / SPARE_SHARE
+}
+
+/// The fewest pages that a guest which uses all of its memory has on its main host.
+pub(super) fn least_on_main(resident_pages: u64) -> u64 {
+    let first = first_on_main(resident_pages);
+    first - slack_pages(first)
+}
+
 /// Pages to reserve on each of `servers` for `pages` that may lie there, `copies` times each. Chunks are spread as
 /// evenly as they can be.
 pub(super) fn reserve_pages(pages: u64, copies: usize, servers: usize) -> u64 {
@@ -41,15 +56,14 @@ pub(super) struct Routes {
 }
 
 impl Routes {
-    /// Places the pages `in_use`, the `hot` ones first on the main host: at most `first` pages, of as many as it
-    /// may hold later.
+    /// Places the pages `in_use`, the `hot` ones first on the main host, which may hold `main_pages_max` later.
     ///
     /// # Errors
     /// If the servers have too little room.
     pub(super) fn new(
         in_use: &PageSet,
         hot: &PageSet,
-        (first, main_pages_max): (u64, u64),
+        main_pages_max: u64,
         reserves: Vec<u64>,
         copies: usize,
     ) -> Result<Self, EngineError> {
@@ -59,6 +73,7 @@ impl Routes {
             .collect();
         // Nothing was written yet while anybody looked.
         let no_heat = |_| 0;
+        let first = first_on_main(main_pages_max);
         let placed = place(in_use, hot, no_heat, first, &rooms, copies)?;
         let Placement { main, servers } = placed;
         let main_pages_max = main_pages_max - slack_pages(main_pages_max);
@@ -196,8 +211,7 @@ mod tests {
     /// What two servers have of a guest all of whose pages are in use, but for the last chunk.
     fn routes(main_pages: u64, reserve: u64, copies: usize) -> Routes {
         let in_use = set(0..PAGES - CHUNK_PAGES);
-        let limits = (main_pages, main_pages);
-        Routes::new(&in_use, &set(0..100), limits, vec![reserve; 2], copies).unwrap()
+        Routes::new(&in_use, &set(0..100), main_pages, vec![reserve; 2], copies).unwrap()
     }
 
     #[test]
@@ -211,6 +225,17 @@ mod tests {
         assert_eq!(sent + first.dirty.len(), PAGES - CHUNK_PAGES);
         assert!(shares.iter().all(|share| share.drop.is_empty() && !share.send.is_empty()));
         assert_eq!(first.waves, [first.dirty.clone()]);
+    }
+
+    #[test]
+    fn a_guest_that_uses_all_of_its_memory_fits_what_was_reserved() {
+        for main_pages in [RESIDENT_PAGES_MIN, 8 * CHUNK_PAGES + 7, PAGES / 2, PAGES] {
+            for (copies, servers) in [(1, 1), (1, 3), (2, 2)] {
+                let reserve = reserve_pages(PAGES - least_on_main(main_pages), copies, servers);
+                let all = set(0..PAGES);
+                Routes::new(&all, &set(0..9), main_pages, vec![reserve; servers], copies).unwrap();
+            }
+        }
     }
 
     #[test]
@@ -234,7 +259,7 @@ mod tests {
 
     #[test]
     fn what_the_guest_takes_later_is_refused_only_where_no_server_has_room() {
-        let reserve = reserve_pages(PAGES - 8 * CHUNK_PAGES, 1, 2);
+        let reserve = reserve_pages(PAGES - least_on_main(8 * CHUNK_PAGES), 1, 2);
         let mut routes = routes(8 * CHUNK_PAGES, reserve, 1);
         routes.main_pages_max = routes.main.len();
         let fresh = set(PAGES - CHUNK_PAGES..PAGES);

@@ -135,9 +135,9 @@ fn at_the_limit_clean_pages_make_room_and_dirty_ones_do_not() {
         bring(&mut remote, page);
     }
     let fault = remote.missing_fault(500, true, ms(0));
-    assert_eq!(fault.answer, FaultAnswer::Zeros);
+    assert_eq!(fault.answer, FaultAnswer::Zeros(500..501));
     assert_eq!(fault.punch.len(), 1);
-    assert_eq!(remote.missing_fault(501, true, ms(0)).answer, FaultAnswer::Zeros);
+    assert_eq!(remote.missing_fault(501, true, ms(0)).answer, FaultAnswer::Zeros(501..502));
     assert_eq!(remote.missing_fault(502, true, ms(3)).answer, FaultAnswer::NoRoom);
     assert_eq!(remote.waiting_with_room(ms(4)), []);
     assert_eq!(remote.wanted_evictions(), 3, "to 2 below the limit, and one waits");
@@ -145,10 +145,50 @@ fn at_the_limit_clean_pages_make_room_and_dirty_ones_do_not() {
     assert_eq!((victims.clean.len(), victims.dirty.len()), (0, 3));
     let served = remote.waiting_with_room(ms(10));
     assert_eq!((served.len(), served[0].0), (1, 502));
-    assert_eq!(served[0].1.answer, FaultAnswer::Zeros);
+    assert!(matches!(&served[0].1.answer, FaultAnswer::Zeros(run) if run.contains(&502)));
     let stats = remote.stats();
     assert_eq!((stats.faults.no_room, stats.max_us), (1, 7000));
-    assert_eq!(remote.wanted_evictions(), 0);
+    assert!(remote.wanted_evictions() <= 1, "what is provided ahead takes half of what is free");
+}
+
+#[test]
+fn memory_that_is_used_in_its_order_is_provided_ahead() {
+    let mut remote = split(400, [], [600]);
+    let zeros = |remote: &mut Remote, page| match remote.missing_fault(page, true, ms(0)).answer {
+        FaultAnswer::Zeros(run) => run,
+        other => panic!("{other:?}"),
+    };
+    let (mut page, mut faults) = (100, 0);
+    while page < 200 {
+        let run = zeros(&mut remote, page);
+        assert_eq!(run.start, page);
+        (page, faults) = (run.end, faults + 1);
+    }
+    assert!(faults < 10, "{faults} faults for 100 pages");
+    let stats = remote.stats();
+    assert_eq!((stats.faults.zero, stats.zeros_ahead_pages), (faults, page - 100 - faults));
+    assert_eq!(stats.resident_pages, page - 100);
+    assert_eq!(zeros(&mut remote, 599).end, 600, "what servers have is no zeros");
+    for scattered in [300, 900, 350, 800, 450, 700] {
+        zeros(&mut remote, scattered);
+    }
+    assert_eq!(
+        zeros(&mut remote, 500),
+        500..501,
+        "nothing is expected of those that use memory here and there"
+    );
+}
+
+#[test]
+fn memory_is_provided_ahead_into_free_room_alone() {
+    let mut remote = split(40, [], []);
+    let (mut page, mut runs) = (0, vec![]);
+    while let FaultAnswer::Zeros(run) = remote.missing_fault(page, true, ms(0)).answer {
+        page = run.end;
+        runs.push(run.end - run.start);
+    }
+    assert_eq!(page, 40, "all of the limit can be used: {runs:?}");
+    assert_eq!(runs.last(), Some(&1), "the last room is for what is waited for: {runs:?}");
 }
 
 #[test]
@@ -171,13 +211,19 @@ fn a_page_that_comes_back_soon_stays_longer() {
 }
 
 #[test]
-fn clean_and_dirty_pages_leave_in_the_order_of_their_arrival() {
-    let mut remote = split(10, [], [50]);
-    remote.missing_fault(0, true, ms(0));
-    bring(&mut remote, 50);
-    remote.missing_fault(1, true, ms(0));
+fn clean_pages_leave_before_dirty_ones_that_are_not_twice_as_old() {
+    // Nothing is provided ahead over what servers have.
+    let mut remote = split(100, [], (0..40).map(|page| 2 * page + 1).chain([500]));
+    for page in 0..9 {
+        remote.missing_fault(2 * page, true, ms(0));
+    }
+    bring(&mut remote, 500);
     assert_eq!(remote.victims(1, ms(0)), Victims { clean: vec![], dirty: vec![0] });
-    assert_eq!(remote.victims(1, ms(0)), Victims { clean: vec![50], dirty: vec![] });
+    for page in 9..20 {
+        remote.missing_fault(2 * page, true, ms(0));
+    }
+    assert_eq!(remote.victims(1, ms(0)), Victims { clean: vec![500], dirty: vec![] });
+    assert_eq!(remote.victims(1, ms(0)), Victims { clean: vec![], dirty: vec![2] });
 }
 
 #[test]
@@ -195,6 +241,15 @@ fn cold_pages_go_first_and_pinned_ones_never() {
     // Once they are no longer pinned they can go.
     remote.set_cold(&set([]), &set([]));
     assert_eq!(evict(&mut remote, 100).dirty.len(), 50);
+}
+
+#[test]
+fn what_faults_show_to_be_used_is_not_cold() {
+    let mut remote = split(100, 0..20, [50]);
+    bring(&mut remote, 50);
+    remote.set_cold(&set((0..20).chain([50])), &set([]));
+    let victims = evict(&mut remote, 20);
+    assert_eq!((victims.dirty, victims.clean), ((0..20).collect::<Vec<_>>(), vec![]));
 }
 
 #[test]
@@ -265,7 +320,7 @@ fn memory_that_became_remote_after_the_question_is_not_dropped() {
     assert_eq!(remote.reclaim_remote(&set([1, 2])), [1, 0]);
     assert_eq!(remote.stale(9), [Stale { server: 0, runs: vec![2..3] }]);
     assert_eq!(fetched(&remote.missing_fault(1, false, ms(0)))[0], 1);
-    assert_eq!(remote.missing_fault(2, false, ms(0)).answer, FaultAnswer::Zeros);
+    assert!(matches!(remote.missing_fault(2, false, ms(0)).answer, FaultAnswer::Zeros(_)));
     assert_eq!(remote.reclaim_remote(&set([3])), [0, 0], "nothing was begun");
 }
 

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
+use migrate_core::layout::PAGE_BYTES;
 use migrate_core::remote::{Fetch, Move, MoveFailure, PutFailure, Stale};
 use transport::pages::wire::{DROP_EXTENTS_MAX, REQUEST_PAGES_MAX};
 use transport::pages::{Extent, PageAnswer, PageRequest, StoreError};
@@ -108,9 +110,48 @@ impl Keeper {
             }
             Ok(_) | Err(_) => return Err(Uncopied::NotTaken(PutFailure::Gone)),
         };
-        let version = self.next_version();
-        let put = PageRequest::Put { extents, contents, version, packed: true };
-        self.call(to, &put).map(drop).map_err(|why| Uncopied::NotTaken((&why).into()))
+        // The next pager must not take one copy for older than the other.
+        let versions = self.versions_of(from, pages)?;
+        let mut puts: BTreeMap<u64, (Vec<u64>, Vec<u8>)> = BTreeMap::new();
+        let got = extents.iter().flat_map(Extent::iter).zip(contents.chunks(PAGE_BYTES));
+        for (page, content) in got {
+            let version = versions.get(&page).ok_or(Uncopied::NotStored(page))?;
+            let (pages, contents) = puts.entry(*version).or_default();
+            pages.push(page);
+            contents.extend_from_slice(content);
+        }
+        for (version, (pages, contents)) in puts {
+            let (extents, contents) = (Extent::join(pages), Bytes::from(contents));
+            let put = PageRequest::Put { extents, contents, version, packed: true };
+            self.call(to, &put).map_err(|why| Uncopied::NotTaken((&why).into()))?;
+        }
+        Ok(())
+    }
+
+    /// The versions of pages, in ascending order, at a server.
+    fn versions_of(
+        &mut self,
+        server: usize,
+        pages: &[u64],
+    ) -> Result<BTreeMap<u64, u64>, Uncopied> {
+        let mut versions = BTreeMap::new();
+        let (Some(first), Some(last)) = (pages.first(), pages.last()) else { return Ok(versions) };
+        let mut next = Some(*first);
+        while let Some(from_page) = next.filter(|page| page <= last) {
+            let listed = self.call(server, &PageRequest::List { from_page });
+            let Ok(PageAnswer::Listed { entries, next_page, .. }) = listed else {
+                return Err(Uncopied::NotTaken(PutFailure::Gone));
+            };
+            for (extent, version) in entries {
+                let end = extent.first_page + u64::from(extent.pages);
+                let from = pages.partition_point(|page| *page < extent.first_page);
+                let to = pages.partition_point(|page| *page < end);
+                let within = pages.get(from..to).unwrap_or_default();
+                versions.extend(within.iter().map(|page| (*page, version)));
+            }
+            next = next_page;
+        }
+        Ok(versions)
     }
 
     /// While merging, fetches what is elsewhere. Says whether there was anything.

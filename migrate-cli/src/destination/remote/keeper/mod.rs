@@ -10,6 +10,7 @@
 
 mod copies;
 mod orders;
+mod puts;
 mod reach;
 
 use std::collections::BTreeMap;
@@ -18,12 +19,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
-use migrate_core::remote::{Fetch, PutDone, PutFailed, PutFailure, Remote};
+use migrate_core::remote::{Fetch, PutFailure, Victims};
 use parking_lot::Mutex;
+use transport::TransportError;
 use transport::messages::Store;
-use transport::pages::wire::REQUEST_PAGES_MAX;
 use transport::pages::{Extent, PageAnswer, PageClient, PageRequest, StoreError};
 
 use self::orders::Parting;
@@ -38,8 +38,17 @@ use crate::stores;
 /// Longest time without a look at what there is to do.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Pages that are evicted at a time.
-const EVICT_PAGES: usize = REQUEST_PAGES_MAX as usize;
+/// Pages that are put to servers before anything else is looked after.
+const PUT_PAGES: usize = 512;
+
+/// Pages that are flushed at a time.
+const FLUSH_PAGES: usize = 256;
+
+/// Pages that are decided about under one lock, for which a fault may have to wait.
+pub(super) const LOCKED_PAGES: usize = 16;
+
+/// Pages that are chosen to be evicted under one lock.
+const VICTIM_PAGES: usize = 64;
 
 /// How fast pages are copied to servers that stay here.
 #[derive(Debug, Default)]
@@ -61,11 +70,20 @@ impl Flushed {
     }
 }
 
-/// The thread's owner.
+/// The thread's owner. Dropping it waits for the thread, which was told to end.
 #[derive(Debug)]
 pub(super) struct KeeperThread {
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
     clients: Arc<Mutex<Vec<Option<PageClient>>>>,
+}
+
+/// Whoever pages the guest next must not find it at work.
+impl Drop for KeeperThread {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            join(thread, None);
+        }
+    }
 }
 
 impl KeeperThread {
@@ -99,12 +117,14 @@ impl KeeperThread {
             keeper.shared.orders.lock().clear();
             *leaves.lock() = std::mem::take(&mut keeper.clients);
         });
-        Self { thread, clients: left }
+        Self { thread: Some(thread), clients: left }
     }
 
     /// Waits for the thread, which was told to end, and returns its connections.
-    pub(super) fn stop(self) -> Vec<Option<PageClient>> {
-        join(self.thread, None);
+    pub(super) fn stop(mut self) -> Vec<Option<PageClient>> {
+        if let Some(thread) = self.thread.take() {
+            join(thread, None);
+        }
         std::mem::take(&mut *self.clients.lock())
     }
 }
@@ -139,6 +159,14 @@ struct Keeper {
     /// The last one that was reached again, and when the next may be.
     reached_last: usize,
     reach_at: Instant,
+}
+
+/// An answer that is no refusal.
+fn accepted(answer: PageAnswer) -> Result<PageAnswer, Failed> {
+    match answer {
+        PageAnswer::Failed { error, .. } => Err(Failed::Refused(error)),
+        answer => Ok(answer),
+    }
 }
 
 /// Why something was not done at a server.
@@ -188,7 +216,7 @@ impl Keeper {
         let shared = Arc::clone(&self.shared);
         let pages = {
             let mut remote = shared.remote.lock();
-            let pages = remote.next_to_flush(EVICT_PAGES, shared.now());
+            let pages = remote.next_to_flush(FLUSH_PAGES, shared.now());
             shared.protect(&pages, true)?;
             pages
         };
@@ -196,113 +224,34 @@ impl Keeper {
             return Ok(false);
         }
         let (count, began) = (pages.len(), Instant::now());
-        let any = self.put(pages)?;
+        let any = self.put(pages, 0)?;
         shared.flushed.note(count, began.elapsed());
         Ok(any)
     }
 
     /// Takes pages away. Says whether there were any.
     fn evict(&mut self) -> Result<bool, EngineError> {
-        let shared = Arc::clone(&self.shared);
-        let (dirty, is_any_clean) = {
-            let mut remote = shared.remote.lock();
-            let want = usize::try_from(remote.wanted_evictions()).unwrap_or(usize::MAX);
-            if want == 0 {
-                return Ok(false);
-            }
-            let victims = remote.victims(want.min(EVICT_PAGES), shared.now());
-            shared.punch(&victims.clean)?;
-            shared.protect(&victims.dirty, true)?;
-            shared.serve_waiting(&mut remote, &mut self.fetches)?;
-            if victims.clean.is_empty() && victims.dirty.is_empty() {
-                return Ok(false);
-            }
-            (victims.dirty, !victims.clean.is_empty())
-        };
-        self.hand_over_fetches();
+        let victims = self.take_victims()?;
+        let is_any_clean = !victims.clean.is_empty();
         // What no server takes is tried again later, not at once.
-        Ok(self.put(dirty)? || is_any_clean)
+        Ok(self.put(victims.dirty, PUT_PAGES)? || is_any_clean)
     }
 
-    /// Puts protected pages to their servers and punches those that were not written meanwhile.
-    /// Says whether any server took any.
-    fn put(&mut self, pages: Vec<u64>) -> Result<bool, EngineError> {
+    /// Punches clean pages and protects dirty ones that are to leave.
+    fn take_victims(&mut self) -> Result<Victims, EngineError> {
         let shared = Arc::clone(&self.shared);
-        let version = self.next_version();
-        let mut copies = BTreeMap::new();
-        let mut todo: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
-        let mut any = false;
-        for page in pages {
-            copies.insert(page, shared.copy(page)?);
-        }
-        {
-            let remote = shared.remote.lock();
-            for page in copies.keys() {
-                for server in remote.put_to(*page) {
-                    todo.entry(server).or_default().push(*page);
-                }
-            }
-        }
-        while !todo.is_empty() {
-            let mut again: BTreeMap<usize, Vec<u64>> = BTreeMap::new();
-            for (server, pages) in std::mem::take(&mut todo) {
-                let put = self.put_to(server, &pages, &copies, version);
-                any |= put.is_ok();
-                for page in pages {
-                    let Some(copy) = copies.get(&page) else { continue };
-                    if let Some(another) = self.put_over(page, server, put.as_ref(), copy)? {
-                        again.entry(another).or_default().push(page);
-                    }
-                }
-            }
-            todo = again;
-        }
-        Ok(any)
-    }
-
-    /// A server has taken a page or not. Returns another one that is to take it.
-    fn put_over(
-        &mut self,
-        page: u64,
-        server: usize,
-        put: Result<&(), &Failed>,
-        copy: &[u8],
-    ) -> Result<Option<usize>, EngineError> {
-        let shared = Arc::clone(&self.shared);
-        let is_unchanged = || shared.is_unchanged(page, copy);
         let mut remote = shared.remote.lock();
-        let done = match put {
-            Ok(()) => remote.put_done(page, server, shared.now(), is_unchanged),
-            Err(why) => match remote.put_failed(page, server, why.into()) {
-                PutFailed::Another(another) => return Ok(Some(another)),
-                PutFailed::More => PutDone::More,
-                PutFailed::Enough => remote.finish_put(page, shared.now(), is_unchanged),
-                PutFailed::Back => PutDone::Changed,
-                PutFailed::Cancelled => PutDone::Cancelled,
-            },
-        };
-        self.finish(&mut remote, page, done, copy)?;
-        Ok(None)
-    }
-
-    /// Carries out what becomes of a page whose put was answered.
-    fn finish(
-        &mut self,
-        remote: &mut Remote,
-        page: u64,
-        done: PutDone,
-        copy: &[u8],
-    ) -> Result<(), EngineError> {
-        match done {
-            PutDone::Punch => {
-                self.shared.punch(&[page])?;
-                self.shared.serve_waiting(remote, &mut self.fetches)?;
-            }
-            PutDone::Changed => self.shared.protect(&[page], false)?,
-            PutDone::NotYet(until) => drop(self.later.insert(page, (until, copy.to_vec()))),
-            PutDone::Keep | PutDone::More | PutDone::Cancelled => {}
+        let want = usize::try_from(remote.wanted_evictions()).unwrap_or(usize::MAX);
+        if want == 0 {
+            return Ok(Victims::default());
         }
-        Ok(())
+        let victims = remote.victims(want.min(VICTIM_PAGES), shared.now());
+        shared.punch(&victims.clean)?;
+        shared.protect(&victims.dirty, true)?;
+        shared.serve_waiting(&mut remote, &mut self.fetches)?;
+        drop(remote);
+        self.hand_over_fetches();
+        Ok(victims)
     }
 
     /// Finishes pages that no direct I/O can reach any more. Says whether there were any.
@@ -317,44 +266,30 @@ impl Keeper {
             let mut remote = shared.remote.lock();
             let is_unchanged = || shared.is_unchanged(*page, copy);
             let done = remote.finish_put(*page, shared.now(), is_unchanged);
-            self.finish(&mut remote, *page, done, copy)?;
+            self.finish(&mut remote, &[(*page, done, copy)])?;
         }
         self.hand_over_fetches();
         Ok(!due.is_empty())
     }
 
-    /// A version that no page has yet.
-    fn next_version(&mut self) -> u64 {
-        self.shared.version.fetch_add(1, Ordering::AcqRel)
-    }
-
-    fn put_to(
-        &mut self,
-        server: usize,
-        pages: &[u64],
-        copies: &BTreeMap<u64, Vec<u8>>,
-        version: u64,
-    ) -> Result<(), Failed> {
-        for pages in pages.chunks(REQUEST_PAGES_MAX as usize) {
-            let contents: Vec<u8> =
-                pages.iter().filter_map(|page| copies.get(page)).flatten().copied().collect();
-            let extents = Extent::join(pages.iter().copied());
-            let contents = Bytes::from(contents);
-            self.call(server, &PageRequest::Put { extents, contents, version, packed: true })?;
-        }
-        Ok(())
-    }
-
     /// Asks a server for something and waits for the answer.
     fn call(&mut self, server: usize, request: &PageRequest) -> Result<PageAnswer, Failed> {
+        self.with(server, |client| client.call(request)).and_then(accepted)
+    }
+
+    /// Does something with the connection to a server, which is over if that fails.
+    fn with<T>(
+        &mut self,
+        server: usize,
+        work: impl FnOnce(&mut PageClient) -> Result<T, TransportError>,
+    ) -> Result<T, Failed> {
         let Some(way) = self.clients.get_mut(server) else { return Err(Failed::Away) };
         let Some(client) = way else { return Err(Failed::Away) };
-        let answer = client.call(request);
+        let done = work(client);
         let (sent, received) = client.bytes();
         self.shared.traffic.keeper.note(server, sent, received);
-        match answer {
-            Ok(PageAnswer::Failed { error, .. }) => Err(Failed::Refused(error)),
-            Ok(answer) => Ok(answer),
+        match done {
+            Ok(done) => Ok(done),
             Err(error) => {
                 tracing::warn!(%error, server, "the connection to a memory server ended");
                 *way = None;

@@ -20,6 +20,7 @@ use crate::destination::remote::faults::Command;
 use crate::error::EngineError;
 use crate::journal::JournalError;
 use crate::stores;
+use crate::tell;
 
 /// A server that joins, reached and in the journal.
 #[derive(Debug)]
@@ -187,7 +188,8 @@ impl Keeper {
             Ok(Ok(())) => Look::Empty,
             Err(TryRecvError::Empty) => Look::Waits,
             Ok(Err(error)) => {
-                eprintln!("memory server {} is empty, but stays: {error}", parting.server);
+                let (server, vm) = (parting.server, &shared.vm);
+                tell!("memory server {server} is empty, but stays one of the guest {vm}: {error}");
                 shared.listed.lock().parting.remove(&parting.server);
                 Look::Over
             }

@@ -11,6 +11,7 @@ use super::Keeper;
 use crate::destination::remote::faults::Command;
 use crate::error::EngineError;
 use crate::stores;
+use crate::tell;
 
 /// Pause between attempts to reach a server again.
 const RECONNECT_EVERY: Duration = Duration::from_millis(500);
@@ -89,7 +90,8 @@ impl Keeper {
     }
 
     fn forget(&mut self, server: usize, why: &dyn std::fmt::Display) {
-        eprintln!("memory server {server} is lost with what it had of the guest: {why}");
+        let vm = &self.shared.vm;
+        tell!("memory server {server} is lost with what it had of the guest {vm}: {why}");
         self.part_with(server);
         // The next pager would seek it in vain. Should it not be noted, that is all that comes of it.
         drop(self.shared.note());

@@ -241,7 +241,10 @@ impl World {
             self.punch(page);
         }
         match fault.answer {
-            FaultAnswer::Zeros => self.place(page, 0, false),
+            FaultAnswer::Zeros(run) => {
+                assert!(run.contains(&page), "{page} is waited for, not {run:?}");
+                run.for_each(|page| self.place(page, 0, false));
+            }
             FaultAnswer::Fetch(fetch) => {
                 assert_eq!(fetch.runs[0].start, page, "the page that is waited for comes first");
                 self.send_fetches(vec![fetch]);
