@@ -2,6 +2,7 @@
 
 pub mod reading;
 pub mod split;
+pub mod stage;
 pub mod untouched;
 
 use std::net::{TcpListener, UdpSocket};

@@ -141,10 +141,40 @@ impl Rig {
         resident_mib: u64,
         extra: &[&str],
     ) -> Result<Engine> {
+        let words = ["split", "--json", "--to", to];
+        self.start_split_as(vm, &words, end, (servers, resident_mib), extra, None)
+    }
+
+    /// The same in a network namespace.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_split_in(
+        &self,
+        vm: &Vm,
+        to: &str,
+        over: (&[MemoryServer], u64),
+        extra: &[&str],
+        netns: &str,
+    ) -> Result<Engine> {
+        let words = ["split", "--json", "--to", to];
+        self.start_split_as(vm, &words, "source", over, extra, Some(netns))
+    }
+
+    /// With the servers and what the main host may hold, in MiB.
+    fn start_split_as(
+        &self,
+        vm: &Vm,
+        words: &[&str],
+        end: &str,
+        (servers, resident_mib): (&[MemoryServer], u64),
+        extra: &[&str],
+        netns: Option<&str>,
+    ) -> Result<Engine> {
         let own = arguments(servers, Some(resident_mib));
         let extra: Vec<&str> =
             own.iter().map(String::as_str).chain(extra.iter().copied()).collect();
-        self.start_end(vm, &["split", "--json", "--to", to], (&self.source, end), &extra, None)
+        self.start_end(vm, words, (&self.source, end), &extra, netns)
     }
 
     /// Starts `migrate merge`.

@@ -1,16 +1,30 @@
 //! Split guests whose memory servers or pager die.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::split::OFFER;
-use e2e::{PATIENCE, Rig, free_address, in_turn};
+use e2e::split::{OFFER, WORKING_RESIDENT_MIB};
+use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn};
+use framework::memory_server::ServerOptions;
 use framework::split::SplitState;
-use framework::wait;
 use framework::worker::{self, Phase};
+use framework::{MemoryServer, NetnsPair, QemuKind, Vm, VmSpec, wait};
 
 /// How long a thread that waits for memory is looked at.
 const WAITS: Duration = Duration::from_secs(2);
+
+/// Pages to work on.
+const PAGES: u64 = 70 * 256;
+
+/// Pages to work on over a slow link.
+const PAGES_SLOWLY: u64 = 256;
+
+/// What may have been on its way when a pager was killed.
+const BARELY_PAGES: u64 = 512;
+
+/// A link over which a page takes more than a millisecond.
+const SLOW_BITS_PER_S: u64 = 20_000_000;
 
 #[test]
 fn the_next_pager_goes_on_where_one_was_killed() -> Result<()> {
@@ -44,6 +58,11 @@ fn with_two_copies_a_server_may_die_and_copies_are_made_again() -> Result<()> {
             .pager(&split.vm)
             .wait_status("two copies of all", PATIENCE, |status| status.under_copied_pages == 0)?;
         ensure!(whole.state == SplitState::Split && whole.remote() > 0, "{whole:?}");
+        // The next pager knows both copies of what was evicted, and of what was copied.
+        split.kill_pager()?;
+        split.start_pager(&rig)?;
+        let next = rig.pager(&split.vm).status()?;
+        ensure!(next.under_copied_pages < BARELY_PAGES, "{whole:?}, then {next:?}");
         // Whatever was on it is on the last one as well.
         servers.remove(0).kill()?;
         worker::set_phase(&mut split.vm, Phase::Hot)?;
@@ -94,5 +113,56 @@ fn a_guest_whose_memory_is_lost_stands_still() -> Result<()> {
             std::thread::sleep(WAITS);
             Ok((split.vm.heartbeat().count() == beats).then_some(()))
         })
+    })
+}
+
+/// Servers are at the other end of a link that becomes slow, is cut, and is mended.
+#[test]
+fn a_main_host_that_is_cut_off_from_its_servers_goes_on_later() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let net = NetnsPair::create(0)?;
+        let start = |(number, identity): (usize, &PathBuf)| {
+            MemoryServer::start(&ServerOptions {
+                program: &rig.migrate,
+                identity,
+                listen: &format!("{}:770{number}", NetnsPair::SOURCE),
+                capacity_mib: OFFER.capacity_mib,
+                netns: Some(net.source.name()),
+                extra: &[],
+            })
+        };
+        let identities = rig.server_identities(2)?;
+        let servers = identities.0.iter().enumerate().map(start).collect::<Result<Vec<_>>>()?;
+        let spec = VmSpec::new("far", QemuKind::V10_0)
+            .memory_mib(512)
+            .with("godwit.checker=size=24,seed=5")
+            .with("godwit.worker=hot_mib=140,order=random,seed=9");
+        let mut source = Vm::boot(&rig.env, spec)?;
+        let mut vm = Vm::start(&rig.env, source.spec().successor("main", QemuKind::V10_0))?;
+        let listen = format!("{}:7700", NetnsPair::DESTINATION);
+        let brief = ["--dead-peer-s", "1"];
+        let receive = rig.receive_in(&vm, &listen, &brief, Some(net.destination.name()))?;
+        let over = (&servers[..], WORKING_RESIDENT_MIB);
+        let split = rig.start_split_in(&source, &listen, over, &[], net.source.name())?;
+        split.wait(PATIENCE)?.success()?;
+        check_alive(&mut source, &mut vm)?;
+        worker::set_phase(&mut vm, Phase::Hot)?;
+        worker::wait_pages(&mut vm, PAGES, PATIENCE)?;
+        net.shape(SLOW_BITS_PER_S)?;
+        worker::wait_pages(&mut vm, PAGES_SLOWLY, PATIENCE)?;
+        net.shape(0)?;
+        net.cut()?;
+        let is_away =
+            |status: &framework::Status| status.remote_pages.iter().any(|one| one.state == "away");
+        rig.pager(&vm).wait_status("that servers are away", PATIENCE, is_away)?;
+        std::thread::sleep(WAITS);
+        net.mend()?;
+        worker::wait_pages(&mut vm, PAGES, PATIENCE)?;
+        worker::set_phase(&mut vm, Phase::Idle)?;
+        worker::check(&mut vm, PATIENCE)?;
+        vm.verify_checker(PATIENCE)?;
+        rig.pager(&vm).merge(PATIENCE)?;
+        receive.wait(PATIENCE)?.success().map(drop)
     })
 }

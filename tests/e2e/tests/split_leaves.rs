@@ -3,15 +3,19 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::reading::{reading, slow_disk};
 use e2e::split::{NextHost, OFFER, Split, WORKING_RESIDENT_MIB};
 use e2e::{PATIENCE, Rig, in_turn};
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
-use framework::{Engine, MemoryServer, wait};
+use framework::{Engine, MemoryServer, QemuKind, Vm, wait};
 use nix::sys::signal::Signal;
 
 /// Not within any round.
 const NEVER: [&str; 2] = ["--max-downtime-ms", "1"];
+
+/// Blocks of the disk to read at a new host: more than the guest's buffers.
+const READ_BLOCKS: u64 = 32_768;
 
 /// Longest wait for a server to be empty once the guest has no more there.
 const EMPTY_WITHIN: Duration = Duration::from_secs(30);
@@ -67,6 +71,37 @@ fn a_split_guest_is_merged_at_another_host() -> Result<()> {
         worker::set_phase(&mut vm, Phase::Idle)?;
         worker::check(&mut vm, PATIENCE)?;
         vm.verify_checker(PATIENCE).map(drop)
+    })
+}
+
+/// Reads are in flight all the time into pages that are copied to servers, stay, and are written by them once more.
+#[test]
+fn a_disk_is_read_while_a_split_guest_leaves() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let (image, slow) = slow_disk(&rig)?;
+        let kind = QemuKind::V10_0;
+        let spec = reading(&image, kind, "none", "native").with("godwit.checker=size=24,seed=5");
+        let source = Vm::boot(&rig.env, spec)?;
+        slow.add(source.pid())?;
+        let downtime = ["--max-downtime-ms", "5000"];
+        let split = rig.split(source, kind, &servers, WORKING_RESIDENT_MIB, &downtime)?;
+        slow.add(split.vm.pid())?;
+        let next = split.next_host(&rig, "host-c", &[])?;
+        slow.add(next.vm.pid())?;
+        let left = start(&rig, &split, &next, &servers, &downtime)?.wait(PATIENCE)?;
+        let report = left.json().cloned().with_context(|| left.stderr.clone())?;
+        println!("{report}");
+        let mut split = split.left(next, report)?;
+        let read = |vm: &mut Vm| -> Result<u64> {
+            framework::guest::number(&vm.ask("diskread report")?, "blocks")
+        };
+        let first = read(&mut split.vm)?;
+        wait::until("reads at the new host", PATIENCE, || {
+            Ok((read(&mut split.vm)? >= first + READ_BLOCKS).then_some(()))
+        })?;
+        split.merge(&rig, &servers)?.vm.assert_clean()
     })
 }
 
