@@ -1,11 +1,15 @@
 //! `test`: all tests, and one true line with their number at the end.
 //!
-//! Tests with guests (`framework`, `e2e`) run one at a time: two QEMUs and two engines fill the
-//! machine. All others run as cargo likes.
+//! Tests with guests (`framework`, `e2e`): the tests of a program run one at a time, and as many programs side by side as
+//! there are cores, four at most. Guests boot and tests wait most of the time. What a program says is shown when it has
+//! ended. All others run as cargo likes.
 
+use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::sync::Mutex;
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -14,6 +18,12 @@ use crate::setup::{self, Environment};
 
 /// Packages whose tests start guests.
 const GUEST_PACKAGES: [&str; 2] = ["framework", "e2e"];
+
+/// Test programs that take minutes: they begin first, so that no long one is left for the end.
+const LONG: [&str; 6] = ["faults", "split", "disks", "moves", "postcopy", "split_leaves"];
+
+/// Most programs with guests side by side: each takes gigabytes.
+const SIDE_BY_SIDE_MAX: usize = 4;
 
 /// Sums over all test programs.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -62,6 +72,80 @@ fn tests(command: &mut Command, tally: &mut Tally) -> Result<bool> {
     Ok(child.wait().context("Cannot wait for the tests")?.success())
 }
 
+/// A test program with guests: its package and name.
+type Program = (&'static str, String);
+
+/// All of them, those first that take long.
+fn programs(root: &Path) -> Result<VecDeque<Program>> {
+    let mut found = vec![];
+    for package in GUEST_PACKAGES {
+        let folder = root.join("tests").join(package).join("tests");
+        let files = std::fs::read_dir(&folder);
+        for file in files.with_context(|| format!("No {}", folder.display()))? {
+            let path = file.context("A folder cannot be read")?.path();
+            if path.extension().is_some_and(|ending| ending == "rs")
+                && let Some(name) = path.file_stem()
+            {
+                found.push((package, name.to_string_lossy().into_owned()));
+            }
+        }
+    }
+    found.sort_by_key(|(_, name)| {
+        let place = LONG.iter().position(|long| long == name);
+        (place.unwrap_or(LONG.len()), name.clone())
+    });
+    Ok(found.into())
+}
+
+/// Runs all programs with guests, some side by side; false if one failed.
+fn guest_tests(
+    root: &Path,
+    prepared: &(impl Fn() -> Command + Sync),
+    filters: &[String],
+    tally: &mut Tally,
+) -> Result<bool> {
+    let mut build = prepared();
+    for package in GUEST_PACKAGES {
+        build.args(["-p", package]);
+    }
+    run(build.args(["--tests", "--no-run"]))?;
+    let left = Mutex::new(programs(root)?);
+    let told = Mutex::new((tally, true));
+    let lock = "another program's thread panicked";
+    let work = || -> Result<()> {
+        loop {
+            let next = left.lock().ok().context(lock)?.pop_front();
+            let Some((package, name)) = next else { return Ok(()) };
+            let mut command = prepared();
+            command.args(["-p", package, "--test", &name, "--", "--test-threads=1"]).args(filters);
+            let began = Instant::now();
+            let ended = command.output();
+            let ended = ended.with_context(|| format!("Cannot start `{}`", shown(&command)))?;
+            let mut told = told.lock().ok().context(lock)?;
+            told.1 &= ended.status.success();
+            show(&format!("{package} {name}"), &ended, began, told.0);
+        }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let all: Vec<_> = (0..cores.min(SIDE_BY_SIDE_MAX)).map(|_| scope.spawn(work)).collect();
+        all.into_iter().try_for_each(|one| one.join().ok().context(lock)?)
+    })?;
+    Ok(told.into_inner().ok().context(lock)?.1)
+}
+
+/// Shows what a program said, and counts.
+fn show(name: &str, ended: &Output, began: Instant, tally: &mut Tally) {
+    let word = if ended.status.success() { "done" } else { "FAILED" };
+    println!("== {name}: {word} after {:.1} s", began.elapsed().as_secs_f64());
+    let said = String::from_utf8_lossy(&ended.stdout);
+    said.lines().for_each(|line| tally.add_line(line));
+    println!("{said}");
+    if !ended.status.success() {
+        println!("{}", String::from_utf8_lossy(&ended.stderr));
+    }
+}
+
 /// Builds `migrate` as tests use it: the plain one, and one with failpoints.
 fn build_commands(root: &Path) -> Result<(PathBuf, PathBuf)> {
     let built = root.join("target/debug/migrate");
@@ -104,20 +188,22 @@ fn test_with(
     };
     let mut plain = prepared();
     plain.arg("--workspace");
-    let mut guests = prepared();
+    let mut units = prepared();
     for package in GUEST_PACKAGES {
         plain.args(["--exclude", package]);
-        guests.args(["-p", package]);
+        units.args(["-p", package]);
     }
+    units.args(["--lib", "--bins", "--"]).args(filters);
     plain.arg("--").args(filters);
-    guests.args(["--", "--test-threads=1"]).args(filters);
     let plain_ok = step("tests without guests", || tests(&mut plain, &mut tally))?;
-    let guests_ok = step("tests with guests", || tests(&mut guests, &mut tally))?;
+    let units_ok = step("tests of what guests are tested with", || tests(&mut units, &mut tally))?;
+    let guests_ok =
+        step("tests with guests", || guest_tests(root, &prepared, filters, &mut tally))?;
     if tally.ignored > 0 {
         println!("{} ignored", tally.ignored);
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
-    if !plain_ok || !guests_ok {
+    if !plain_ok || !units_ok || !guests_ok {
         bail!("Tests failed or could not be run; see above");
     }
     Ok(())

@@ -21,6 +21,13 @@ fn reserved() -> Result<u64> {
     text.trim().parse().with_context(|| format!("{RESERVED} holds no number"))
 }
 
+/// Other processes may reserve some, too: nobody else changes the number while this lives.
+fn turn() -> Result<fs::File> {
+    let turn = fs::File::open(RESERVED).with_context(|| format!("Cannot read {RESERVED}"))?;
+    turn.lock().with_context(|| format!("Cannot lock {RESERVED}"))?;
+    Ok(turn)
+}
+
 impl HugePages {
     /// Reserves `mib` MiB more than there are.
     ///
@@ -32,10 +39,12 @@ impl HugePages {
             .tempdir()
             .context("Cannot create a folder to mount at")?;
         let pages = mib.div_ceil(2);
+        let turn = turn()?;
         let before = reserved()?;
         fs::write(RESERVED, (before + pages).to_string())
             .with_context(|| format!("Cannot write {RESERVED}; are we root?"))?;
         let got = reserved()?.saturating_sub(before);
+        drop(turn);
         let status = Command::new("mount")
             .args(["-t", "hugetlbfs", "-o", "pagesize=2M", "none"])
             .arg(mount.path())
@@ -59,6 +68,7 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         drop(Command::new("umount").arg(self.mount.path()).output());
+        let _turn = turn();
         if let Ok(now) = reserved() {
             drop(fs::write(RESERVED, now.saturating_sub(self.pages).to_string()));
         }
