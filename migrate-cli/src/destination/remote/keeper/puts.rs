@@ -23,7 +23,7 @@ use crate::error::EngineError;
 const REQUEST_PAGES: usize = 64;
 
 /// Pages that may be sent and not answered: what links and servers carry while others are copied or finished.
-const UNDER_WAY_PAGES: usize = 768;
+const UNDER_WAY_PAGES: usize = 256;
 
 /// Pages that are being put.
 #[derive(Debug, Default)]
@@ -97,8 +97,12 @@ impl Keeper {
         let (mut any, mut count) = (false, pages.len());
         let mut has_more = !pages.is_empty();
         self.begin_puts(&mut puts, pages)?;
-        // The next pager may be at work by then.
-        while !self.shared.is_over.load(Ordering::Acquire) {
+        loop {
+            if self.shared.is_over.load(Ordering::Acquire) {
+                // Nothing becomes of them any more; the connections have to be free of answers.
+                puts.queued.clear();
+                has_more = false;
+            }
             if puts.sent_pages >= UNDER_WAY_PAGES {
                 any |= self.end_puts(&mut puts)?;
                 continue;
@@ -181,6 +185,7 @@ impl Keeper {
         taken: Result<(), &Failed>,
     ) -> Result<(), EngineError> {
         let shared = Arc::clone(&self.shared);
+        // The next pager may be at work.
         if shared.is_over.load(Ordering::Acquire) {
             return Ok(());
         }
