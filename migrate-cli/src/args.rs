@@ -8,6 +8,8 @@ use migrate_core::codec::Codec;
 use migrate_core::codec_choice::Wanted;
 use transport::LaneKind;
 
+use crate::journal;
+
 /// Moves running QEMU virtual machines between hosts.
 #[derive(Debug, Parser)]
 #[command(
@@ -131,6 +133,13 @@ pub struct CommonArgs {
     /// Seconds of silence after which the peer counts as dead.
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=300))]
     pub dead_peer_s: u64,
+}
+
+impl CommonArgs {
+    /// Where unfinished migrations are recorded.
+    pub fn journal_dir(&self) -> PathBuf {
+        self.journal.clone().unwrap_or_else(journal::default_dir)
+    }
 }
 
 /// `migrate receive`.

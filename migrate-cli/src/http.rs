@@ -5,12 +5,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use transport::TransportError;
 
 use crate::error::EngineError;
+use crate::tell;
 
 /// Longest request with its headers in bytes.
 const REQUEST_BYTES_MAX: usize = 8 << 10;
@@ -48,10 +51,35 @@ pub async fn bind(addr: SocketAddr) -> Result<Http, EngineError> {
     Ok(Http { listener, addr })
 }
 
+/// The same if a port is asked for.
+///
+/// # Errors
+/// As [`bind`].
+pub async fn bind_if(addr: Option<SocketAddr>) -> Result<Option<Http>, EngineError> {
+    match addr {
+        Some(addr) => bind(addr).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// All that is registered, as text.
+pub fn page(registry: &Registry) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _infallible = encode(&mut text, registry);
+    text
+}
+
 impl Http {
     /// The address that is listened on.
     pub fn addr(&self) -> SocketAddr {
         self.addr
+    }
+
+    /// Tells the user of the port, and answers from now on with what `text` says at the moment.
+    pub fn begin(self, text: impl Fn() -> String + Send + Sync + 'static) {
+        tell!("metrics on http://{}/metrics", self.addr);
+        tokio::spawn(self.serve(text));
     }
 
     /// Answers for ever with what `text` says at the moment.

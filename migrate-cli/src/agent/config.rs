@@ -19,7 +19,7 @@ use crate::error::EngineError;
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Most receivers.
-pub const RECEIVERS_MAX: usize = 256;
+const RECEIVERS_MAX: usize = 256;
 
 /// The file as it is written.
 #[derive(Debug, Deserialize)]
@@ -98,11 +98,13 @@ impl Config {
 fn options<T: Args + FromArgMatches>(place: &str, table: &Table) -> Result<T, String> {
     let mut words = vec![];
     for (name, value) in table {
-        if let "metrics" | "once" = name.as_str() {
-            return Err(match name.as_str() {
-                "once" => format!("{place}: an agent receives again and again, without `once`"),
-                _ => format!("{place}: metrics of all parts are told together: put it first"),
-            });
+        let fault = match name.as_str() {
+            "once" => Some("an agent receives again and again, without `once`"),
+            "metrics" => Some("metrics of all parts are told together: put it first"),
+            _ => None,
+        };
+        if let Some(fault) = fault {
+            return Err(format!("{place}: {fault}"));
         }
         let values = match value {
             Value::Array(values) => values.as_slice(),

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::receiver::{Receiver, State};
 use crate::destination::remote::register_pagers;
-use crate::memory_server;
+use crate::{http, memory_server};
 
 /// What is told of.
 #[derive(Debug, Clone)]
@@ -31,10 +30,7 @@ impl Parts {
         if !self.receivers.is_empty() {
             register_receivers(&mut registry, &self.receivers);
         }
-        let mut text = String::new();
-        // Writing to a string does not fail.
-        let _infallible = encode(&mut text, &registry);
-        text
+        http::page(&registry)
     }
 }
 

@@ -39,10 +39,7 @@ pub async fn run(args: &AgentArgs) -> Result<(), EngineError> {
     for args in &receive {
         Identity::load(&args.common.identity)?;
     }
-    let http = match metrics {
-        Some(addr) => Some(http::bind(addr).await?),
-        None => None,
-    };
+    let http = http::bind_if(metrics).await?;
     let (interrupts, mut interrupted) = watch::channel(0);
     tokio::spawn(count_interrupts(cancel::Requests::watch(), interrupts));
     let server = memory_server.map(|args| memory_server::start(&args)).transpose()?;
@@ -62,10 +59,9 @@ pub async fn run(args: &AgentArgs) -> Result<(), EngineError> {
         });
     }
     if let Some(http) = http {
-        tell!("metrics on http://{}/metrics", http.addr());
         let memory_server = server.as_ref().map(Server::shared);
         let parts = Parts { memory_server, receivers };
-        tokio::spawn(http.serve(move || parts.text()));
+        http.begin(move || parts.text());
     }
     while let Some(ended) = work.join_next().await {
         if let Err(error) = ended {

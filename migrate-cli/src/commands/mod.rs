@@ -102,11 +102,9 @@ async fn receive(args: &ReceiveArgs) -> ExitCode {
 /// Receives guests, and tells metrics if asked for.
 async fn receive_and_tell(args: &ReceiveArgs) -> Result<Outcome, EngineError> {
     let watched = Watched::new(&args.common.qmp);
-    if let Some(addr) = args.metrics {
-        let http = http::bind(addr).await?;
-        eprintln!("metrics on http://{}/metrics", http.addr());
+    if let Some(http) = http::bind_if(args.metrics).await? {
         let watched = watched.clone();
-        tokio::spawn(http.serve(move || watched.text()));
+        http.begin(move || watched.text());
     }
     destination::receive(args, &watched).await
 }

@@ -22,7 +22,7 @@ pub mod paging;
 pub mod remote;
 pub mod rescue;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,7 +43,7 @@ use self::answer::{Archive, Latest};
 use self::remote::{Ending, Home, Note, RemoteGuest, Watched};
 use crate::args::{CommonArgs, ReceiveArgs};
 use crate::error::EngineError;
-use crate::{cancel, journal, qmp_socket, tell};
+use crate::{cancel, qmp_socket, tell};
 
 /// How long this stays after the guest has arrived, in times of the lease, to answer a source that
 /// lost contact: it asks for 30 s unless told otherwise, and the lease is 20 s.
@@ -79,8 +79,7 @@ pub struct Place {
 
 /// Whether somebody may ask about a guest that came here, or a guest here has no pager; also if that cannot be told.
 pub fn is_asked_for(common: &CommonArgs) -> bool {
-    let journal_dir = common.journal.clone().unwrap_or_else(journal::default_dir);
-    let archive = Archive::open(&journal_dir, &common.qmp);
+    let archive = Archive::open(&common.journal_dir(), &common.qmp);
     archive.map_or(true, |archive| archive.is_asked_for() || archive.lacks_pages())
 }
 
@@ -106,7 +105,7 @@ pub async fn receive_or_another(
     watched: &Watched,
 ) -> Result<Option<Outcome>, EngineError> {
     let (mut requests, watched) = (cancel::Requests::watch(), watched.clone());
-    let journal_dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
+    let journal_dir = args.common.journal_dir();
     let identity = Identity::load(&args.common.identity)?;
     let default = Options::default();
     let options = Options {
@@ -152,7 +151,7 @@ pub async fn receive_or_another(
             // Others may want both, and a question is rare.
             drop((archive, client));
             return tokio::select! {
-                outcome = answer_only(&mut listener, &journal_dir, args, why) => outcome.map(Some),
+                outcome = answer_only(&mut listener, args, why) => outcome.map(Some),
                 () = requests.next() => Err(EngineError::Cancelled),
                 _ = qmp_socket::other_than(&args.common.qmp, socket) => Ok(None),
             };
@@ -213,7 +212,6 @@ async fn waiting_vm(client: &Client) -> Result<VmInventory, EngineError> {
 /// Answers questions; under `--once` until nobody may ask any more.
 async fn answer_only(
     listener: &mut Listener,
-    journal_dir: &Path,
     args: &ReceiveArgs,
     why: EngineError,
 ) -> Result<Outcome, EngineError> {
@@ -223,7 +221,7 @@ async fn answer_only(
             session.close(close_code::REJECTED, &why.tell()).await;
             continue;
         }
-        let mut archive = match Archive::open(journal_dir, &args.common.qmp) {
+        let mut archive = match Archive::open(&args.common.journal_dir(), &args.common.qmp) {
             Ok(archive) => archive,
             Err(busy) => {
                 session.close(close_code::REJECTED, &busy.tell()).await;

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::store::StoreError;
 use migrate_core::store::stores::{HostShare, StoreInfo};
-use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
@@ -14,6 +13,7 @@ use prometheus_client::registry::Registry;
 use transport::PageRequest;
 
 use super::Shared;
+use crate::http;
 
 /// A number that threads count up, and some down.
 #[derive(Debug, Default)]
@@ -112,10 +112,7 @@ type Label = [(&'static str, String); 1];
 pub fn text(shared: &Shared) -> String {
     let mut registry = Registry::default();
     register(&mut registry, shared);
-    let mut text = String::new();
-    // Writing to a string does not fail.
-    let _infallible = encode(&mut text, &registry);
-    text
+    http::page(&registry)
 }
 
 /// Registers all metrics.

@@ -75,15 +75,11 @@ impl Shared {
 /// # Errors
 /// What kept it from listening.
 pub async fn serve(args: &MemoryServerArgs) -> Result<(), EngineError> {
-    let http = match args.metrics {
-        Some(addr) => Some(http::bind(addr).await?),
-        None => None,
-    };
+    let http = http::bind_if(args.metrics).await?;
     let server = start(args)?;
     if let Some(http) = http {
-        tell!("metrics on http://{}/metrics", http.addr());
         let shared = server.shared();
-        tokio::spawn(http.serve(move || metrics::text(&shared)));
+        http.begin(move || metrics::text(&shared));
     }
     // Scripts wait for this line.
     tell!("listening on {}", server.addr);

@@ -259,7 +259,7 @@ pub fn journal(
     migration: MigrationId,
     peer_name: &str,
 ) -> Result<Journal, EngineError> {
-    let dir = common.journal.clone().unwrap_or_else(crate::journal::default_dir);
+    let dir = common.journal_dir();
     let entry = Entry {
         migration: migration.to_string(),
         record: Record::Source(SourceRecord::Moving),

@@ -113,7 +113,7 @@ pub async fn before_sending(args: &SendArgs) -> Result<(), EngineError> {
             });
         }
     }
-    let dir = args.common.journal.clone().unwrap_or_else(journal::default_dir);
+    let dir = args.common.journal_dir();
     Archive::open(&dir, qmp)?.settle_before_sending(qmp).await
 }
 

@@ -415,7 +415,7 @@ impl Remote {
 
     /// Pages that were evicted so far. Costs nothing.
     pub fn evicted_pages(&self) -> u64 {
-        self.counts.evicted.clean + self.counts.evicted.dirty
+        self.counts.evicted.pages()
     }
 
     /// What was done so far. Linear in the servers' sets.

@@ -51,6 +51,13 @@ pub struct EvictionCounts {
     pub cancelled: u64,
 }
 
+impl EvictionCounts {
+    /// All that left.
+    pub fn pages(&self) -> u64 {
+        self.clean + self.dirty
+    }
+}
+
 /// Counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Counts {

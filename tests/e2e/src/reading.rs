@@ -4,9 +4,10 @@
 //! is not read into again for a while, so that such a page is not put right by the next read.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
-use framework::{QemuKind, SlowDisk, VmSpec, disk};
+use framework::{QemuKind, SlowDisk, Vm, VmSpec, disk, guest, wait};
 
 use crate::Rig;
 
@@ -33,4 +34,16 @@ pub fn slow_disk(rig: &Rig) -> Result<(PathBuf, SlowDisk)> {
     disk::create(&image, DISK_MIB, DISK_SEED)?;
     let slow = SlowDisk::new(&image, DISK_BYTES_PER_S)?;
     Ok((image, slow))
+}
+
+/// Waits until a guest has read so many further blocks.
+///
+/// # Errors
+/// It does not within `timeout`.
+pub fn wait_blocks(vm: &mut Vm, blocks: u64, timeout: Duration) -> Result<()> {
+    let read = |vm: &mut Vm| guest::number(&vm.ask("diskread report")?, "blocks");
+    let first = read(vm)?;
+    wait::until(&format!("{blocks} blocks of the disk"), timeout, || {
+        Ok((read(vm)? >= first + blocks).then_some(()))
+    })
 }

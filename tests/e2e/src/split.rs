@@ -36,7 +36,7 @@ pub const WORKING_RESIDENT_MIB: u64 = 128;
 const HOT_MIB: u64 = 140;
 
 /// Pages of it to work on before and after something happens.
-const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
+pub const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
 
 /// Longest time for that.
 const WORK_WITHIN: Duration = Duration::from_secs(200);
@@ -59,6 +59,15 @@ pub const OFFER: Offer<'_> = Offer { capacity_mib: 1024, extra: &[] };
 /// Identities of memory servers. A name is issued once.
 #[derive(Debug)]
 pub struct ServerIdentities(pub Vec<PathBuf>);
+
+/// A guest that is to work on more memory than its main host may hold.
+#[must_use]
+pub fn at_work(kind: QemuKind) -> VmSpec {
+    VmSpec::new("working", kind)
+        .memory_mib(512)
+        .with("godwit.checker=size=24,seed=5")
+        .with(&format!("godwit.worker=hot_mib={HOT_MIB},fresh_mib=16,order=random,seed=9"))
+}
 
 impl Rig {
     /// Issues identities of `count` memory servers.
@@ -103,12 +112,26 @@ impl Rig {
         listen: &str,
         offer: &Offer<'_>,
     ) -> Result<MemoryServer> {
+        self.memory_server_in(identity, listen, offer, None)
+    }
+
+    /// The same in a network namespace.
+    ///
+    /// # Errors
+    /// It does not listen.
+    pub fn memory_server_in(
+        &self,
+        identity: &Path,
+        listen: &str,
+        offer: &Offer<'_>,
+        netns: Option<&str>,
+    ) -> Result<MemoryServer> {
         MemoryServer::start(&ServerOptions {
             program: &self.migrate,
             identity,
             listen,
             capacity_mib: offer.capacity_mib,
-            netns: None,
+            netns,
             extra: offer.extra,
         })
     }
@@ -141,8 +164,7 @@ impl Rig {
         resident_mib: u64,
         extra: &[&str],
     ) -> Result<Engine> {
-        let words = ["split", "--json", "--to", to];
-        self.start_split_as(vm, &words, end, (servers, resident_mib), extra, None)
+        self.start_split_as(vm, to, end, (servers, resident_mib), extra, None)
     }
 
     /// The same in a network namespace.
@@ -157,15 +179,14 @@ impl Rig {
         extra: &[&str],
         netns: &str,
     ) -> Result<Engine> {
-        let words = ["split", "--json", "--to", to];
-        self.start_split_as(vm, &words, "source", over, extra, Some(netns))
+        self.start_split_as(vm, to, "source", over, extra, Some(netns))
     }
 
     /// With the servers and what the main host may hold, in MiB.
     fn start_split_as(
         &self,
         vm: &Vm,
-        words: &[&str],
+        to: &str,
         end: &str,
         (servers, resident_mib): (&[MemoryServer], u64),
         extra: &[&str],
@@ -174,7 +195,8 @@ impl Rig {
         let own = arguments(servers, Some(resident_mib));
         let extra: Vec<&str> =
             own.iter().map(String::as_str).chain(extra.iter().copied()).collect();
-        self.start_end(vm, words, (&self.source, end), &extra, netns)
+        let words = ["split", "--json", "--to", to];
+        self.start_end(vm, &words, (&self.source, end), &extra, netns)
     }
 
     /// Starts `migrate merge`.
@@ -207,11 +229,7 @@ impl Rig {
     /// As [`Self::split`].
     pub fn split_at_work(&self, servers: &[MemoryServer], extra: &[&str]) -> Result<Split> {
         let kind = QemuKind::V10_0;
-        let working = VmSpec::new("working", kind)
-            .memory_mib(512)
-            .with("godwit.checker=size=24,seed=5")
-            .with(&format!("godwit.worker=hot_mib={HOT_MIB},fresh_mib=16,order=random,seed=9"));
-        let source = Vm::boot(&self.env, working)?;
+        let source = Vm::boot(&self.env, at_work(kind))?;
         let mut split = self.split(source, kind, servers, WORKING_RESIDENT_MIB, extra)?;
         worker::set_phase(&mut split.vm, Phase::Hot)?;
         split.work()?;

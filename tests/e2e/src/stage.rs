@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use framework::memory_server::ServerOptions;
 use framework::{Engine, EngineOutput, MemoryServer, NetnsPair, Pulse, QemuKind, Vm, VmSpec};
 use nix::sys::signal::Signal;
 
+use crate::split::Offer;
 use crate::untouched::{Before, assert_detached};
 use crate::{PATIENCE, Rig};
 
@@ -21,6 +21,9 @@ const LISTEN: &str = "10.77.0.2:7700";
 
 /// Where the memory servers of a guest that is split listen, at the main host.
 const SERVERS: [&str; 2] = ["10.77.0.2:7701", "10.77.0.2:7702"];
+
+/// What a source that was killed left at a server goes before the next ones need its room.
+const OFFER: Offer<'_> = Offer { capacity_mib: 512, extra: &["--lease-s", "3"] };
 
 /// What the main host may hold of it: less than it uses.
 const RESIDENT_MIB: u64 = 64;
@@ -99,15 +102,9 @@ impl Stage {
         let mut stage = Self::new(kind, "split")?;
         let identities = stage.rig.server_identities(SERVERS.len())?;
         for (listen, identity) in SERVERS.into_iter().zip(&identities.0) {
-            stage.servers.push(MemoryServer::start(&ServerOptions {
-                program: &stage.rig.migrate,
-                identity,
-                listen,
-                capacity_mib: 512,
-                netns: Some(stage.net.destination.name()),
-                // What a source that was killed left there goes before the next ones need its room.
-                extra: &["--lease-s", "3"],
-            })?);
+            let netns = Some(stage.net.destination.name());
+            let server = stage.rig.memory_server_in(identity, listen, &OFFER, netns)?;
+            stage.servers.push(server);
         }
         Ok(stage)
     }

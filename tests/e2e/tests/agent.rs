@@ -4,19 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::split::OFFER;
+use e2e::split::{OFFER, WORK_PAGES, WORKING_RESIDENT_MIB, at_work};
 use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn};
 use framework::worker::{self, Phase};
 use framework::{Engine, QemuKind, Vm, VmSpec, metrics, wait};
 use nix::sys::signal::Signal;
 
 const KIND: QemuKind = QemuKind::V10_0;
-
-/// What the main host may hold of a guest that works on more than that.
-const RESIDENT_MIB: u64 = 128;
-
-/// Pages to work on.
-const WORK_PAGES: u64 = 70 * 256;
 
 /// A running agent.
 struct Agent {
@@ -120,18 +114,14 @@ fn a_split_guest_is_kept_and_paged_by_agents() -> Result<()> {
         let address = metrics::free_port()?;
         let table = format!("[memory-server]\nlisten = \"{address}\"\ncapacity = \"1G\"\n");
         let keeper = Agent::start(&rig, &table)?;
-        let spec = VmSpec::new("kept", KIND)
-            .memory_mib(512)
-            .with("godwit.checker=size=24,seed=5")
-            .with("godwit.worker=hot_mib=140,order=random,seed=9");
-        let mut source = Vm::boot(&rig.env, spec)?;
+        let mut source = Vm::boot(&rig.env, at_work(KIND))?;
         let mut vm = Vm::start(&rig.env, source.spec().successor("main", KIND))?;
         let listen = free_address()?;
         let table = receiver(&vm.qmp_engine(), &listen);
         let mut agent = Agent::start(&rig, &table)?;
         agent.wait_listens(1)?;
         let extra = ["--memory", address.as_str()];
-        let split = rig.start_split(&source, &listen, &servers, RESIDENT_MIB, &extra)?;
+        let split = rig.start_split(&source, &listen, &servers, WORKING_RESIDENT_MIB, &extra)?;
         let split = split.wait(PATIENCE)?;
         ensure!(split.code == Some(0), "{}\nagent: {}", split.stderr, agent.engine.stderr());
         check_alive(&mut source, &mut vm)?;

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::reading::{reading, slow_disk};
+use e2e::reading::{reading, slow_disk, wait_blocks};
 use e2e::split::{Merged, OFFER, Offer, PAGES_PER_MIB, Split, number};
 use e2e::untouched::Before;
 use e2e::{PATIENCE, Rig, free_address, in_turn};
@@ -301,15 +301,9 @@ fn a_disk_reads_into_memory_that_comes_and_goes() -> Result<()> {
         let mut split =
             rig.split(source, kind, &servers, RESIDENT_MIB, &["--max-downtime-ms", "3000"])?;
         slow.add(split.vm.pid())?;
-        let read = |vm: &mut Vm| -> Result<u64> {
-            framework::guest::number(&vm.ask("diskread report")?, "blocks")
-        };
-        let (first, evicted) = (read(&mut split.vm)?, rig.pager(&split.vm).status()?.evicted);
+        let evicted = rig.pager(&split.vm).status()?.evicted;
         // As much as the host may hold, of all that the guest has.
-        let blocks = RESIDENT_MIB * PAGES_PER_MIB;
-        framework::wait::until("reads into paged memory", WORK_WITHIN, || {
-            Ok((read(&mut split.vm)? >= first + blocks).then_some(()))
-        })?;
+        wait_blocks(&mut split.vm, RESIDENT_MIB * PAGES_PER_MIB, WORK_WITHIN)?;
         let after = rig.pager(&split.vm).status()?;
         println!("{after:?}");
         ensure!(after.evicted.pages >= evicted.pages + 64 * PAGES_PER_MIB, "{after:?}");

@@ -4,18 +4,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use e2e::split::{OFFER, WORKING_RESIDENT_MIB};
+use e2e::split::{OFFER, WORK_PAGES, WORKING_RESIDENT_MIB, at_work};
 use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn};
-use framework::memory_server::ServerOptions;
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
-use framework::{MemoryServer, NetnsPair, QemuKind, Vm, VmSpec, wait};
+use framework::{NetnsPair, QemuKind, Vm, wait};
 
 /// How long a thread that waits for memory is looked at.
 const WAITS: Duration = Duration::from_secs(2);
-
-/// Pages to work on.
-const PAGES: u64 = 70 * 256;
 
 /// Pages to work on over a slow link.
 const PAGES_SLOWLY: u64 = 256;
@@ -123,22 +119,12 @@ fn a_main_host_that_is_cut_off_from_its_servers_goes_on_later() -> Result<()> {
         let rig = Rig::new()?;
         let net = NetnsPair::create(0)?;
         let start = |(number, identity): (usize, &PathBuf)| {
-            MemoryServer::start(&ServerOptions {
-                program: &rig.migrate,
-                identity,
-                listen: &format!("{}:770{number}", NetnsPair::SOURCE),
-                capacity_mib: OFFER.capacity_mib,
-                netns: Some(net.source.name()),
-                extra: &[],
-            })
+            let listen = format!("{}:770{number}", NetnsPair::SOURCE);
+            rig.memory_server_in(identity, &listen, &OFFER, Some(net.source.name()))
         };
         let identities = rig.server_identities(2)?;
         let servers = identities.0.iter().enumerate().map(start).collect::<Result<Vec<_>>>()?;
-        let spec = VmSpec::new("far", QemuKind::V10_0)
-            .memory_mib(512)
-            .with("godwit.checker=size=24,seed=5")
-            .with("godwit.worker=hot_mib=140,order=random,seed=9");
-        let mut source = Vm::boot(&rig.env, spec)?;
+        let mut source = Vm::boot(&rig.env, at_work(QemuKind::V10_0))?;
         let mut vm = Vm::start(&rig.env, source.spec().successor("main", QemuKind::V10_0))?;
         let listen = format!("{}:7700", NetnsPair::DESTINATION);
         let brief = ["--dead-peer-s", "1"];
@@ -148,7 +134,7 @@ fn a_main_host_that_is_cut_off_from_its_servers_goes_on_later() -> Result<()> {
         split.wait(PATIENCE)?.success()?;
         check_alive(&mut source, &mut vm)?;
         worker::set_phase(&mut vm, Phase::Hot)?;
-        worker::wait_pages(&mut vm, PAGES, PATIENCE)?;
+        worker::wait_pages(&mut vm, WORK_PAGES, PATIENCE)?;
         net.shape(SLOW_BITS_PER_S)?;
         worker::wait_pages(&mut vm, PAGES_SLOWLY, PATIENCE)?;
         net.shape(0)?;
@@ -158,7 +144,7 @@ fn a_main_host_that_is_cut_off_from_its_servers_goes_on_later() -> Result<()> {
         rig.pager(&vm).wait_status("that servers are away", PATIENCE, is_away)?;
         std::thread::sleep(WAITS);
         net.mend()?;
-        worker::wait_pages(&mut vm, PAGES, PATIENCE)?;
+        worker::wait_pages(&mut vm, WORK_PAGES, PATIENCE)?;
         worker::set_phase(&mut vm, Phase::Idle)?;
         worker::check(&mut vm, PATIENCE)?;
         vm.verify_checker(PATIENCE)?;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::reading::{reading, slow_disk};
+use e2e::reading::{reading, slow_disk, wait_blocks};
 use e2e::split::{NextHost, OFFER, Split, WORKING_RESIDENT_MIB};
 use e2e::{PATIENCE, Rig, in_turn};
 use framework::split::SplitState;
@@ -94,13 +94,7 @@ fn a_disk_is_read_while_a_split_guest_leaves() -> Result<()> {
         let report = left.json().cloned().with_context(|| left.stderr.clone())?;
         println!("{report}");
         let mut split = split.left(next, report)?;
-        let read = |vm: &mut Vm| -> Result<u64> {
-            framework::guest::number(&vm.ask("diskread report")?, "blocks")
-        };
-        let first = read(&mut split.vm)?;
-        wait::until("reads at the new host", PATIENCE, || {
-            Ok((read(&mut split.vm)? >= first + READ_BLOCKS).then_some(()))
-        })?;
+        wait_blocks(&mut split.vm, READ_BLOCKS, PATIENCE)?;
         split.merge(&rig, &servers)?.vm.assert_clean()
     })
 }

@@ -5,13 +5,13 @@ use std::sync::{Arc, Weak};
 
 use migrate_core::layout::PAGE_BYTES;
 use parking_lot::Mutex;
-use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::{Shared, socket};
+use crate::http;
 use crate::pager_socket::{PagerState, ServerState, Status};
 
 /// The guest that is paged for one QMP socket, if there is one.
@@ -36,10 +36,7 @@ impl Watched {
     pub fn text(&self) -> String {
         let mut registry = Registry::default();
         register_pagers(&mut registry, [self]);
-        let mut text = String::new();
-        // Writing to a string does not fail.
-        let _infallible = encode(&mut text, &registry);
-        text
+        http::page(&registry)
     }
 }
 
@@ -185,8 +182,7 @@ mod tests {
         let other = Status { vm: "c".into(), under_copied_pages: 0, ..status.clone() };
         let mut registry = Registry::default();
         register_all(&mut registry, &[("/a".into(), status), ("/c".into(), other)]);
-        let mut told = String::new();
-        encode(&mut told, &registry).unwrap();
+        let told = http::page(&registry);
         for line in [
             "guest{vm=\"a \\\"b\\\"\",qmp=\"/a\",state=\"split\"} 1",
             "resident_bytes{vm=\"c\",qmp=\"/c\"} 36864",

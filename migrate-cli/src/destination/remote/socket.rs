@@ -212,7 +212,7 @@ pub(super) fn status(shared: &Shared) -> Status {
             zeros: stats.zeros_ahead_pages,
         },
         evicted: EvictedStatus {
-            pages: stats.evicted.clean + stats.evicted.dirty,
+            pages: stats.evicted.pages(),
             clean: stats.evicted.clean,
             cancelled: stats.evicted.cancelled,
         },

@@ -5,13 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bytes::Bytes;
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::remote::{Fetch, Move, MoveFailure, PutFailure, Stale};
 use transport::pages::wire::{DROP_EXTENTS_MAX, REQUEST_PAGES_MAX};
 use transport::pages::{Extent, PageAnswer, PageRequest, StoreError};
 
-use super::{Failed, Keeper};
+use super::{Failed, Keeper, put_of};
 use crate::error::EngineError;
 
 /// Copies that are dropped at a time.
@@ -121,8 +120,7 @@ impl Keeper {
             contents.extend_from_slice(content);
         }
         for (version, (pages, contents)) in puts {
-            let (extents, contents) = (Extent::join(pages), Bytes::from(contents));
-            let put = PageRequest::Put { extents, contents, version, packed: true };
+            let put = put_of(&pages, contents, version);
             self.call(to, &put).map_err(|why| Uncopied::NotTaken((&why).into()))?;
         }
         Ok(())

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use migrate_core::remote::{Fetch, PutFailure, Victims};
 use parking_lot::Mutex;
@@ -121,11 +122,10 @@ impl KeeperThread {
     }
 
     /// Waits for the thread, which was told to end, and returns its connections.
-    pub(super) fn stop(mut self) -> Vec<Option<PageClient>> {
-        if let Some(thread) = self.thread.take() {
-            join(thread, None);
-        }
-        std::mem::take(&mut *self.clients.lock())
+    pub(super) fn stop(self) -> Vec<Option<PageClient>> {
+        let clients = Arc::clone(&self.clients);
+        drop(self);
+        std::mem::take(&mut *clients.lock())
     }
 }
 
@@ -159,6 +159,12 @@ struct Keeper {
     /// The last one that was reached again, and when the next may be.
     reached_last: usize,
     reach_at: Instant,
+}
+
+/// A put of these pages, whose contents are in their order.
+fn put_of(pages: &[u64], contents: Vec<u8>, version: u64) -> PageRequest {
+    let extents = Extent::join(pages.iter().copied());
+    PageRequest::Put { extents, contents: Bytes::from(contents), version, packed: true }
 }
 
 /// An answer that is no refusal.

@@ -12,11 +12,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use bytes::Bytes;
 use migrate_core::remote::{PutDone, PutFailed, Remote};
 use transport::pages::{Extent, PageRequest};
 
-use super::{Failed, Keeper, LOCKED_PAGES, accepted};
+use super::{Failed, Keeper, LOCKED_PAGES, accepted, put_of};
 use crate::error::EngineError;
 
 /// Pages of one request: what comes of them is known soon, and servers take turns.
@@ -62,10 +61,7 @@ impl Puts {
 
     fn request(&self, put: &Put) -> PageRequest {
         let copies = put.pages.iter().filter_map(|page| self.copies.get(page));
-        let contents: Vec<u8> = copies.flatten().copied().collect();
-        let extents = Extent::join(put.pages.iter().copied());
-        let (contents, version) = (Bytes::from(contents), put.version);
-        PageRequest::Put { extents, contents, version, packed: true }
+        put_of(&put.pages, copies.flatten().copied().collect(), put.version)
     }
 
     fn sent(&mut self, put: Put) {
