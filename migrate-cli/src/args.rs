@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use migrate_core::codec::Codec;
@@ -136,6 +137,11 @@ pub struct CommonArgs {
 }
 
 impl CommonArgs {
+    /// Silence after which the peer counts as dead.
+    pub fn dead_peer(&self) -> Duration {
+        Duration::from_secs(self.dead_peer_s)
+    }
+
     /// Where unfinished migrations are recorded.
     pub fn journal_dir(&self) -> PathBuf {
         self.journal.clone().unwrap_or_else(journal::default_dir)
@@ -279,7 +285,8 @@ pub struct SendArgs {
     #[arg(long, value_enum, default_value_t = PathChoice::Auto)]
     pub path: PathChoice,
     /// Longest acceptable downtime, in milliseconds. The guest is stopped at the lowest predicted
-    /// downtime below it; if none comes, the guest stays here.
+    /// downtime below it; if none comes, the guest stays here. Stopped for ten times as long and
+    /// --dead-peer-s besides, it runs on here (not under --verify).
     #[arg(long, value_name = "N", default_value_t = 150, value_parser = clap::value_parser!(u64).range(1..=600_000))]
     pub max_downtime_ms: u64,
     /// Seconds without a better prediction after which a guest counts as not converging.

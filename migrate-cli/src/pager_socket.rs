@@ -260,6 +260,9 @@ pub struct Status {
     pub under_copied_pages: u64,
     /// While the guest is about to leave, pages that are not on servers yet.
     pub unflushed_pages: u64,
+    /// Whether threads of the guest wait for room here that nothing makes, since the servers are full.
+    #[serde(default)]
+    pub is_stuck: bool,
     /// Page faults.
     pub faults: FaultStatus,
     /// Pages fetched before they were asked for.

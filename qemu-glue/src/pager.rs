@@ -61,7 +61,7 @@ pub use self::error::PagerError;
 pub use self::place::Placement;
 use crate::mapped;
 use crate::procfs::Identity;
-use crate::ram::{self, Backing, RamRegion};
+use crate::ram::{self, Backing, GuestRam, RamRegion};
 use crate::uffd::{self, Features, TargetUffd};
 
 const PAGE: u64 = PAGE_BYTES as u64;
@@ -92,6 +92,19 @@ pub enum Duty {
 }
 
 impl Duty {
+    /// Whether it can be done in this memory: pages are taken away one by one, which larger ones do not allow.
+    ///
+    /// # Errors
+    /// [`PagerError::LargePages`] with the first block that has them.
+    pub fn check(self, ram: &GuestRam) -> Result<(), PagerError> {
+        match ram.regions().find(|region| region.page_bytes != PAGE) {
+            Some(RamRegion { name, page_bytes, .. }) if self == Self::Evict => {
+                Err(PagerError::LargePages { block: name.clone(), page_bytes: *page_bytes })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn features(self) -> Features {
         match self {
             Self::Fill => Features::PAGING,

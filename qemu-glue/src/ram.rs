@@ -253,6 +253,24 @@ impl GuestRam {
         Ok(set)
     }
 
+    /// Bytes that the file systems of the blocks have room for: of several, the least. Nothing if they say no bound, as
+    /// those of memfd do.
+    ///
+    /// # Errors
+    /// [`RamError::Io`] if a file system does not say.
+    pub fn room_bytes(&self) -> Result<Option<u64>, RamError> {
+        let mut least = None;
+        for block in &self.blocks {
+            let stat = rustix::fs::fstatvfs(block.file.as_fd())
+                .map_err(|errno| block.io("ask for room at", 0, errno.into()))?;
+            if stat.f_blocks > 0 {
+                let room = stat.f_bavail.saturating_mul(stat.f_frsize);
+                least = Some(least.map_or(room, |least: u64| least.min(room)));
+            }
+        }
+        Ok(least)
+    }
+
     /// Adds to `dirty` those of the `known` pages that are holes now, and returns how many. A page
     /// that a balloon gives back while it is clean is not reported by the dirty tracking: ask this
     /// at the last scan, with the pages of which the other side holds contents other than zero.

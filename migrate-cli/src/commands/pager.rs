@@ -217,6 +217,12 @@ fn tell(status: &Status) {
             mib(status.under_copied_pages)
         );
     }
+    if status.is_stuck {
+        println!(
+            "stuck      the memory servers are full, threads of the guest wait for room: give it another server \
+             (`migrate move-fragment --to`) or another main host (`migrate split`, `migrate merge --to`)"
+        );
+    }
     println!(
         "faults     {} ({} fetched, {} of memory that held nothing): {} us in the median, {} at 99 %, {} at most",
         faults.count, faults.fetched, faults.zero, faults.p50_us, faults.p99_us, faults.max_us

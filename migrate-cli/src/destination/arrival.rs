@@ -12,6 +12,7 @@ use migrate_core::page_table::DestinationPages;
 use migrate_core::pageset::PageSet;
 use qemu_glue::check::Severity;
 use qemu_glue::device_state::{self, Loading, Settling};
+use qemu_glue::pager::Duty;
 use qemu_glue::procfs;
 use qemu_glue::qmp::RunState;
 use qemu_glue::ram::GuestRam;
@@ -465,6 +466,7 @@ impl Arrival {
         if let Some(why) = no_post_copy(&self.place, self.ram.layout()) {
             return Err(EngineError::Refused { code: RefuseCode::NoPlace, text: why });
         }
+        Duty::Evict.check(&self.ram)?;
         if !self.place.vm.direct_io.is_empty() && split.direct_io_window_ms == 0 {
             split.direct_io_window_ms = DIRECT_IO_WINDOW_MS;
         }

@@ -111,7 +111,7 @@ pub async fn receive_or_another(
     let options = Options {
         // One more for pages that a guest waits for, as the source has it.
         lanes: default.lanes + 1,
-        dead_peer: Duration::from_secs(args.common.dead_peer_s),
+        dead_peer: args.common.dead_peer(),
         expected_peer: args.common.peer.clone(),
         features: FEATURE_SPLIT,
         ..default
@@ -170,7 +170,7 @@ pub async fn receive_or_another(
         qmp: std::path::absolute(&args.common.qmp).unwrap_or_else(|_| args.common.qmp.clone()),
         lease: Duration::from_secs(args.lease_s),
         fetches: AtomicBool::new(false),
-        dead_peer: Duration::from_secs(args.common.dead_peer_s),
+        dead_peer: args.common.dead_peer(),
         remote: Mutex::new(None),
         watched,
     });

@@ -68,10 +68,6 @@ use crate::{attaching, cancel, failpoint, random};
 /// How long the control stream may take to tell why a lane has ended.
 const WHY_WITHIN: Duration = Duration::from_secs(2);
 
-/// Longest time for which the guest is stopped before the hand-over, besides ten times the downtime
-/// that the user allows.
-const STOPPED_WITHIN: Duration = Duration::from_secs(30);
-
 /// Migrates a guest as asked; everything that happens is in the report.
 pub async fn send(args: &SendArgs) -> Report {
     migrate(args, None).await
@@ -439,6 +435,7 @@ impl Migration<'_> {
             populated: self.guest.vm.discards.then(|| Mutex::new(data.clone())),
             has_urgent_lane: self.urgent.is_some(),
             gate: Arc::clone(&self.gate),
+            dead_peer: self.args.common.dead_peer(),
             clock: self.clock,
         };
         failpoint::hit("source-precopy").await;
@@ -461,14 +458,14 @@ impl Migration<'_> {
         }
         let saving = switch::begin(&mover.ram, &self.guest, link).await?;
         *stopped_at = Some(Instant::now());
-        let verify = self.args.verify;
+        let (verify, dead_peer) = (self.args.verify, mover.dead_peer);
         let switched =
             switch::switch(&mover, &mut precopy, &self.guest, saving, link, verify, report);
         if verify {
             switched.await?;
         } else {
             // However slowly the destination goes on, the guest does not wait for it for ever.
-            in_time(self.args, switched).await?;
+            switch::in_time(dead_peer, self.args.max_downtime_ms, switched).await?;
         }
         Ok(Moved { mover, server: None })
     }
@@ -506,6 +503,7 @@ impl Migration<'_> {
             populated: None,
             has_urgent_lane: true,
             gate: Arc::clone(&self.gate),
+            dead_peer: self.args.common.dead_peer(),
             clock: self.clock,
         };
         let server = Some(self.hand_over_early(&mover, None, report, stopped_at).await?);
@@ -552,7 +550,11 @@ impl Migration<'_> {
             settling.settled().await?;
             Ok(server)
         };
-        let server = if verify { work.await } else { in_time(self.args, work).await };
+        let allowed_ms = self.args.max_downtime_ms;
+        let server = match verify {
+            true => work.await,
+            false => switch::in_time(mover.dead_peer, allowed_ms, work).await,
+        };
         self.contact.session = session;
         server
     }
@@ -575,18 +577,6 @@ async fn unused(
     progress.say(&format!("memory that the guest does not use is sent as well: {error}"));
     report.not_skipped = Some(error);
     None
-}
-
-/// Bounds the time for which the guest is stopped.
-async fn in_time<T>(
-    args: &SendArgs,
-    work: impl Future<Output = Result<T, EngineError>>,
-) -> Result<T, EngineError> {
-    let within = STOPPED_WITHIN + Duration::from_millis(10 * args.max_downtime_ms);
-    tokio::time::timeout(within, work).await.map_err(|_| EngineError::TooSlow {
-        wanted: "that the guest can run there",
-        seconds: within.as_secs(),
-    })?
 }
 
 /// What serving did, for the report.

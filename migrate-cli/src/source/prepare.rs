@@ -110,7 +110,7 @@ pub async fn resolve_address(text: &str) -> Result<SocketAddr, EngineError> {
 pub fn options(common: &CommonArgs, lanes: usize) -> Options {
     Options {
         lanes,
-        dead_peer: Duration::from_secs(common.dead_peer_s),
+        dead_peer: common.dead_peer(),
         expected_peer: common.peer.clone(),
         ..Options::default()
     }

@@ -27,7 +27,7 @@ use crate::report::{Report, RoundReport};
 /// device state's way out and in, the journals.
 const STOP_OVERHEAD: Duration = Duration::from_millis(40);
 
-/// Time without any progress at the destination after which it counts as stuck.
+/// Time without any progress of pages after which who gets them counts as stuck while the guest runs.
 const STUCK_AFTER: Duration = Duration::from_secs(20);
 
 /// How often it is made sure that the guest's kernel is the one that was found.
@@ -69,6 +69,8 @@ pub struct Mover {
     pub pump: Arc<Pump>,
     /// Back-pressure.
     pub gate: Arc<Gate>,
+    /// The same while the guest is stopped.
+    pub dead_peer: Duration,
     /// The migration's origin of time.
     pub clock: Instant,
 }
@@ -176,15 +178,16 @@ impl Mover {
         Ok(())
     }
 
-    /// Sends a round; `tick` is called every 100 ms. Returns when all of it is on its way. Fails if the
-    /// destination is stuck.
+    /// Sends a round; `tick` is called every 100 ms. Returns when all of it is on its way. Fails if no page arrives
+    /// anywhere for `stuck_after`.
     ///
     /// # Errors
     /// What the pump says, or [`EngineError::TooSlow`].
-    pub async fn send(
+    async fn send(
         &self,
         round: Round,
         link: &Link,
+        stuck_after: Duration,
         mut tick: impl FnMut() -> Result<(), EngineError>,
     ) -> Result<PageCounts, EngineError> {
         let (pump, unused) = (Arc::clone(&self.pump), self.unused.clone());
@@ -220,8 +223,8 @@ impl Mover {
             }
             if moved() != last.0 {
                 last = (moved(), Instant::now());
-            } else if last.1.elapsed() > STUCK_AFTER {
-                let seconds = STUCK_AFTER.as_secs();
+            } else if last.1.elapsed() > stuck_after {
+                let seconds = stuck_after.as_secs();
                 return Err(EngineError::TooSlow { wanted: "progress with pages", seconds });
             }
         }
@@ -282,7 +285,7 @@ impl Mover {
                 show(progress);
                 self.glimpse(precopy)
             };
-            let counts = self.send(round, link, tick).await?;
+            let counts = self.send(round, link, STUCK_AFTER, tick).await?;
             precopy.round_sent(&counts)?;
             report.add(&counts);
             report.pages.deferred += precopy.waiting_pages();
@@ -317,7 +320,7 @@ impl Mover {
     ) -> Result<(), EngineError> {
         let mut entry = begin(&round);
         let began = Instant::now();
-        let counts = self.send(round, link, || Ok(())).await?;
+        let counts = self.send(round, link, self.dead_peer, || Ok(())).await?;
         entry.sent = counts.sent();
         entry.ms = began.elapsed().as_secs_f64() * 1e3;
         let mut report = report.lock().unwrap_or_else(PoisonError::into_inner);

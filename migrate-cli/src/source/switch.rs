@@ -123,6 +123,22 @@ pub async fn switch(
     Ok(())
 }
 
+/// Bounds the time for which the guest is stopped: ten times what the user allows, and as long as a peer may be silent.
+///
+/// # Errors
+/// What the work says, or [`EngineError::TooSlow`].
+pub async fn in_time<T>(
+    dead_peer: Duration,
+    max_downtime_ms: u64,
+    work: impl Future<Output = Result<T, EngineError>>,
+) -> Result<T, EngineError> {
+    let within = dead_peer + Duration::from_millis(10 * max_downtime_ms);
+    tokio::time::timeout(within, work).await.map_err(|_| EngineError::TooSlow {
+        wanted: "that the guest can run there",
+        seconds: within.as_secs(),
+    })?
+}
+
 /// Sends what is known to be written, after another scan if the guest writes much, and what is used again.
 async fn last_pages(
     mover: &Mover,

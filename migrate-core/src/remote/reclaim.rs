@@ -15,8 +15,10 @@
 //! `begin_reclaim` are left alone. A resident page can be written unseen until it is protected; it is
 //! asked about again after that, and a write from then on is a fault that cancels the drop.
 
-use super::Remote;
+use std::ops::Range;
+
 use super::pages::{Class, State};
+use super::{Fetch, Remote};
 use crate::pageset::PageSet;
 
 /// What to do with a page that was about to be dropped.
@@ -33,6 +35,21 @@ pub enum ReclaimDone {
 }
 
 impl Remote {
+    /// Asks for those of the `pages` that are elsewhere, where the guest's kernel describes its memory: as many as there
+    /// is room for besides faults that wait for some. Nothing is given up for them.
+    pub fn fetch_to_read(&mut self, pages: Range<u64>) -> Vec<Fetch> {
+        let room = self.room().saturating_sub(self.queued.len() as u64);
+        let remote = pages.filter(|page| self.pages.state(*page) == State::Remote);
+        let wanted: Vec<(usize, u64)> = remote
+            .filter_map(|page| Some((self.servers.holder(page)?, page)))
+            .take(usize::try_from(room).unwrap_or(usize::MAX))
+            .collect();
+        for (server, page) in &wanted {
+            self.ask(*page, *server, Class::Recent);
+        }
+        self.fetches(wanted)
+    }
+
     /// Call before the guest's kernel is asked what it does not use.
     pub fn begin_reclaim(&mut self) {
         self.returned = Some(PageSet::new(self.pages.len()));

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use super::{Duty, PAGE, Paged, Pager, PagerError};
+use super::{Duty, Paged, Pager, PagerError};
 use crate::error::ProcError;
 use crate::procfs::{self, Identity};
 use crate::ram::{GuestRam, covering};
@@ -27,7 +27,7 @@ impl Pager {
         if !supported.contains(wanted) {
             return Err(PagerError::Unsupported { what: "UFFD_FEATURE_WP_HUGETLBFS_SHMEM" });
         }
-        check_pages(duty, ram)?;
+        duty.check(ram)?;
         let uffd = TargetUffd::initialise(uffd, wanted)
             .map_err(|source| PagerError::Handshake { pid, source })?;
         let pager = Self::prepare(pid, duty, uffd, ram)?;
@@ -151,17 +151,5 @@ impl Pager {
             }
         }
         Ok(())
-    }
-}
-
-/// Pages are taken away one by one, which larger ones do not allow.
-fn check_pages(duty: Duty, ram: &GuestRam) -> Result<(), PagerError> {
-    let large = ram.regions().find(|region| region.page_bytes != PAGE);
-    match large {
-        Some(region) if duty == Duty::Evict => Err(PagerError::LargePages {
-            block: region.name.clone(),
-            page_bytes: region.page_bytes,
-        }),
-        _ => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
 //! Split guests that leave for another main host.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::reading::{reading, slow_disk, wait_blocks};
@@ -16,6 +16,9 @@ const NEVER: [&str; 2] = ["--max-downtime-ms", "1"];
 
 /// Blocks of the disk to read at a new host: more than the guest's buffers.
 const READ_BLOCKS: u64 = 32_768;
+
+/// Silence that counts as death, ten times the downtime that is allowed, and a little.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(10);
 
 /// Longest wait for a server to be empty once the guest has no more there.
 const EMPTY_WITHIN: Duration = Duration::from_secs(30);
@@ -132,6 +135,38 @@ fn what_does_not_come_to_pass_leaves_the_guest_where_it_is() -> Result<()> {
         let ended = command.wait(PATIENCE)?;
         ensure!(ended.code == Some(1), "{ended:?}");
         ensure!(pager(&split)? == SplitState::Split, "{ended:?}");
+        split.works_on()?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
+/// A guest that stands still for its hand-over does not wait for long for servers that say nothing.
+#[test]
+fn silent_servers_end_a_hand_over_in_time() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::with_failpoints()?;
+        let mut servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let mut split = rig.split_at_work(&servers, &[])?;
+        let next = split.next_host(&rig, "host-c", &[])?;
+        rig.hold("leave-stopped")?;
+        let command = start(&rig, &split, &next, &servers, &[])?;
+        rig.reached("leave-stopped")?;
+        for server in &mut servers {
+            server.engine().signal(Signal::SIGSTOP)?;
+        }
+        let silent = Instant::now();
+        rig.release("leave-stopped")?;
+        wait::until("that it runs on here", PATIENCE, || {
+            Ok((split.vm.qmp().run_state()? == "running").then_some(()))
+        })?;
+        let stood_still = silent.elapsed();
+        println!("ran on after {stood_still:.1?}");
+        ensure!(stood_still < GIVEN_UP_WITHIN, "{stood_still:?}");
+        for server in &mut servers {
+            server.engine().signal(Signal::SIGCONT)?;
+        }
+        let ended = command.wait(PATIENCE)?;
+        ensure!(ended.code == Some(1), "{ended:?}");
         split.works_on()?;
         split.merge(&rig, &servers).map(drop)
     })

@@ -27,16 +27,17 @@ impl RamDisk {
             .prefix(&format!("{STEM}-{}-", std::process::id()))
             .tempdir()
             .context("Cannot create a folder to mount at")?;
-        let output = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={mib}m,mode=700"), "none"])
-            .arg(mount.path())
-            .output()
-            .context("Cannot start `mount`")?;
-        if !output.status.success() {
-            let text = String::from_utf8_lossy(&output.stderr);
-            bail!("No tmpfs of {mib} MiB (are we root?): {}", text.trim());
-        }
+        let options = format!("size={mib}m,mode=700");
+        run_mount(&["-t", "tmpfs", "-o", &options, "none"], mount.path())?;
         Ok(Self { mount })
+    }
+
+    /// From now on it takes up to `mib` MiB.
+    ///
+    /// # Errors
+    /// It holds more.
+    pub fn resize(&self, mib: u64) -> Result<()> {
+        run_mount(&["-o", &format!("remount,size={mib}m")], self.path())
     }
 
     /// Where to create files.
@@ -50,6 +51,16 @@ impl Drop for RamDisk {
     fn drop(&mut self) {
         unmount(self.mount.path());
     }
+}
+
+fn run_mount(arguments: &[&str], at: &Path) -> Result<()> {
+    let output = Command::new("mount").args(arguments).arg(at).output();
+    let output = output.context("Cannot start `mount`")?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        bail!("mount {arguments:?} failed (are we root?): {}", text.trim());
+    }
+    Ok(())
 }
 
 /// Its memory is free as soon as the last process that has a file open is gone.

@@ -113,6 +113,9 @@ const GAUGES: &[Number] = &[
     ("unflushed_pages", "Pages that are only here, of a guest that leaves", |status| {
         status.unflushed_pages
     }),
+    ("stuck", "Whether threads wait for room that full servers do not make", |status| {
+        u64::from(status.is_stuck)
+    }),
     ("fault_p50_us", "Median time from fault to page, in microseconds", |status| {
         status.faults.p50_us
     }),
@@ -166,6 +169,7 @@ mod tests {
             ],
             under_copied_pages: 3,
             unflushed_pages: 0,
+            is_stuck: false,
             faults: FaultStatus {
                 count: 9,
                 zero: 4,
@@ -179,7 +183,8 @@ mod tests {
             reclaimed_pages: 11,
             bytes: BytesStatus { sent: 12, received: 13 },
         };
-        let other = Status { vm: "c".into(), under_copied_pages: 0, ..status.clone() };
+        let other =
+            Status { vm: "c".into(), under_copied_pages: 0, is_stuck: true, ..status.clone() };
         let mut registry = Registry::default();
         register_all(&mut registry, &[("/a".into(), status), ("/c".into(), other)]);
         let told = http::page(&registry);
@@ -188,6 +193,7 @@ mod tests {
             "resident_bytes{vm=\"c\",qmp=\"/c\"} 36864",
             "under_copied_pages{vm=\"a \\\"b\\\"\",qmp=\"/a\"} 3",
             "under_copied_pages{vm=\"c\",qmp=\"/c\"} 0",
+            "stuck{vm=\"c\",qmp=\"/c\"} 1",
             "fault_p99_us{vm=\"c\",qmp=\"/c\"} 300",
             "fetched_faults_total{vm=\"c\",qmp=\"/c\"} 5",
             "zeros_ahead_pages_total{vm=\"c\",qmp=\"/c\"} 5",

@@ -257,7 +257,7 @@ impl RemoteGuest {
             shared.order(Order::Part(usize::from(*server)));
         }
         if *merge && let Err(error) = shared.begin_merge() {
-            tracing::error!(error = %error.tell(), "not merged");
+            tell!("the guest stays split: {}", error.tell());
         }
     }
 

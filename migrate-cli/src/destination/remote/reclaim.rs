@@ -8,11 +8,13 @@
 //!                                                           unused? ─► drop it
 //! ```
 //!
-//! A page that is elsewhere cannot be read without being fetched, so nothing is asked where that would be needed;
-//! what was read once is kept here. Guests whose kernel cannot be looked into are paged by their faults alone.
+//! What the kernel is asked lies in pages that may be elsewhere: they are fetched, unless all of them would take more than
+//! a share of what may be here; what was read once is kept. Guests whose kernel cannot be looked into are paged by their
+//! faults alone.
 
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -51,6 +53,21 @@ const PROCESSORS_WITHIN: Duration = Duration::from_secs(5);
 /// Pages that are dropped here at a time.
 const DROP_PAGES: usize = 4096;
 
+/// Pages that may be fetched to find the kernel: its tables, and what it says of itself.
+const FIND_PAGES: u64 = 512;
+
+/// Pages that one page of the kernel's descriptions is about, in x86-64.
+const DESCRIBED_PAGES: u64 = 64;
+
+/// The part of what may be here that is fetched at most to ask the kernel once.
+const FETCHED_SHARE: u64 = 8;
+
+/// Longest wait for pages that were asked for.
+const FETCHED_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether they came.
+const LOOK_EVERY: Duration = Duration::from_micros(200);
+
 /// How often the thread looks whether it is to end.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -71,6 +88,8 @@ impl ReclaimThread {
             live: LiveMemory::new(Arc::clone(&shared.ram), guest_physical),
             read: Mutex::new(PageSet::new(shared.layout().pages())),
             shared: Arc::clone(&shared),
+            faults: faults.clone(),
+            left_pages: AtomicU64::new(0),
         };
         let resets = Resets::watch(&client);
         let mut reclaimer =
@@ -87,13 +106,51 @@ impl Drop for ReclaimThread {
     }
 }
 
-/// Guest memory, of which only what is here can be read.
+/// Guest memory, of which some is fetched to be read.
 #[derive(Debug)]
 struct PagedMemory {
     live: LiveMemory,
     shared: Arc<Shared>,
+    faults: FaultHandle,
     /// Pages that were read.
     read: Mutex<PageSet>,
+    /// Pages that may still be fetched.
+    left_pages: AtomicU64,
+}
+
+impl PagedMemory {
+    /// Allows so many pages to be fetched from now on; none if they would take too much of the room.
+    fn allow(&self, pages: u64) {
+        let most = self.shared.split.resident_pages / FETCHED_SHARE;
+        self.left_pages.store(if pages > most { 0 } else { pages }, Ordering::Relaxed);
+    }
+
+    /// Has pages come that are elsewhere.
+    ///
+    /// # Errors
+    /// [`IntrospectError::Elsewhere`] if they do not, or may not.
+    fn bring(&self, pages: &Range<u64>) -> Result<(), IntrospectError> {
+        let began = Instant::now();
+        loop {
+            let mut remote = self.shared.remote.lock();
+            let Some(page) = pages.clone().find(|page| !remote.is_here(*page)) else {
+                return Ok(());
+            };
+            let left = self.left_pages.load(Ordering::Relaxed);
+            let is_over = self.shared.is_over.load(Ordering::Acquire);
+            if left == 0 || is_over || began.elapsed() > FETCHED_WITHIN {
+                return Err(IntrospectError::Elsewhere { page });
+            }
+            let fetches = remote.fetch_to_read(pages.clone());
+            drop(remote);
+            if !fetches.is_empty() {
+                let asked = fetches.iter().flat_map(|fetch| fetch.runs.iter().cloned().flatten());
+                self.left_pages.store(left.saturating_sub(asked.count() as u64), Ordering::Relaxed);
+                self.faults.tell(Command::Fetch(fetches));
+            }
+            thread::sleep(LOOK_EVERY);
+        }
+    }
 }
 
 impl PhysicalMemory for PagedMemory {
@@ -111,6 +168,7 @@ impl PhysicalMemory for PagedMemory {
         let page = |at: u64| range.page(at / migrate_core::layout::PAGE_BYTES as u64);
         let pages = page(at.0)..page(at.0 + bytes.max(1) - 1) + 1;
         self.read.lock().insert_range(pages.clone());
+        self.bring(&pages)?;
         // Under the lock, so that none goes away meanwhile.
         let remote = self.shared.remote.lock();
         if let Some(page) = pages.clone().find(|page| !remote.is_here(*page)) {
@@ -176,8 +234,12 @@ impl Reclaimer {
         self.memory.read.lock().clear();
         let kernel = match self.kernel.take().filter(|_| !self.resets.happened()) {
             Some(kernel) => kernel,
-            None => self.find()?,
+            None => {
+                self.memory.allow(FIND_PAGES);
+                self.find()?
+            }
         };
+        self.memory.allow(self.memory.pages() / DESCRIBED_PAGES);
         kernel.check(&self.memory, &self.processors()?)?;
         self.shared.remote.lock().begin_reclaim();
         let usage = kernel.usage(&self.memory);

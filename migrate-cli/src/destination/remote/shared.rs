@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use migrate_core::layout::RamLayout;
+use migrate_core::layout::{PAGE_BYTES, RamLayout};
 use migrate_core::remote::{Remote, ServerPhase};
 use parking_lot::{Condvar, Mutex, RwLock};
 use qemu_glue::attach;
@@ -135,7 +135,7 @@ impl Shared {
     /// All memory is to come here.
     ///
     /// # Errors
-    /// [`EngineError::Misuse`] if the guest is about to leave.
+    /// [`EngineError::Misuse`] if the guest is about to leave, or has no room here.
     pub(super) fn begin_merge(&self) -> Result<(), EngineError> {
         let mut remote = self.remote.lock();
         if self.is_leaving.load(Ordering::Acquire) {
@@ -143,6 +143,9 @@ impl Shared {
                 what: "The guest is about to leave for another main host".into(),
                 remedy: "Interrupt that, or merge it there".into(),
             });
+        }
+        if !self.is_merging.load(Ordering::Acquire) {
+            check_room(&self.ram, remote.stats().remote_pages)?;
         }
         if !self.is_merging.swap(true, Ordering::AcqRel) {
             remote.begin_merge();
@@ -210,4 +213,25 @@ impl Shared {
             tracing::debug!(%error, "QEMU keeps a descriptor that is of no use any more");
         }
     }
+}
+
+/// Whether so many further pages have room here, which others may take meanwhile.
+///
+/// # Errors
+/// [`EngineError::Misuse`] if they have not.
+fn check_room(ram: &GuestRam, pages: u64) -> Result<(), EngineError> {
+    let Some(room_bytes) = ram.room_bytes()? else { return Ok(()) };
+    let needed_bytes = pages * PAGE_BYTES as u64;
+    if needed_bytes <= room_bytes {
+        return Ok(());
+    }
+    Err(EngineError::Misuse {
+        what: format!(
+            "{} MiB of the guest are elsewhere, and the file system of its memory has room for {}",
+            needed_bytes >> 20,
+            room_bytes >> 20
+        ),
+        remedy: "Enlarge it (mount -o remount,size=...), or merge the guest at another host (`migrate merge --to`)"
+            .into(),
+    })
 }

@@ -167,9 +167,10 @@ async fn say(writer: &mut OwnedWriteHalf, line: &impl Serialize) -> bool {
 /// How the guest does.
 pub(super) fn status(shared: &Shared) -> Status {
     let state = shared.state();
-    let (stats, unflushed_pages) = {
+    let (stats, unflushed_pages, is_stuck) = {
         let remote = shared.remote.lock();
-        (remote.stats(), if remote.is_flushing() { remote.unflushed_pages() } else { 0 })
+        let unflushed_pages = if remote.is_flushing() { remote.unflushed_pages() } else { 0 };
+        (remote.stats(), unflushed_pages, remote.is_stuck())
     };
     let (sent, received) = shared.traffic.bytes();
     let (stores, drained) = (shared.stores.read(), shared.traffic.drained.lock());
@@ -198,6 +199,7 @@ pub(super) fn status(shared: &Shared) -> Status {
         remote_pages,
         under_copied_pages: stats.under_copied_pages,
         unflushed_pages,
+        is_stuck,
         faults: FaultStatus {
             count: faults.zero + faults.fetch + faults.wait,
             zero: faults.zero,

@@ -23,6 +23,7 @@ use migrate_core::encode::PageCounts;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Round;
 use parking_lot::Mutex;
+use qemu_glue::pager::Duty;
 use qemu_glue::ram::GuestRam;
 use transport::Identity;
 use transport::messages::{Message, RemoteEnd, STORES_MAX, Store, Then};
@@ -48,8 +49,8 @@ const PREPARED_WITHIN: Duration = Duration::from_secs(30);
 /// How often the leases of stores are renewed to which nothing is sent.
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 
-/// Longest time for servers to delete stores.
-const DELETE_WITHIN: Duration = Duration::from_secs(10);
+/// Longest time for a server to delete a store.
+const DELETE_WITHIN: Duration = Duration::from_secs(5);
 
 /// Bytes from which on a way's rate is measured.
 const ENOUGH_BYTES: u64 = 1 << 20;
@@ -82,20 +83,20 @@ impl Way {
 
 /// Deletes stores: the guest stays here. A server that does not answer is left to its lease. Blocks.
 fn delete(ways: &[Way]) {
-    let (done, is_done) = mpsc::channel::<()>();
-    let stops: Vec<PageStop> = ways.iter().map(|way| way.stop.clone()).collect();
-    let watch = std::thread::spawn(move || {
-        if is_done.recv_timeout(DELETE_WITHIN) == Err(mpsc::RecvTimeoutError::Timeout) {
-            stops.iter().for_each(PageStop::cut);
+    std::thread::scope(|scope| {
+        for way in ways {
+            let (done, is_done) = mpsc::channel::<()>();
+            scope.spawn(move || {
+                if is_done.recv_timeout(DELETE_WITHIN) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    way.stop.cut();
+                }
+            });
+            scope.spawn(move || {
+                way.lane.lock().delete();
+                drop(done);
+            });
         }
     });
-    for way in ways {
-        way.lane.lock().delete();
-    }
-    drop(done);
-    if watch.join().is_err() {
-        tracing::error!("a thread of the engine panicked");
-    }
 }
 
 impl Room {
@@ -109,6 +110,7 @@ impl Room {
         identity: &Arc<Identity>,
         main: &str,
     ) -> Result<Self, EngineError> {
+        Duty::Evict.check(&guest.ram)?;
         let pages = guest.ram.layout().pages();
         let resident_pages = resident_pages(asked, pages)?;
         let (copies, count) = (usize::from(asked.copies), asked.memory.len());
@@ -152,7 +154,7 @@ impl Room {
     ) -> Result<(), EngineError> {
         let resolved = prepare::resolve_address(address).await?;
         let options = transport::Options {
-            dead_peer: Duration::from_secs(asked.send.common.dead_peer_s),
+            dead_peer: asked.send.common.dead_peer(),
             ..transport::Options::default()
         };
         let (identity, address, main) = (Arc::clone(identity), address.to_owned(), main.to_owned());

@@ -348,6 +348,22 @@ fn a_lost_page_is_never_read_as_zeros() {
 }
 
 #[test]
+fn what_is_to_be_read_comes_as_far_as_there_is_room() {
+    let mut remote = split(6, [0, 1], 2..40);
+    // One fault waits: its page comes first.
+    let fault = fetched(&remote.missing_fault(39, false, ms(0)));
+    let mut asked = |pages| {
+        let fetches = remote.fetch_to_read(pages);
+        fetches.into_iter().flat_map(|fetch| fetch.runs).flatten().collect::<Vec<u64>>()
+    };
+    assert_eq!(asked(0..5), [2, 3, 4][..4 - fault.len()]);
+    assert_eq!(asked(0..5), [0; 0], "there is room for no more");
+    assert!(!remote.is_here(2));
+    arrive(&mut remote, &[2]);
+    assert!(remote.is_here(2));
+}
+
+#[test]
 fn a_contradictory_placement_is_refused() {
     let config = |copies| RemoteConfig {
         resident_pages_max: 4,

@@ -38,6 +38,7 @@ enum Op {
     Dma(u64, u64),
     Free(u64, u64),
     Balloon(u64),
+    FetchToRead(u64, u64),
     BeginReclaim,
     AskUnused,
     ReclaimRemote,
@@ -79,6 +80,10 @@ impl World {
             Op::Dma(page, ms) => self.begin_dma(*page, Duration::from_millis(*ms)),
             Op::Free(page, count) => (*page..(page + count).min(PAGES)).for_each(|p| self.free(p)),
             Op::Balloon(page) => self.balloon(*page),
+            Op::FetchToRead(first, count) => {
+                let fetches = self.remote.fetch_to_read(*first..(first + count).min(PAGES));
+                self.send_fetches(fetches);
+            }
             Op::BeginReclaim => self.begin_reclaim(),
             Op::AskUnused => self.ask_unused(),
             Op::ReclaimRemote => self.reclaim_remote(),
@@ -138,6 +143,7 @@ fn reclaiming() -> impl Strategy<Value = Op> {
         30 => common(),
         4 => (page(), 1u64..8).prop_map(|(page, count)| Op::Free(page, count)),
         1 => page().prop_map(Op::Balloon),
+        3 => (page(), 1u64..8).prop_map(|(page, count)| Op::FetchToRead(page, count)),
         2 => Just(Op::BeginReclaim),
         2 => Just(Op::AskUnused),
         2 => Just(Op::ReclaimRemote),

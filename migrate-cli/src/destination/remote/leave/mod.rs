@@ -40,9 +40,6 @@ use crate::source::handover::{Owner, place};
 use crate::source::prepare::{Guest, check_ram_unchanged};
 use crate::source::switch::{self, part};
 
-/// Longest time for which the guest is stopped before the hand-over, besides ten times the downtime that is allowed.
-const STOPPED_WITHIN: Duration = Duration::from_secs(30);
-
 /// Where this pager is at home.
 #[derive(Debug, Clone)]
 pub struct Home {
@@ -274,7 +271,6 @@ impl Leaving<'_> {
         early::prepare_for_faults(link).await?;
         let saving = switch::begin(&shared.ram, guest, link).await?;
         *stopped_at = Some(Instant::now());
-        let within = STOPPED_WITHIN + Duration::from_millis(10 * asked.max_downtime_ms);
         let stopped = async {
             let stopping = Instant::now();
             guest.client.stop().await?;
@@ -304,11 +300,8 @@ impl Leaving<'_> {
             part(report, "transfer_and_load", began);
             Ok(())
         };
-        let late = |_| EngineError::TooSlow {
-            wanted: "that the guest can run there",
-            seconds: within.as_secs(),
-        };
-        let done = tokio::time::timeout(within, stopped).await.map_err(late)?;
+        let dead_peer = contact.options.dead_peer;
+        let done = switch::in_time(dead_peer, asked.max_downtime_ms, stopped).await;
         let sent = shared.traffic.bytes().0.saturating_sub(before);
         report.bytes.wire += sent;
         if let Some(split) = &mut report.split {

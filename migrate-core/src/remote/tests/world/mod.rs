@@ -286,7 +286,7 @@ impl World {
         assert!(self.servers.iter().any(is_there), "no server has page {page}");
     }
 
-    fn send_fetches(&mut self, fetches: Vec<Fetch>) {
+    pub(super) fn send_fetches(&mut self, fetches: Vec<Fetch>) {
         for fetch in fetches {
             let count: u64 = fetch.runs.iter().map(|run| run.end - run.start).sum();
             assert!((1..=FETCH_PAGES_MAX).contains(&count));
