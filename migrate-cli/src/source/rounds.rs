@@ -311,7 +311,7 @@ impl Mover {
     /// Sends a round with the guest stopped.
     ///
     /// # Errors
-    /// As [`Self::send`].
+    /// What the pump says, or [`EngineError::TooSlow`].
     pub async fn last_round(
         &self,
         round: Round,
