@@ -148,6 +148,7 @@ const SECTION_ADDRESS: u64 = !0xfff;
 #[derive(Debug, Clone)]
 pub struct Kernel {
     at: Found,
+    variable: Option<u64>,
     note: Note,
     translator: Translator,
     tables_at: Gva,
@@ -167,28 +168,57 @@ impl Kernel {
         memory: &impl PhysicalMemory,
         processors: &[Processor],
     ) -> Result<Self, IntrospectError> {
-        let mut notes = search::by_variables(memory, processors)?;
-        if notes.is_empty() {
-            notes = note::find(memory)?;
-        }
-        Self::among(memory, notes, processors)
+        Self::find_again(memory, processors, None)
     }
 
-    /// The first note that holds.
-    fn among(
+    /// As [`Self::find`], but looks first at the [variable](Self::variable) by which one was found that ran in this guest
+    /// before.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    pub fn find_again(
         memory: &impl PhysicalMemory,
-        notes: Vec<Found>,
         processors: &[Processor],
+        likely: Option<u64>,
     ) -> Result<Self, IntrospectError> {
         let mut why = IntrospectError::NoKernel;
-        for found in notes {
-            match Self::at(memory, found, processors) {
-                Ok(kernel) => return Ok(kernel),
-                Err(error @ IntrospectError::Ram(_)) => return Err(error),
-                Err(error) => why = error,
+        let led = |led: search::Led| {
+            let kernel = Self::holds(memory, led.note, processors, &mut why)?;
+            Ok(kernel.map(|kernel| Self { variable: Some(led.variable), ..kernel }))
+        };
+        if let Some(kernel) = search::by_variables(memory, processors, likely, led)? {
+            return Ok(kernel);
+        }
+        if matches!(why, IntrospectError::NoKernel) {
+            for note in note::find(memory)? {
+                if let Some(kernel) = Self::holds(memory, note, processors, &mut why)? {
+                    return Ok(kernel);
+                }
             }
         }
         Err(why)
+    }
+
+    /// The kernel of a note that holds; otherwise `why` it does not.
+    fn holds(
+        memory: &impl PhysicalMemory,
+        note: Found,
+        processors: &[Processor],
+        why: &mut IntrospectError,
+    ) -> Result<Option<Self>, IntrospectError> {
+        match Self::at(memory, note, processors) {
+            Ok(kernel) => Ok(Some(kernel)),
+            Err(error @ IntrospectError::Ram(_)) => Err(error),
+            Err(error) => {
+                *why = error;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Where the variable is by which it was found, if it was by one, in bytes from the first variable on.
+    pub fn variable(&self) -> Option<u64> {
+        self.variable
     }
 
     fn at(
@@ -208,7 +238,8 @@ impl Kernel {
         let has_five_levels = note.decimal_or("NUMBER(pgtable_l5_enabled)", 0)? != 0;
         let encryption = note.decimal_or("NUMBER(sme_mask)", 0)?.cast_unsigned();
         let translator = Translator::new(tables, has_five_levels, encryption);
-        let kernel = Self { at, note, translator, tables_at, tables, layout, sections };
+        let kernel =
+            Self { at, variable: None, note, translator, tables_at, tables, layout, sections };
         kernel.check(memory, processors)?;
         Ok(kernel)
     }

@@ -44,17 +44,18 @@ const SOONEST: Duration = Duration::from_millis(500);
 /// And the pause in times of what asking took, so that it takes little of a processor.
 const PAUSE_TIMES: u32 = 10;
 
-/// How long nothing is asked after it could not be.
+/// How long nothing is asked after it could not be, at first. Twice as long each time after that: what is fetched in vain
+/// takes room from what the guest uses.
 const AGAIN_AFTER: Duration = Duration::from_secs(10);
+
+/// And at most.
+const AGAIN_AFTER_MAX: Duration = Duration::from_secs(320);
 
 /// Longest wait for QEMU to tell where the processors are.
 const PROCESSORS_WITHIN: Duration = Duration::from_secs(5);
 
 /// Pages that are dropped here at a time.
 const DROP_PAGES: usize = 4096;
-
-/// Pages that may be fetched to find the kernel: its tables, and what it says of itself.
-const FIND_PAGES: u64 = 512;
 
 /// Pages that one page of the kernel's descriptions is about, in x86-64.
 const DESCRIBED_PAGES: u64 = 64;
@@ -92,8 +93,17 @@ impl ReclaimThread {
             left_pages: AtomicU64::new(0),
         };
         let resets = Resets::watch(&client);
-        let mut reclaimer =
-            Reclaimer { shared, memory, client, resets, runtime, faults, kernel: None };
+        let mut reclaimer = Reclaimer {
+            shared,
+            memory,
+            client,
+            resets,
+            runtime,
+            faults,
+            kernel: None,
+            variable: None,
+            again_after: AGAIN_AFTER,
+        };
         Self(Some(thread::spawn(move || reclaimer.run())))
     }
 }
@@ -119,10 +129,14 @@ struct PagedMemory {
 }
 
 impl PagedMemory {
-    /// Allows so many pages to be fetched from now on; none if they would take too much of the room.
+    /// Most pages that are fetched at a time.
+    fn most(&self) -> u64 {
+        self.shared.split.resident_pages / FETCHED_SHARE
+    }
+
+    /// Allows so many pages to be fetched from now on.
     fn allow(&self, pages: u64) {
-        let most = self.shared.split.resident_pages / FETCHED_SHARE;
-        self.left_pages.store(if pages > most { 0 } else { pages }, Ordering::Relaxed);
+        self.left_pages.store(pages, Ordering::Relaxed);
     }
 
     /// Has pages come that are elsewhere.
@@ -193,6 +207,10 @@ struct Reclaimer {
     runtime: Handle,
     faults: FaultHandle,
     kernel: Option<Kernel>,
+    /// Where the guest's kernel was found before.
+    variable: Option<u64>,
+    /// How long nothing is asked if the kernel cannot be asked next.
+    again_after: Duration,
 }
 
 impl Reclaimer {
@@ -203,6 +221,12 @@ impl Reclaimer {
         while !self.is_over() {
             thread::sleep(TICK);
             let now = Instant::now();
+            // Another kernel begins, which may tell something.
+            if self.kernel.is_none() && self.resets.happened() {
+                self.again_after = AGAIN_AFTER;
+                next = next.min(now + AGAIN_AFTER);
+                soonest = next;
+            }
             let is_due = now >= next || now >= soonest && evicted() > evicted_then;
             if !is_due || shared.is_merging.load(Ordering::Acquire) {
                 continue;
@@ -217,11 +241,15 @@ impl Reclaimer {
             let ended = Instant::now();
             soonest = ended + (ended - now).saturating_mul(PAUSE_TIMES).max(SOONEST);
             next = next.max(soonest);
-            if let Err(error) = asked {
-                tracing::info!(error = %error.tell(), "the guest's kernel tells nothing");
-                self.kernel = None;
-                next = ended + AGAIN_AFTER;
-                soonest = next;
+            match asked {
+                Ok(()) => self.again_after = AGAIN_AFTER,
+                Err(error) => {
+                    tracing::info!(error = %error.tell(), "the guest's kernel tells nothing");
+                    self.kernel = None;
+                    next = ended + self.again_after;
+                    soonest = next;
+                    self.again_after = (self.again_after * 2).min(AGAIN_AFTER_MAX);
+                }
             }
         }
     }
@@ -235,11 +263,14 @@ impl Reclaimer {
         let kernel = match self.kernel.take().filter(|_| !self.resets.happened()) {
             Some(kernel) => kernel,
             None => {
-                self.memory.allow(FIND_PAGES);
+                self.memory.allow(self.memory.most());
                 self.find()?
             }
         };
-        self.memory.allow(self.memory.pages() / DESCRIBED_PAGES);
+        self.variable = kernel.variable();
+        // Some of the descriptions say nothing.
+        let described = self.memory.pages() / DESCRIBED_PAGES;
+        self.memory.allow(if described > self.memory.most() { 0 } else { described });
         kernel.check(&self.memory, &self.processors()?)?;
         self.shared.remote.lock().begin_reclaim();
         let usage = kernel.usage(&self.memory);
@@ -267,7 +298,7 @@ impl Reclaimer {
 
     /// A kernel that does not fill what it frees.
     fn find(&self) -> Result<Kernel, EngineError> {
-        let kernel = Kernel::find(&self.memory, &self.processors()?)?;
+        let kernel = Kernel::find_again(&self.memory, &self.processors()?, self.variable)?;
         kernel.check_unfilled(&self.memory)?;
         Ok(kernel)
     }
