@@ -42,7 +42,9 @@ use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
 use crate::qmp::{Client, Event, MigrationInfo, MigrationStatus, QmpError, RunState};
-pub use header::{HeaderError, StreamHeader};
+pub use crate::stream::HeaderError;
+use crate::stream::tail;
+pub use header::StreamHeader;
 pub use load::{Loading, prepare_load};
 pub use save::{Saving, begin_save};
 pub use settings::restore_capabilities;
@@ -145,22 +147,11 @@ pub struct DeviceState {
     pub header: StreamHeader,
 }
 
-/// `QEMU_VM_VMDESCRIPTION`, the last section of a stream: its length in 4 bytes, and JSON.
-const TYPE_DESCRIPTION: u8 = 6;
-
 impl DeviceState {
     /// What QEMU has just written. The description of all fields, a third of the stream, is replaced
     /// with an empty one: QEMU reads past it (migration/savevm.c, `qemu_loadvm_state`).
     fn written(mut bytes: Vec<u8>) -> Result<Self, HeaderError> {
-        let length = bytes.len();
-        let is_description = |tail: &[u8]| match tail {
-            [0, TYPE_DESCRIPTION, a, b, c, d, b'{', ..] => {
-                u32::from_be_bytes([*a, *b, *c, *d]) as usize == tail.len() - 6
-            }
-            _ => false,
-        };
-        let found = (0..length).find(|at| bytes.get(*at..).is_some_and(is_description));
-        if let Some(end) = found {
+        if let Some(end) = tail::described_end(&bytes) {
             bytes.truncate(end + 2);
             bytes.extend([0; 4]);
         }

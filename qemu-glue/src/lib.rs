@@ -1,4 +1,4 @@
-//! QMP, attaching to a QEMU process, guest RAM access and dirty tracking.
+//! QMP, attaching to a QEMU process, guest RAM access, dirty tracking, QEMU's migration stream.
 
 pub mod attach;
 pub mod check;
@@ -11,6 +11,7 @@ pub mod pager;
 pub mod procfs;
 pub mod qmp;
 pub mod ram;
+pub mod stream;
 pub mod track;
 pub mod uffd;
 pub mod vm;

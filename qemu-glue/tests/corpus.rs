@@ -47,3 +47,13 @@ fn answers_of_the_monitor() {
 fn heads_of_device_state() {
     replay("stream_header", &["good", "other-capability"], fuzz::stream_header);
 }
+
+#[test]
+fn migration_streams() {
+    replay("stream", &["good", "postcopy", "shared", "early"], fuzz::stream);
+}
+
+#[test]
+fn answers_of_destinations() {
+    replay("return_path", &["good", "recovery"], fuzz::return_path);
+}

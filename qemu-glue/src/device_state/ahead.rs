@@ -12,29 +12,20 @@
 //! All numbers are big-endian. Where something else comes, or no page is left to hold, QEMU must not be
 //! held: it may have its global lock, and the monitor would wait for it.
 
-use super::header::{HeaderError, StreamHeader};
+use migrate_core::layout::PAGE_BYTES;
+
+use crate::stream::blocks::{BlockList, EntryForm, read_entry, read_total};
+use crate::stream::cursor::{Cursor, Need, Stop};
+use crate::stream::grammar::{TYPE_FOOTER, TYPE_PART, TYPE_START, section_header};
+use crate::stream::record::{FLAG_CONTINUE, FLAG_END, FLAG_PAGE, FLAG_ZERO, FLAGS};
+use crate::stream::{Configuration, Following, RAM_ID};
 
 /// Pages of which the last one with contents is held back: more than are zero at the end of any block
 /// that is common, few enough to travel in a millisecond.
 const HELD_PAGES: u64 = 32;
 
-const PAGE_BYTES: usize = 4096;
-
-/// `QEMU_VM_SECTION_START`, `QEMU_VM_SECTION_PART`, `QEMU_VM_SECTION_FOOTER`.
-const SECTION_START: u8 = 1;
-const SECTION_PART: u8 = 2;
-const SECTION_FOOTER: u8 = 0x7e;
-
-/// `RAM_SAVE_FLAG_*`.
-const FLAG_ZERO: u64 = 0x02;
-const FLAG_MEM_SIZE: u64 = 0x04;
-const FLAG_PAGE: u64 = 0x08;
-const FLAG_EOS: u64 = 0x10;
-const FLAG_CONTINUE: u64 = 0x20;
-const FLAGS: u64 = PAGE_BYTES as u64 - 1;
-
-/// Most blocks of RAM that are looked at.
-const BLOCKS_MAX: usize = 4096;
+/// With x-ignore-shared each block has an address.
+const ENTRY: EntryForm = EntryForm { has_address: true, may_have_page_size: false };
 
 /// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,11 +38,17 @@ pub(super) enum Step {
     Unknown,
 }
 
-impl From<HeaderError> for Step {
-    fn from(error: HeaderError) -> Self {
-        match error {
-            HeaderError::Cut { at } => Self::Read(at + 1),
-            _ => Self::Unknown,
+impl From<Need> for Step {
+    fn from(Need(bytes): Need) -> Self {
+        Self::Read(bytes)
+    }
+}
+
+impl<R> From<Stop<R>> for Step {
+    fn from(stop: Stop<R>) -> Self {
+        match stop {
+            Stop::Need(bytes) => Self::Read(bytes),
+            Stop::Refused(_) => Self::Unknown,
         }
     }
 }
@@ -77,118 +74,78 @@ impl Ahead {
     /// What to do when `bytes` are what was read so far.
     pub(super) fn step(&mut self, bytes: &[u8]) -> Step {
         loop {
-            let mut reader = Reader { bytes, at: self.at };
+            let mut cursor = Cursor::from(bytes, self.at);
             let taken = match self.pages_left {
-                None => self.setup(&mut reader),
-                Some(left) if self.in_section => self.page(&mut reader, left),
-                Some(_) => self.section(&mut reader),
+                None => self.setup(&mut cursor),
+                Some(left) if self.in_section => self.page(&mut cursor, left),
+                Some(_) => self.section(&mut cursor),
             };
             match taken {
-                Ok(()) => self.at = reader.at,
+                Ok(()) => self.at = cursor.at(),
                 Err(step) => return step,
             }
         }
     }
 
-    fn setup(&mut self, reader: &mut Reader<'_>) -> Result<(), Step> {
-        reader.at = StreamHeader::parse(reader.bytes)?.length_bytes;
-        let start = reader.u8()?;
-        reader.skip(4)?;
-        if start != SECTION_START || reader.name()? != b"ram" {
+    fn setup(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Step> {
+        Configuration::read(cursor, Following::More)?;
+        let start = cursor.peek().ok_or(Step::Unknown)?;
+        if start != TYPE_START || section_header(cursor)?.id != RAM_ID {
             return Err(Step::Unknown);
         }
-        reader.skip(8)?;
-        let word = reader.u64()?;
-        if word & FLAGS != FLAG_MEM_SIZE {
+        let total_bytes = read_total(cursor)?;
+        let mut blocks = BlockList::default();
+        while blocks.total_bytes() < total_bytes {
+            let left_bytes = total_bytes.saturating_sub(blocks.total_bytes());
+            let block = read_entry(cursor, ENTRY, left_bytes)?;
+            blocks.push(block).map_err(|_| Step::Unknown)?;
+        }
+        if cursor.u64()? != FLAG_END {
             return Err(Step::Unknown);
         }
-        let total_bytes = word & !FLAGS;
-        let mut listed_bytes: u64 = 0;
-        for _ in 0..BLOCKS_MAX {
-            if listed_bytes >= total_bytes {
-                break;
-            }
-            reader.name()?;
-            listed_bytes = listed_bytes.saturating_add(reader.u64()?);
-            // Its address, as with x-ignore-shared.
-            reader.skip(8)?;
-        }
-        if listed_bytes != total_bytes || reader.u64()? != FLAG_EOS {
-            return Err(Step::Unknown);
-        }
-        reader.footer()?;
+        footer(cursor)?;
         let to_come_bytes = total_bytes.checked_sub(self.shared_bytes).ok_or(Step::Unknown)?;
         self.pages_left = Some(to_come_bytes / PAGE_BYTES as u64);
         Ok(())
     }
 
-    fn section(&mut self, reader: &mut Reader<'_>) -> Result<(), Step> {
-        if reader.u8()? != SECTION_PART {
+    fn section(&mut self, cursor: &mut Cursor<'_>) -> Result<(), Step> {
+        if cursor.u8()? != TYPE_PART {
             return Err(Step::Unknown);
         }
-        reader.skip(4)?;
+        cursor.take(4)?;
         self.in_section = true;
         Ok(())
     }
 
-    fn page(&mut self, reader: &mut Reader<'_>, left: u64) -> Result<(), Step> {
-        let flags = reader.u64()? & FLAGS;
-        if flags == FLAG_EOS {
-            reader.footer()?;
+    fn page(&mut self, cursor: &mut Cursor<'_>, left: u64) -> Result<(), Step> {
+        let flags = cursor.u64()? & FLAGS;
+        if flags == FLAG_END {
+            footer(cursor)?;
             self.in_section = false;
             return Ok(());
         }
         if flags & FLAG_CONTINUE == 0 {
-            reader.name()?;
+            cursor.counted()?;
         }
         match flags & !FLAG_CONTINUE {
-            FLAG_ZERO => reader.skip(1)?,
-            FLAG_PAGE if left > HELD_PAGES => reader.skip(PAGE_BYTES)?,
+            FLAG_ZERO => cursor.take(1)?,
+            FLAG_PAGE if left > HELD_PAGES => cursor.take(PAGE_BYTES)?,
             FLAG_PAGE => return Err(Step::Hold),
             _ => return Err(Step::Unknown),
-        }
+        };
         self.pages_left = Some(left.saturating_sub(1));
         Ok(())
     }
 }
 
-struct Reader<'a> {
-    bytes: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, count: usize) -> Result<&'a [u8], Step> {
-        let end = self.at.checked_add(count).ok_or(Step::Unknown)?;
-        let taken = self.bytes.get(self.at..end).ok_or(Step::Read(end))?;
-        self.at = end;
-        Ok(taken)
+/// The end of a section, with the section's number.
+fn footer(cursor: &mut Cursor<'_>) -> Result<(), Step> {
+    if cursor.u8()? != TYPE_FOOTER {
+        return Err(Step::Unknown);
     }
-
-    fn skip(&mut self, count: usize) -> Result<(), Step> {
-        self.take(count).map(drop)
-    }
-
-    fn u8(&mut self) -> Result<u8, Step> {
-        Ok(self.take(1)?.first().copied().unwrap_or_default())
-    }
-
-    fn u64(&mut self) -> Result<u64, Step> {
-        Ok(self.take(8)?.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
-    }
-
-    fn name(&mut self) -> Result<&'a [u8], Step> {
-        let length = self.u8()?;
-        self.take(usize::from(length))
-    }
-
-    /// The end of a section, with the section's number.
-    fn footer(&mut self) -> Result<(), Step> {
-        if self.u8()? != SECTION_FOOTER {
-            return Err(Step::Unknown);
-        }
-        self.skip(4)
-    }
+    cursor.take(4)?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -197,6 +154,7 @@ mod tests {
 
     use super::*;
     use crate::device_state::header::tests::head;
+    use crate::stream::record::FLAG_MEM_SIZE;
 
     const SHARED_BYTES: u64 = 1 << 20;
 
@@ -204,7 +162,7 @@ mod tests {
     fn stream(pages: &[bool]) -> (Vec<u8>, Vec<usize>) {
         let mut bytes = head();
         let private_bytes = (pages.len() * PAGE_BYTES) as u64;
-        bytes.extend([SECTION_START, 0, 0, 0, 2, 3]);
+        bytes.extend([TYPE_START, 0, 0, 0, 2, 3]);
         bytes.extend(b"ram\0\0\0\0\0\0\0\x04");
         bytes.extend(((SHARED_BYTES + private_bytes) | FLAG_MEM_SIZE).to_be_bytes());
         for (name, length) in [("m0", SHARED_BYTES), ("rom", private_bytes)] {
@@ -213,16 +171,16 @@ mod tests {
             bytes.extend(length.to_be_bytes());
             bytes.extend([0; 8]);
         }
-        bytes.extend(FLAG_EOS.to_be_bytes());
-        bytes.extend([SECTION_FOOTER, 0, 0, 0, 2]);
+        bytes.extend(FLAG_END.to_be_bytes());
+        bytes.extend([TYPE_FOOTER, 0, 0, 0, 2]);
         let mut ends = vec![];
         for (number, has_contents) in pages.iter().enumerate() {
             if number % 7 == 0 {
                 if number > 0 {
-                    bytes.extend(FLAG_EOS.to_be_bytes());
-                    bytes.extend([SECTION_FOOTER, 0, 0, 0, 2]);
+                    bytes.extend(FLAG_END.to_be_bytes());
+                    bytes.extend([TYPE_FOOTER, 0, 0, 0, 2]);
                 }
-                bytes.extend([SECTION_PART, 0, 0, 0, 2]);
+                bytes.extend([TYPE_PART, 0, 0, 0, 2]);
             }
             let kind = if *has_contents { FLAG_PAGE } else { FLAG_ZERO };
             let again = if number % 7 == 0 { 0 } else { FLAG_CONTINUE };
@@ -256,8 +214,8 @@ mod tests {
         fn one_of_the_last_pages_with_contents_is_held(pages in prop::collection::vec(any::<bool>(), 1..200)) {
             let (mut bytes, ends) = stream(&pages);
             // QEMU goes on with the end of RAM.
-            bytes.extend(FLAG_EOS.to_be_bytes());
-            bytes.extend([SECTION_FOOTER, 0, 0, 0, 2, 3, 0, 0, 0, 2]);
+            bytes.extend(FLAG_END.to_be_bytes());
+            bytes.extend([TYPE_FOOTER, 0, 0, 0, 2, 3, 0, 0, 0, 2]);
             let first_held = pages.len().saturating_sub(HELD_PAGES as usize);
             match (first_held..pages.len()).find(|number| pages[*number]) {
                 Some(held) => prop_assert_eq!(read(&bytes), (ends[held] - PAGE_BYTES, Step::Hold)),

@@ -1,0 +1,9 @@
+//! A migration stream, as QEMU might send it.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    qemu_glue::fuzz::stream(bytes);
+});
