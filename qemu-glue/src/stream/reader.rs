@@ -202,8 +202,12 @@ impl Reader {
         if is_over { Task::Nothing } else { Task::Element }
     }
 
-    /// The stream has ended: its connection was closed, or it is known from elsewhere that nothing
-    /// follows. What was held back as a possible end comes out of [`next`](Self::next) now.
+    /// The stream has ended. What was held back as a possible end comes out of
+    /// [`next`](Self::next) now.
+    ///
+    /// Without a return path the source closes its connection. With one it waits for `SHUT`, and
+    /// the caller must know from elsewhere that nothing follows: from [`end_sign`](Self::end_sign),
+    /// together with QEMU's monitor or some time without further bytes.
     ///
     /// # Errors
     /// [`Refusal::Cut`] if the stream cannot end here.

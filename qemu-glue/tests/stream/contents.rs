@@ -1,17 +1,15 @@
 //! What is in each capture.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use migrate_core::xbzrle;
 use qemu_glue::fuzz;
 use qemu_glue::stream::channel::{Channel, recognise};
 use qemu_glue::stream::multifd::{ChannelInit, INIT_BYTES, PACKET_HEADER_BYTES, PacketHeader};
 use qemu_glue::stream::return_path::{ReturnMessage, ReturnReader};
-use qemu_glue::stream::{
-    BlockIndex, BlockList, Command, Event, PageContent, Reader, Refusal, Writer,
-};
+use qemu_glue::stream::{BlockList, Command, Event, Reader, Refusal, Writer};
 
+use crate::loads::{Memory, note};
 use crate::{Pages, Seen, VERSIONS, capture};
 
 const MACHINE: &str = "pc-i440fx-7.2";
@@ -101,15 +99,11 @@ fn deltas() {
         let bytes = capture(version, "xbzrle");
         let seen = Seen::of(version, "xbzrle");
         assert!(seen.pages.delta >= 128 && seen.pages.whole >= 256, "{:?}", seen.pages);
-        let mut memory = BTreeMap::<(BlockIndex, u64), [u8; 4096]>::new();
+        let mut memory = Memory::new();
         let (mut reader, mut input) = (Reader::new(), &bytes[..]);
         while let Some(event) = reader.next(&mut input).unwrap() {
-            let Event::Page(page) = event else { continue };
-            let held = memory.entry((page.block, page.offset_bytes)).or_insert([0; 4096]);
-            match page.content {
-                PageContent::Zero { fill } => held.fill(fill),
-                PageContent::Whole(content) => *held = *content,
-                PageContent::Xbzrle(delta) => drop(xbzrle::decode(delta, held).unwrap()),
+            if let Event::Page(page) = event {
+                note(&page, &mut memory);
             }
         }
         let ram = reader.blocks().unwrap().find("pc.ram").unwrap();

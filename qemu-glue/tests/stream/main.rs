@@ -6,6 +6,7 @@
 mod contents;
 mod loads;
 mod pieces;
+mod postcopy;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -111,6 +111,37 @@ fn a_long_description_is_looked_at_once() {
     assert_eq!(events.last(), Some(&Owned::Description(json)));
 }
 
+/// As much as may be a description is held back, and no more.
+#[test]
+fn what_is_held_back_is_bounded() {
+    let begin = [&before_state()[..], b"\x04\0\x06\x01\0\0\0{"].concat();
+    let spaces = vec![b' '; 1 << 20];
+    let mut reader = Reader::new();
+    let (mut held_most, mut handed) = (0, 0);
+    for mut piece in std::iter::once(&begin[..]).chain(std::iter::repeat_n(&spaces[..], 40)) {
+        while let Some(event) = reader.next(&mut piece).unwrap() {
+            if let Event::DeviceState(bytes) = event {
+                handed += bytes.len();
+            }
+        }
+        held_most = held_most.max(reader.held_capacity_bytes());
+    }
+    assert!((DESCRIPTION_BYTES_MAX..3 * DESCRIPTION_BYTES_MAX).contains(&held_most));
+    assert_eq!(handed, 8 + (40 << 20));
+}
+
+#[test]
+fn blocks_are_told_when_all_are_listed() {
+    let bytes = written(&setup());
+    let mut reader = Reader::new();
+    for byte in bytes.chunks(1) {
+        let mut input = byte;
+        while reader.next(&mut input).unwrap().is_some() {}
+        assert!(reader.blocks().is_none_or(|blocks| blocks.blocks().len() == 2));
+    }
+    assert_eq!((reader.blocks().is_some(), reader.ram_section()), (true, Some(2)));
+}
+
 /// What a package of these bytes is read as.
 fn package(bytes: &[u8]) -> Vec<Owned> {
     let reader = || Reader::package(bytes.len() as u32);
