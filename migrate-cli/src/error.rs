@@ -26,7 +26,7 @@ use transport::{IdentityError, TransportError};
 
 use crate::destination::apply::ApplyError;
 use crate::journal::JournalError;
-use crate::source::pump::PumpError;
+use crate::source::outlet::PumpError;
 
 /// What ended a migration, or kept it from starting.
 #[derive(Debug, Error)]

@@ -31,7 +31,7 @@ mod reference;
 
 use thiserror::Error;
 
-use crate::delta::{LINE_BYTES, LINES, Page};
+use crate::delta::{LINE_BYTES, LINES, Page, changed_ranges};
 use crate::error::{Classify, ErrorBin};
 use crate::layout::PAGE_BYTES;
 
@@ -98,6 +98,29 @@ pub fn encode(old: &Page, new: &Page, out: &mut [u8]) -> Encoded {
             return Encoded::Overflow;
         }
         at = end;
+    }
+    match limit.wrapping_sub(out.rest.len()) {
+        0 => Encoded::Unchanged,
+        bytes => Encoded::Delta(bytes),
+    }
+}
+
+/// Writes the delta that brings the lines in `mask`, whose contents are `lines`, one after the other
+/// ([`crate::delta`]). Bytes of them that did not change are told all the same, as QEMU's decoder
+/// allows. A page of which [`LINES_CHANGED_MAX`](crate::delta::LINES_CHANGED_MAX) lines changed at
+/// most fits an `out` of [`PAGE_BYTES`].
+pub fn from_lines(mask: u64, lines: &[u8], out: &mut [u8]) -> Encoded {
+    let limit = out.len();
+    let mut out = Output { rest: out };
+    let (mut at, mut left) = (0usize, lines);
+    for range in changed_ranges(mask) {
+        let Some((run, rest)) = left.split_at_checked(range.len()) else {
+            return Encoded::Overflow;
+        };
+        if out.put_run(range.start.wrapping_sub(at), run).is_none() {
+            return Encoded::Overflow;
+        }
+        (at, left) = (range.end, rest);
     }
     match limit.wrapping_sub(out.rest.len()) {
         0 => Encoded::Unchanged,
@@ -273,6 +296,34 @@ mod tests {
         match encode(old, new, &mut out) {
             Encoded::Delta(bytes) => out[..bytes].to_vec(),
             other => panic!("{other:?}"),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn lines_become_a_delta(mask in any::<u64>(), few in any::<u64>(), seed in any::<u8>()) {
+            use crate::delta::{LINES_CHANGED_MAX, MASK_BYTES, delta_bytes};
+            let mask = if mask.count_ones() > LINES_CHANGED_MAX { mask & few } else { mask };
+            let old = [seed; PAGE_BYTES];
+            let mut new = old;
+            for (at, byte) in new.iter_mut().enumerate() {
+                // Every other byte of a line stays as it was.
+                if mask >> (at / LINE_BYTES) & 1 == 1 && at % 2 == 0 {
+                    *byte = byte.wrapping_add(1 + (at % 7) as u8);
+                }
+            }
+            let mut lines = vec![0; delta_bytes(mask)];
+            crate::delta::encode(&new, mask, &mut lines);
+            let mut out = [0; PAGE_BYTES];
+            let mut page = old;
+            match from_lines(mask, &lines[MASK_BYTES..], &mut out) {
+                Encoded::Unchanged => prop_assert_eq!(mask, 0),
+                Encoded::Delta(bytes) => {
+                    decode(&out[..bytes], &mut page).unwrap();
+                }
+                Encoded::Overflow => prop_assert!(false, "too long"),
+            }
+            prop_assert!(page == new);
         }
     }
 

@@ -5,6 +5,7 @@
 //! validated after decoding and before encoding, by the same code.
 
 mod split;
+mod stream;
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,6 +17,11 @@ use serde::{Deserialize, Serialize};
 
 use self::split::SPLIT_BODY_BYTES;
 pub use self::split::{RemoteEnd, STORES_MAX, Split, Store, Then};
+use self::stream::{STREAM_BLOCKS_BODY_BYTES, STREAM_CHUNK_BODY_BYTES};
+pub use self::stream::{
+    STREAM_CHUNK_BYTES_MAX, StreamBack, StreamBlocks, StreamBytes, StreamEnd, StreamOpen,
+    StreamOpened,
+};
 use crate::error::WireError;
 
 /// Protocol versions that this build speaks, oldest first.
@@ -61,6 +67,9 @@ const LANES_BODY_BYTES: usize = LANES_MAX * 10 + SMALL_BYTES;
 
 /// Feature bit of the engine: guests whose memory is split over hosts are taken.
 pub const FEATURE_SPLIT: u64 = 1;
+
+/// Feature bit of the engine: this is a gateway, between QEMUs that move their guest themselves.
+pub const FEATURE_STREAM: u64 = 2;
 
 /// Feature bit: lanes are TCP connections. At most one of the two bits of lanes is offered.
 pub const FEATURE_LANES_TCP: u64 = 1 << 8;
@@ -577,6 +586,18 @@ messages! {
     Abort = 53, TEXT_BODY_BYTES;
     /// Source: the last word was heard.
     Done = 54, SMALL_BYTES;
+    /// Source: a QEMU is about to send a guest.
+    StreamOpen = 56, TEXT_BODY_BYTES;
+    /// Destination: the QEMU there is connected.
+    StreamOpened = 57, SMALL_BYTES;
+    /// Source: the stream's RAM.
+    StreamBlocks = 58, STREAM_BLOCKS_BODY_BYTES;
+    /// Source: bytes of the stream.
+    StreamBytes = 59, STREAM_CHUNK_BODY_BYTES;
+    /// Destination: bytes of the return path.
+    StreamBack = 60, STREAM_CHUNK_BODY_BYTES;
+    /// Either: no more bytes.
+    StreamEnd = 61, SMALL_BYTES;
     /// Client: how did a migration end?
     Ask = 64, SMALL_BYTES;
     /// Server: so it did.

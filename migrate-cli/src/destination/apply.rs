@@ -1,4 +1,4 @@
-//! Decoder threads: from the lanes into guest memory, or to the pager once the guest runs here.
+//! Decoder threads: from the lanes to where pages go ([`PageSink`]), or to the pager once the guest runs here.
 //!
 //! Invariants: batches of a lane are applied in the order in which they came, by one thread; a page
 //! is written only if its version is the next one (correctness rule 3); a reference is to a page that
@@ -6,7 +6,7 @@
 //! bounded by the queues, and QUIC's flow control holds the source back when they are full.
 
 use std::collections::HashMap;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -14,16 +14,17 @@ use std::thread::{self, JoinHandle};
 
 use migrate_core::batch::{LAST_VERSION, PageRun, REFERENCE_BYTES, RunKind, lane_of, wire_bytes};
 use migrate_core::codec::{Codec, CodecError, Unpacker};
-use migrate_core::delta::{MASK_BYTES, changed_ranges};
+use migrate_core::delta::MASK_BYTES;
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use migrate_core::page_table::{DestinationPages, VersionError};
-use qemu_glue::ram::{GuestRam, RamError};
+use qemu_glue::ram::RamError;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc};
 use transport::Batch;
 
 use super::fetcher::Fetcher;
+use super::sink::{PageSink, PageWriter};
 use crate::error::EngineError;
 
 /// Batches that may wait for each decoder thread.
@@ -60,6 +61,12 @@ pub enum ApplyError {
     /// A reference for a page that was missing at the hand-over.
     #[error("The source sent a reference for {0}, which is missing")]
     ReferenceForMissing(PageIndex),
+    /// A reference where nobody has the contents of pages any more.
+    #[error("The source sent a reference for {0}, whose content was not kept here")]
+    ReferenceInStream(PageIndex),
+    /// The stream of the QEMU that takes the guest cannot be written.
+    #[error("The guest's stream cannot be written")]
+    Stream(#[source] io::Error),
     /// The contents end within a run, or go on after the last one.
     #[error("A batch holds fewer or more bytes than its runs describe")]
     Length,
@@ -75,10 +82,12 @@ impl Classify for ApplyError {
             Self::Ram(error) => error.bin(),
             Self::Codec(error) => error.bin(),
             Self::Fetch(error) => error.bin(),
+            Self::Stream(_) => ErrorBin::System,
             Self::EmptyDelta(_)
             | Self::DeltaOfMissing(_)
             | Self::Reference { .. }
             | Self::ReferenceForMissing(_)
+            | Self::ReferenceInStream(_)
             | Self::Length => ErrorBin::PeerMisbehaved,
         }
     }
@@ -86,7 +95,7 @@ impl Classify for ApplyError {
 
 #[derive(Debug)]
 struct Shared {
-    ram: Arc<GuestRam>,
+    sink: Arc<dyn PageSink>,
     pages: Arc<DestinationPages>,
     applied_bytes: AtomicU64,
     /// Batches applied of each lane.
@@ -120,13 +129,13 @@ pub struct Applier {
 impl Applier {
     /// Starts up to `threads` threads for `lanes` lanes; returns the entrances in lane order.
     pub fn start(
-        ram: Arc<GuestRam>,
+        sink: Arc<dyn PageSink>,
         pages: Arc<DestinationPages>,
         lanes: usize,
         threads: usize,
     ) -> (Self, Vec<LaneInlet>) {
         let shared = Arc::new(Shared {
-            ram,
+            sink,
             pages,
             applied_bytes: AtomicU64::new(0),
             batches: (0..lanes).map(|_| AtomicU64::new(0)).collect(),
@@ -286,6 +295,7 @@ fn apply<'a>(
     batch: &Batch,
     mut contents: Contents<'a, impl Iterator<Item = &'a [u8]>>,
 ) -> Result<(), ApplyError> {
+    let mut writer = shared.sink.begin();
     for run in &batch.runs {
         if let Some(fetcher) = shared.fetcher.get()
             && run.version == LAST_VERSION
@@ -294,28 +304,30 @@ fn apply<'a>(
             continue;
         }
         shared.pages.accept(run)?;
-        for (first, pages) in shared.ram.layout().split(run.first, u64::from(run.pages)) {
+        for (first, pages) in shared.sink.layout().split(run.first, u64::from(run.pages)) {
             match run.kind {
-                RunKind::Zero => shared.ram.discard(first, pages)?,
+                RunKind::Zero => writer.zeros(first, pages)?,
                 RunKind::Raw => {
                     let bytes = pages as usize * PAGE_BYTES;
                     let mut part = contents.take(bytes).ok_or(ApplyError::Length)?;
-                    shared.ram.write_pieces(first, &mut part)?;
+                    writer.whole(first, &mut part)?;
                 }
                 RunKind::Delta => {
                     for page in (first.0..).take(pages as usize) {
-                        apply_delta(shared, PageIndex(page), &mut contents)?;
+                        apply_delta(&mut *writer, PageIndex(page), &mut contents)?;
                     }
                 }
                 RunKind::Same => {
                     let end = run.first.0 + u64::from(run.pages);
                     for page in (first.0..).take(pages as usize) {
-                        apply_reference(shared, lane, page..end, &mut contents)?;
+                        let of = reference(shared, lane, page..end, &mut contents)?;
+                        writer.same(PageIndex(page), of)?;
                     }
                 }
             }
         }
     }
+    writer.end()?;
     if contents.ended() { Ok(()) } else { Err(ApplyError::Length) }
 }
 
@@ -350,7 +362,7 @@ fn join(pieces: &[IoSlice<'_>], bytes: usize) -> Vec<u8> {
 }
 
 fn apply_delta<'a>(
-    shared: &Shared,
+    writer: &mut dyn PageWriter,
     page: PageIndex,
     contents: &mut Contents<'a, impl Iterator<Item = &'a [u8]>>,
 ) -> Result<(), ApplyError> {
@@ -358,37 +370,30 @@ fn apply_delta<'a>(
     if mask == 0 {
         return Err(ApplyError::EmptyDelta(page));
     }
-    for range in changed_ranges(mask) {
-        let mut lines = contents.take(range.len()).ok_or(ApplyError::Length)?;
-        shared.ram.write_part(page, range.start, &mut lines)?;
-    }
-    Ok(())
+    writer.delta(page, mask, &mut |bytes| contents.take(bytes))
 }
 
-/// Gives the first page of what is left of a run the content that the page named has now.
-fn apply_reference<'a>(
+/// The page whose content the first page of what is left of a run is to have.
+fn reference<'a>(
     shared: &Shared,
     lane: usize,
     left: Range<u64>,
     contents: &mut Contents<'a, impl Iterator<Item = &'a [u8]>>,
-) -> Result<(), ApplyError> {
+) -> Result<PageIndex, ApplyError> {
     let of = PageIndex(contents.take_number(REFERENCE_BYTES).ok_or(ApplyError::Length)?);
     let page = PageIndex(left.start);
     let bad = |why| Err(ApplyError::Reference { page, of, why });
     match shared.pages.version(of) {
-        None => return bad("which lies outside the guest's RAM"),
-        _ if of == page => return bad("which is itself"),
+        None => bad("which lies outside the guest's RAM"),
+        _ if of == page => bad("which is itself"),
         _ if !travel_on(lane, [page, of], shared.batches.len()) => {
-            return bad("which does not travel on the same lane");
+            bad("which does not travel on the same lane")
         }
         // The run's versions count already, its contents do not.
-        Some(0) => return bad("which never came"),
-        Some(_) if left.contains(&of.0) => return bad("which comes later"),
-        Some(_) => {}
+        Some(0) => bad("which never came"),
+        Some(_) if left.contains(&of.0) => bad("which comes later"),
+        Some(_) => Ok(of),
     }
-    let mut content = [0; PAGE_BYTES];
-    shared.ram.read(of, &mut content)?;
-    Ok(shared.ram.write(page, &content)?)
 }
 
 /// Whether both pages belong to this one of `lanes` lanes, the last of which may be kept for pages

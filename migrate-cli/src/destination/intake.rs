@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::page_table::DestinationPages;
-use qemu_glue::ram::GuestRam;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use transport::messages::{Message, Progress};
 use transport::{Closer, ControlSender, LaneReceiver, TransportError, UrgentReceiver, close_code};
 
 use super::apply::{Applier, LaneInlet};
+use super::sink::PageSink;
 use crate::blocking::worker_threads;
 use crate::error::EngineError;
 
@@ -40,13 +40,13 @@ struct Last {
 impl Intake {
     /// Takes over a session's lanes.
     pub fn start(
-        ram: Arc<GuestRam>,
+        sink: Arc<dyn PageSink>,
         pages: Arc<DestinationPages>,
         lanes: Vec<LaneReceiver>,
         control: ControlSender,
         closer: &Closer,
     ) -> Self {
-        let (applier, inlets) = Applier::start(ram, pages, lanes.len(), worker_threads());
+        let (applier, inlets) = Applier::start(sink, pages, lanes.len(), worker_threads());
         let applier = Arc::new(applier);
         let mut lanes: Vec<_> = lanes.into_iter().zip(inlets).collect();
         let last = lanes.pop();

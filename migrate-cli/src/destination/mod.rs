@@ -21,6 +21,7 @@ pub mod owner;
 pub mod paging;
 pub mod remote;
 pub mod rescue;
+pub mod sink;
 
 use std::path::PathBuf;
 use std::pin::pin;

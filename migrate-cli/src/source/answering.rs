@@ -30,7 +30,7 @@ use transport::{Batch, Closer, LaneSender, TransportError, UrgentSender, UrgentS
 use super::buffers::Buffers;
 use super::feed::Feed;
 use super::gate::Gate;
-use super::pump::PumpError;
+use super::outlet::PumpError;
 use crate::blocking::{hurry, join};
 use crate::error::EngineError;
 

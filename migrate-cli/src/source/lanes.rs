@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::{Batch, LaneSender};
 
-use super::pump::{LANE_QUEUE, LaneQueue};
+use super::outlet::{LANE_QUEUE, LaneQueue};
 
 /// One task a lane: from the encoder threads' queue to the network.
 #[derive(Debug)]

@@ -9,71 +9,38 @@
 //! of a page leave in order (correctness rule 3), and so do the parts of a lane's compressed stream. What is under way to the destination is bounded by
 //! the [`Gate`]; memory in use is bounded by the queues' lengths and one batch a lane.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
-use migrate_core::batch::{CHUNK_PAGES, lane_of, wire_bytes};
-use migrate_core::codec::{Codec, CodecError, Packer};
+use migrate_core::batch::{CHUNK_PAGES, lane_of};
 use migrate_core::codec_choice::{CodecChoice, Wanted};
-use migrate_core::encode::{BatchBuilder, PageBuffer, PageCounts, Reason};
+use migrate_core::encode::{BatchBuilder, PageCounts, Reason};
 use migrate_core::layout::PageIndex;
 use migrate_core::page_table::SourcePages;
 use migrate_core::pageset::PageSet;
 use migrate_core::precopy::Round;
 use qemu_glue::ram::{GuestRam, RamError};
-use thiserror::Error;
-use tokio::sync::mpsc as async_mpsc;
-use transport::Batch;
 
-use super::buffers::Buffers;
 use super::feed::Feed;
 use super::gate::Gate;
+use super::outlet::{self, LaneQueue, Outlet, Outlets, PumpError};
 use super::unused::Unused;
 use crate::blocking::worker_threads;
 
-/// Batches that may wait for each lane.
-pub const LANE_QUEUE: usize = 2;
-
 /// Most pages that are taken from the feed at a time.
 const REST_PAGES: usize = CHUNK_PAGES as usize;
-
-/// The way to a lane.
-pub type LaneQueue = async_mpsc::Sender<Batch>;
-
-/// Why a round could not be sent.
-#[derive(Debug, Error)]
-pub enum PumpError {
-    /// Guest memory could not be read.
-    #[error("The guest's memory cannot be read")]
-    Ram(#[from] RamError),
-    /// Contents could not be packed.
-    #[error("Pages cannot be packed")]
-    Codec(#[from] CodecError),
-    /// A lane's connection is gone; its own error says why.
-    #[error("A lane to the destination is closed")]
-    LaneClosed,
-    /// A worker thread ended.
-    #[error("An encoder thread ended")]
-    WorkerGone,
-}
 
 /// What all workers share.
 #[derive(Debug)]
 struct Shared {
     ram: Arc<GuestRam>,
     pages: Arc<SourcePages>,
-    gate: Arc<Gate>,
-    buffers: Buffers,
+    outlets: Outlets,
     /// Tells what the guest does not use.
     unused: Option<Arc<Unused>>,
     /// Pages of the round being sent that need not be sent in it.
     left_out: RwLock<PageSet>,
-    /// Batches handed to each lane since the beginning.
-    batches: Vec<AtomicU64>,
-    lanes: usize,
 }
 
 /// What a worker is to send its share of.
@@ -103,14 +70,6 @@ impl std::fmt::Debug for Pump {
     }
 }
 
-/// A lane and what belongs to it alone.
-struct Lane {
-    number: usize,
-    queue: LaneQueue,
-    builder: BatchBuilder,
-    packer: Packer,
-}
-
 impl Pump {
     /// Starts `threads` workers over the lanes' queues, which pack with the codec that is `wanted` and skip what is
     /// `unused`.
@@ -127,21 +86,12 @@ impl Pump {
             left_out: RwLock::new(PageSet::new(ram.layout().pages())),
             ram,
             pages,
-            gate,
-            buffers: Buffers::default(),
+            outlets: Outlets::new(gate, lanes.len()),
             unused,
-            batches: lanes.iter().map(|_| AtomicU64::new(0)).collect(),
-            lanes: lanes.len(),
         });
         let threads = threads.clamp(1, lanes.len().max(1));
         let (report, done) = mpsc::channel();
-        let mut shares: Vec<Vec<Lane>> = (0..threads).map(|_| vec![]).collect();
-        for (number, queue) in lanes.into_iter().enumerate() {
-            if let Some(share) = shares.get_mut(number % threads) {
-                let (builder, packer) = Default::default();
-                share.push(Lane { number, queue, builder, packer });
-            }
-        }
+        let shares = outlet::shares(lanes, threads);
         let workers = shares
             .into_iter()
             .map(|lanes| {
@@ -222,13 +172,13 @@ impl Pump {
 
     /// Batches handed to each lane so far.
     pub fn batches(&self) -> Vec<u64> {
-        self.shared.batches.iter().map(|count| count.load(Ordering::Acquire)).collect()
+        self.shared.outlets.batches()
     }
 }
 
 impl Drop for Pump {
     fn drop(&mut self) {
-        self.shared.gate.close();
+        self.shared.outlets.gate.close();
         for worker in &mut self.workers {
             worker.jobs = None;
         }
@@ -244,7 +194,7 @@ impl Drop for Pump {
 
 /// What a worker works on.
 struct Share {
-    lanes: Vec<Lane>,
+    lanes: Vec<Outlet>,
     choice: CodecChoice,
 }
 
@@ -256,7 +206,7 @@ impl Share {
         }
         self.send_set(shared, &round.look, Reason::Look, round.number, &mut counts)?;
         for lane in &mut self.lanes {
-            lane.flush(shared, &mut self.choice, round.number, &mut counts)?;
+            lane.flush(&shared.outlets, &mut self.choice, round.number, &mut counts)?;
             counts.add(&lane.builder.take_counts());
         }
         Ok(counts)
@@ -270,8 +220,8 @@ impl Share {
         while more {
             for lane in &mut self.lanes {
                 let batch_bytes = feed.batch_bytes();
-                shared.gate.limit_window(feed.window_bytes());
-                shared.gate.enter(batch_bytes as u64);
+                shared.outlets.gate.limit_window(feed.window_bytes());
+                shared.outlets.gate.enter(batch_bytes as u64);
                 let builder = &mut lane.builder;
                 while builder.content_bytes() < batch_bytes && !builder.is_full(REST_PAGES) {
                     let Some((first, pages)) = feed.next(REST_PAGES) else {
@@ -280,11 +230,11 @@ impl Share {
                     };
                     builder.push_last(first, pages, |buffer| shared.ram.read(first, buffer))?;
                 }
-                let packed = lane.packed(shared, &mut self.choice, 0, &mut counts)?;
+                let packed = lane.packed(&shared.outlets, &mut self.choice, 0, &mut counts)?;
                 let bytes = packed.as_ref().map_or(0, |(_, bytes)| *bytes);
-                shared.gate.correct(batch_bytes as u64, bytes);
+                shared.outlets.gate.correct(batch_bytes as u64, bytes);
                 if let Some((batch, _)) = packed {
-                    lane.send(shared, batch)?;
+                    lane.send(&shared.outlets, batch)?;
                 }
                 counts.add(&lane.builder.take_counts());
             }
@@ -304,7 +254,7 @@ impl Share {
         while let Some(page) = set.first_in(next..set.size()) {
             let chunk = page / CHUNK_PAGES;
             next = (chunk + 1) * CHUNK_PAGES;
-            let number = lane_of(PageIndex(chunk * CHUNK_PAGES), shared.lanes);
+            let number = lane_of(PageIndex(chunk * CHUNK_PAGES), shared.outlets.lanes());
             let Some(lane) = self.lanes.iter_mut().find(|lane| lane.number == number) else {
                 continue;
             };
@@ -317,7 +267,7 @@ impl Share {
                 }
             }
             if lane.builder.is_full(CHUNK_PAGES as usize) {
-                lane.flush(shared, &mut self.choice, round, counts)?;
+                lane.flush(&shared.outlets, &mut self.choice, round, counts)?;
             }
         }
         Ok(())
@@ -373,77 +323,4 @@ fn push_within_blocks(
         })?;
     }
     Ok(())
-}
-
-impl Lane {
-    /// Packs what the builder holds and sends it when the gate lets it through.
-    fn flush(
-        &mut self,
-        shared: &Shared,
-        choice: &mut CodecChoice,
-        round: u32,
-        counts: &mut PageCounts,
-    ) -> Result<(), PumpError> {
-        let Some((batch, bytes)) = self.packed(shared, choice, round, counts)? else {
-            return Ok(());
-        };
-        shared.gate.enter(bytes);
-        self.send(shared, batch)
-    }
-
-    /// What the builder holds as a batch, and its bytes on the wire.
-    fn packed(
-        &mut self,
-        shared: &Shared,
-        choice: &mut CodecChoice,
-        round: u32,
-        counts: &mut PageCounts,
-    ) -> Result<Option<(Batch, u64)>, PumpError> {
-        let Some(batch) = self.builder.take() else { return Ok(None) };
-        self.builder.reuse(shared.buffers.take());
-        let content_bytes = batch.content.len();
-        let (codec, payload) = self.pack(shared, choice, batch.content)?;
-        let bytes = wire_bytes(batch.runs.len(), payload.len());
-        counts.wire_bytes += bytes;
-        counts.note_packed(codec, content_bytes, payload.len());
-        let payload = shared.buffers.lend(payload).into();
-        Ok(Some((Batch { runs: batch.runs, payload, codec, content_bytes, round }, bytes)))
-    }
-
-    /// Hands a batch to the lane's task.
-    fn send(&self, shared: &Shared, batch: Batch) -> Result<(), PumpError> {
-        if let Some(count) = shared.batches.get(self.number) {
-            count.fetch_add(1, Ordering::Release);
-        }
-        self.queue.blocking_send(batch).map_err(|_| PumpError::LaneClosed)
-    }
-
-    /// Packs as is fastest; contents that LZ4 does not make smaller travel as they are.
-    fn pack(
-        &mut self,
-        shared: &Shared,
-        choice: &mut CodecChoice,
-        content: PageBuffer,
-    ) -> Result<(Codec, PageBuffer), PumpError> {
-        let codec = choice.choose(content.as_ref(), shared.gate.link_bytes_per_s());
-        if codec == Codec::Plain || content.is_empty() {
-            return Ok((Codec::Plain, content));
-        }
-        let (began, processor) = (Instant::now(), processor_time());
-        let packed = content.pack(&mut self.packer, codec, shared.buffers.take())?;
-        let bytes = packed.len();
-        let processor = processor_time().saturating_sub(processor);
-        choice.packed(content.len(), bytes, began.elapsed(), processor);
-        if codec == Codec::Lz4 && bytes >= content.len() {
-            return Ok((Codec::Plain, content));
-        }
-        shared.buffers.put(content);
-        Ok((codec, packed))
-    }
-}
-
-/// Processor time of this thread.
-fn processor_time() -> Duration {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::try_from(now).unwrap_or_default()
 }

@@ -15,7 +15,8 @@ use transport::messages::Sync;
 
 use super::gate::Gate;
 use super::link::Link;
-use super::pump::{Pump, PumpError};
+use super::outlet::PumpError;
+use super::pump::Pump;
 use super::split::Split;
 use super::unused::Unused;
 use crate::args::Mode;

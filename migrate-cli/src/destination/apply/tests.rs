@@ -47,7 +47,7 @@ impl Guest {
         batches: Vec<Batch>,
     ) -> Result<(), String> {
         let pages = Arc::new(DestinationPages::new(PAGES));
-        let (applier, inlets) = Applier::start(Arc::clone(&self.ram), pages, lanes, 2);
+        let (applier, inlets) = Applier::start(self.ram.clone(), pages, lanes, 2);
         let mut want = vec![0; lanes];
         want[lane] = batches.len() as u64;
         for batch in batches {

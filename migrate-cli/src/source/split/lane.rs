@@ -14,7 +14,7 @@ use transport::pages::wire::{DROP_EXTENTS_MAX, REQUEST_PAGES_MAX};
 use transport::pages::{Extent, PageAnswer, PageClient, PageRequest};
 
 use super::super::gate::Gate;
-use super::super::pump::PumpError;
+use super::super::outlet::PumpError;
 use super::super::unused::Unused;
 use super::routes::Share;
 use crate::error::EngineError;

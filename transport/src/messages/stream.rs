@@ -1,0 +1,120 @@
+//! The messages of a guest whose QEMUs move it themselves, through a gateway at each end.
+//!
+//! ```text
+//! source's gateway                              destination's gateway
+//!   StreamOpen --------------------------------->  connects to its QEMU
+//!         <------------------------------------- StreamOpened (or Refuse)
+//!   StreamBytes, StreamBlocks, Sync, ... -------->  in this order to its QEMU; pages come on the lanes
+//!         <------------------------------------- StreamBack: what its QEMU says
+//!   StreamEnd ---------------------------------->
+//!         <------------------------------------- StreamEnd
+//! ```
+
+use migrate_core::layout::{BLOCKS_MAX, BlockSpec, RamLayout};
+use serde::{Deserialize, Serialize};
+
+use super::{Body, SMALL_BYTES, check_text, rule};
+use crate::error::WireError;
+
+/// Most bytes of QEMU's stream in one message.
+pub const STREAM_CHUNK_BYTES_MAX: usize = 256 << 10;
+
+/// Room in bytes for [`StreamBytes`] and [`StreamBack`].
+pub(super) const STREAM_CHUNK_BODY_BYTES: usize = STREAM_CHUNK_BYTES_MAX + SMALL_BYTES;
+
+/// Room in bytes for [`StreamBlocks`]: a name of QEMU's has 255 bytes.
+pub(super) const STREAM_BLOCKS_BODY_BYTES: usize = BLOCKS_MAX * 280 + SMALL_BYTES;
+
+/// Source: a QEMU is about to send a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamOpen {
+    /// Where the QEMU connected to the source's gateway, for the log.
+    pub name: String,
+    /// The port that the QEMU at the destination listens on; 0 for the one that the gateway there was told of.
+    pub port: u16,
+}
+
+/// Destination, answer to [`StreamOpen`]: the QEMU there is connected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamOpened {}
+
+/// Source, once: the guest's RAM as the stream lists it. Pages may come on the lanes from now on; their numbers
+/// are those of the blocks in this order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamBlocks {
+    /// The number of the stream's section of RAM.
+    pub section: u32,
+    /// The blocks.
+    pub blocks: Vec<BlockSpec>,
+}
+
+/// Source: bytes of the stream that are no pages, to be written after everything that was sent before: after the
+/// batches of the last [`Sync`](super::Sync).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamBytes {
+    /// 1 to [`STREAM_CHUNK_BYTES_MAX`] bytes.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// Destination: bytes of the return path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamBack {
+    /// 1 to [`STREAM_CHUNK_BYTES_MAX`] bytes.
+    #[serde(with = "serde_bytes")]
+    pub bytes: Vec<u8>,
+}
+
+/// Either: the QEMU here ended its connection in good order; nothing more comes from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamEnd {}
+
+fn check_chunk(what: &'static str, bytes: &[u8]) -> Result<(), WireError> {
+    let count = bytes.len();
+    let fits = (1..=STREAM_CHUNK_BYTES_MAX).contains(&count);
+    rule(fits, what, "bytes", count as u64, "1 to 262144 bytes are allowed")
+}
+
+impl Body for StreamOpen {
+    fn validate(&self) -> Result<(), WireError> {
+        check_text("StreamOpen", "name", &self.name)
+    }
+}
+
+impl Body for StreamOpened {
+    fn validate(&self) -> Result<(), WireError> {
+        Ok(())
+    }
+}
+
+impl Body for StreamBlocks {
+    fn validate(&self) -> Result<(), WireError> {
+        let what = "StreamBlocks";
+        let blocks = self.blocks.len();
+        rule(blocks <= BLOCKS_MAX, what, "blocks", blocks as u64, "at most 512 are allowed")?;
+        for block in &self.blocks {
+            check_text(what, "blocks.name", &block.name)?;
+        }
+        RamLayout::new(self.blocks.clone())
+            .map(drop)
+            .map_err(|source| WireError::Layout { what, source })
+    }
+}
+
+impl Body for StreamBytes {
+    fn validate(&self) -> Result<(), WireError> {
+        check_chunk("StreamBytes", &self.bytes)
+    }
+}
+
+impl Body for StreamBack {
+    fn validate(&self) -> Result<(), WireError> {
+        check_chunk("StreamBack", &self.bytes)
+    }
+}
+
+impl Body for StreamEnd {
+    fn validate(&self) -> Result<(), WireError> {
+        Ok(())
+    }
+}
