@@ -1,5 +1,7 @@
 //! What can be typed, and its help. What it means is in [`crate::commands`].
 
+mod gateway;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,6 +11,7 @@ use migrate_core::codec::Codec;
 use migrate_core::codec_choice::Wanted;
 use transport::LaneKind;
 
+pub use self::gateway::{GatewayArgs, GatewayCommand, GatewayDestinationArgs, GatewaySourceArgs};
 use crate::journal;
 
 /// Moves running QEMU virtual machines between hosts.
@@ -62,6 +65,9 @@ pub enum Command {
     MemoryServer(MemoryServerArgs),
     /// Receives guests and keeps memory of others' guests, as a file says.
     Agent(AgentArgs),
+    /// Passes on migrations that QEMU, libvirt or others drive themselves.
+    #[command(subcommand)]
+    Gateway(GatewayCommand),
     /// Boots a guest on this machine, migrates it over loopback and prints a report.
     Demo(DemoArgs),
 }

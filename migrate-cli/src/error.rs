@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::fmt::Write as _;
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -19,6 +20,7 @@ use qemu_glue::device_state::DeviceStateError;
 use qemu_glue::error::{AttachError, ProcError, RamError, TrackError};
 use qemu_glue::pager::PagerError;
 use qemu_glue::qmp::QmpError;
+use qemu_glue::stream::StreamError;
 use qemu_glue::vm::VmError;
 use thiserror::Error;
 use transport::messages::{AbortCode, RefuseCode, RejectCode};
@@ -258,6 +260,15 @@ pub enum EngineError {
         #[source]
         source: Box<Self>,
     },
+    /// A QEMU's stream carries what cannot be passed on, or is damaged.
+    #[error("QEMU's stream cannot be passed on")]
+    Stream(#[from] StreamError),
+    /// A QEMU's stream carries what a gateway does not take.
+    #[error("QEMU's stream carries {0}")]
+    NotTaken(&'static str),
+    /// A QEMU that sends or takes a guest by itself is gone.
+    #[error("The connection to QEMU failed")]
+    QemuSocket(#[source] io::Error),
     /// A task of the engine ended unexpectedly.
     #[error("A part of the engine ended unexpectedly: {0}")]
     Internal(String),
@@ -287,7 +298,10 @@ impl Classify for EngineError {
             Self::Layout(error) => error.bin(),
             Self::OutOfPlace { .. } | Self::Contradiction(_) => ErrorBin::PeerMisbehaved,
             Self::Refused { .. } => ErrorBin::PeerIncompatible,
+            Self::Stream(error) => error.bin(),
+            Self::QemuSocket(_) => ErrorBin::System,
             Self::Blocked(_)
+            | Self::NotTaken(_)
             | Self::NotConverging(_)
             | Self::Cancelled
             | Self::Misuse { .. }
@@ -340,9 +354,13 @@ impl EngineError {
         match self {
             Self::Cancelled => AbortCode::Cancelled,
             Self::NotConverging(_) => AbortCode::NotConverging,
-            Self::Qmp(_) | Self::Vm(_) | Self::DeviceState(_) | Self::RunState { .. } => {
-                AbortCode::Qemu
-            }
+            Self::Qmp(_)
+            | Self::Vm(_)
+            | Self::DeviceState(_)
+            | Self::RunState { .. }
+            | Self::Stream(_)
+            | Self::NotTaken(_)
+            | Self::QemuSocket(_) => AbortCode::Qemu,
             Self::Ram(_) | Self::Track(_) | Self::Attach(_) | Self::RamChanged => AbortCode::Memory,
             Self::Mismatch { .. } => AbortCode::Mismatch,
             Self::TooSlow { .. } => AbortCode::Timeout,

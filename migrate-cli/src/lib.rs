@@ -7,6 +7,7 @@
 //! | [`source`], [`destination`] | the two ends of a migration |
 //! | [`memory_server`] | keeps pages of guests that run elsewhere |
 //! | [`agent`] | a memory server and receivers in one process |
+//! | [`gateway`] | passes on migrations that QEMUs make themselves |
 //! | [`journal`] | the durable record of who owns the guest |
 //! | [`report`], [`progress`], [`mod@tell`] | what the user sees |
 //! | [`attaching`], [`verify`] | the descriptor of QEMU's memory; digests of all pages |
@@ -27,6 +28,7 @@ pub mod commands;
 pub mod destination;
 pub mod error;
 pub mod failpoint;
+pub mod gateway;
 pub mod http;
 pub mod journal;
 pub mod memory_server;

@@ -60,6 +60,7 @@ pub struct SourcePages {
     hash_seed: u64,
     bases: Option<Bases>,
     duplicates: Option<Duplicates>,
+    tells_zeros: bool,
 }
 
 impl SourcePages {
@@ -77,7 +78,15 @@ impl SourcePages {
             hash_seed,
             bases: None,
             duplicates: None,
+            tells_zeros: false,
         }
+    }
+
+    /// The same, but pages of zeros are told of when they come for the first time, too: who is at the
+    /// other end does not know by itself what was never sent.
+    #[must_use]
+    pub fn with_zeros(self) -> Self {
+        Self { tells_zeros: true, ..self }
     }
 
     /// The same, but pages that travel again on one of `lanes` lanes do so as deltas, for which at
@@ -113,11 +122,13 @@ impl SourcePages {
         let Some(slot) = self.versions.get(index) else { return PageVerdict::Keep };
         let version = slot.load(Ordering::Relaxed);
         let zero = is_zero(content);
-        if zero && version == 0 {
+        let sent = version > 0;
+        if zero && !sent && !self.tells_zeros {
             return PageVerdict::Keep;
         }
-        let sent = version > 0;
-        let changed = self.bases.as_ref().and_then(|bases| bases.replace(page, content, sent));
+        // What never held anything needs no base.
+        let bases = self.bases.as_ref().filter(|_| sent || !zero);
+        let changed = bases.and_then(|bases| bases.replace(page, content, sent));
         let hash = self.hashes.is_some().then(|| self.hash(content));
         let same_hash = hash.is_some_and(|hash| self.replace_hash(index, hash));
         if sent && (same_hash || changed == Some(0)) {

@@ -11,11 +11,11 @@ use std::process::ExitCode;
 
 use migrate_core::handover::Outcome;
 
-use crate::args::{AgentArgs, Command, MemoryServerArgs, ReceiveArgs};
+use crate::args::{AgentArgs, Command, GatewayCommand, MemoryServerArgs, ReceiveArgs};
 use crate::destination::remote::Watched;
 use crate::error::EngineError;
 use crate::report::{Report, ReportOutcome};
-use crate::{agent, destination, http, memory_server, source};
+use crate::{agent, destination, gateway, http, memory_server, source};
 
 /// Runs a command; errors are told on stderr.
 pub async fn run(command: Command) -> ExitCode {
@@ -34,6 +34,10 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Resolve(args) => resolve::run(&args).await,
         Command::MemoryServer(args) => serve_memory(&args).await,
         Command::Agent(args) => run_agent(&args).await,
+        Command::Gateway(GatewayCommand::Source(args)) => over(gateway::source(&args).await),
+        Command::Gateway(GatewayCommand::Destination(args)) => {
+            over(gateway::destination(&args).await)
+        }
         Command::Demo(args) => demo::run(&args).await,
     }
 }

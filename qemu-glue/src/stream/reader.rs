@@ -44,6 +44,7 @@ pub struct Reader {
     at_byte: u64,
     finished: bool,
     stopped: bool,
+    open_ended: bool,
 }
 
 /// What comes next.
@@ -78,6 +79,12 @@ impl Reader {
         Self::with(Grammar::stream())
     }
 
+    /// For who passes a stream on and need not know where it ends: device state is handed out as it
+    /// comes, with what follows it, until the connection ends.
+    pub fn open_ended() -> Self {
+        Self { open_ended: true, ..Self::new() }
+    }
+
     /// For the contents of a package ([`Command::Packaged`](super::Command::Packaged)), the
     /// [`Event::Bytes`] that follow it.
     pub fn package(size_bytes: u32) -> Self {
@@ -99,6 +106,7 @@ impl Reader {
             at_byte: 0,
             finished: false,
             stopped: false,
+            open_ended: false,
         }
     }
 
@@ -183,6 +191,9 @@ impl Reader {
     fn task(&mut self, input: &mut &[u8]) -> Task {
         let (ends, task) = match (self.grammar.place(), self.grammar.scope()) {
             (Place::Bytes { left, .. }, _) => (false, Task::Bytes { left }),
+            (Place::DeviceState, Scope::Connection) if self.open_ended => {
+                (false, Task::DeviceState)
+            }
             (Place::DeviceState, Scope::Connection) => {
                 (self.finished && self.state_ends(), Task::DeviceState)
             }
@@ -215,7 +226,12 @@ impl Reader {
         if self.stopped {
             return Err(self.error(Refusal::Stopped));
         }
+        let in_state = self.grammar.place() == Place::DeviceState;
         let place = match self.end_sign() {
+            EndSign::None if self.open_ended && in_state => {
+                self.finished = true;
+                return Ok(());
+            }
             EndSign::Possible | EndSign::Described | EndSign::Certain => {
                 self.finished = true;
                 return Ok(());
@@ -370,6 +386,15 @@ impl Reader {
 
     /// Hands out device state up to where the stream might end.
     fn device_state<'e, 'i: 'e>(&'e mut self, input: &mut &'i [u8]) -> Option<Event<'e>> {
+        if self.open_ended {
+            let held = self.gather.bytes().len();
+            let taken = match held {
+                0 => take(input, input.len()),
+                held => self.gather.spend(held),
+            };
+            self.at_byte = self.at_byte.saturating_add(taken.len() as u64);
+            return (!taken.is_empty()).then_some(Event::DeviceState(taken));
+        }
         if self.finished {
             // What seemed to begin a description was state: only the last byte is the end.
             let state = self.gather.bytes().len().saturating_sub(1);

@@ -1,0 +1,96 @@
+//! What can be typed about gateways.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{Compression, Lanes, parse_bits, parse_bytes};
+use crate::gateway::socket::QemuAddr;
+
+/// `migrate gateway`.
+#[derive(Debug, Subcommand)]
+pub enum GatewayCommand {
+    /// Where guests leave: their QEMUs connect here.
+    Source(GatewaySourceArgs),
+    /// Where guests arrive: connects to the QEMUs that wait for them.
+    Destination(GatewayDestinationArgs),
+}
+
+/// What both ends of a gateway have in common.
+#[derive(Debug, Clone, Args)]
+pub struct GatewayArgs {
+    /// Directory of this host's identity, made by `migrate pki issue`.
+    #[arg(long, value_name = "DIR")]
+    pub identity: PathBuf,
+    /// Seconds of silence after which the other gateway counts as dead.
+    #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=300))]
+    pub dead_peer_s: u64,
+    /// Address and port for metrics: HTTP, GET /metrics, in Prometheus' text format. Whoever
+    /// reaches it can read them.
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<SocketAddr>,
+}
+
+/// `migrate gateway source`.
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_long_help = "Whoever drives the migration lets QEMU send to this gateway instead of the destination:\n  \
+        virsh migrate --live GUEST qemu+ssh://DESTINATION/system --migrateuri tcp://THIS-HOST:49152\n  \
+        migrate -d unix:/run/godwit/out.sock        in QEMU's monitor\n\n\
+        Leave multifd, xbzrle, compression and TLS of QEMU's own off: the gateways do all of that between them. If anything \
+        fails before QEMU has handed the guest over, QEMU sees its connection end and lets the guest run on here."
+)]
+pub struct GatewaySourceArgs {
+    /// What both ends have in common.
+    #[command(flatten)]
+    pub common: GatewayArgs,
+    /// Where QEMUs connect: unix:PATH, HOST:PORT or HOST:FIRST-LAST; may be repeated. Of several ports, each leads to the
+    /// QEMU that listens on the same one at the destination. Nothing is asked of who connects: use an address that only
+    /// this host reaches.
+    #[arg(long, value_name = "ADDR", required = true)]
+    pub listen: Vec<QemuAddr>,
+    /// Address and port where `migrate gateway destination` listens.
+    #[arg(long, value_name = "ADDR")]
+    pub to: String,
+    /// Take the other gateway only if its identity has this name.
+    #[arg(long, value_name = "NAME")]
+    pub peer: Option<String>,
+    /// How batches of pages are packed.
+    #[arg(long, value_enum, default_value_t = Compression::Auto)]
+    pub compression: Compression,
+    /// Memory a guest for hashes of what was sent, by which only the changed lines of a page are sent again:
+    /// 512 bytes a page, 0 for none. Suffixes K, M and G.
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_bytes)]
+    pub delta_cache: u64,
+    /// Most bits a second to send for each guest, with an optional suffix k, M or G (500M).
+    #[arg(long, value_name = "BITS", value_parser = parse_bits)]
+    pub max_bandwidth: Option<u64>,
+    /// What carries pages; everything else goes over QUIC.
+    #[arg(long, value_enum, default_value_t = Lanes::Auto)]
+    pub lanes: Lanes,
+    /// Lanes: connections that carry pages side by side [default: one a core, at most 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub lane_count: Option<u16>,
+    /// Print one JSON object a guest on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `migrate gateway destination`.
+#[derive(Debug, Clone, Args)]
+pub struct GatewayDestinationArgs {
+    /// What both ends have in common.
+    #[command(flatten)]
+    pub common: GatewayArgs,
+    /// Address and port to listen on, for gateways.
+    #[arg(long, value_name = "ADDR")]
+    pub listen: SocketAddr,
+    /// Where QEMUs wait for guests: unix:PATH, HOST:PORT, or HOST with or without a range of ports, for whatever port the
+    /// source's QEMU connected to.
+    #[arg(long, value_name = "ADDR")]
+    pub qemu: QemuAddr,
+    /// Take gateways only if their identity has this name.
+    #[arg(long, value_name = "NAME")]
+    pub peer: Option<String>,
+}

@@ -1,0 +1,255 @@
+//! One guest's way in: from the other gateway to the QEMU that waits for it here.
+
+use std::io::Read;
+use std::sync::Arc;
+use std::time::Duration;
+
+use migrate_core::layout::{PAGE_BYTES, RamLayout};
+use migrate_core::page_table::DestinationPages;
+use qemu_glue::stream::{BlockList, RamBlock};
+use tokio::sync::mpsc;
+use transport::messages::{
+    self, FEATURE_STREAM, Message, Refuse, RefuseCode, STREAM_CHUNK_BYTES_MAX, StreamBack,
+    StreamBlocks, StreamEnd, StreamOpen, StreamOpened, Sync, Synced,
+};
+use transport::{Closer, ControlSender, DestinationSession, LaneReceiver, close_code};
+
+use super::sink::{QemuOut, StreamSink};
+use super::socket::{self, QemuAddr, QemuSocket};
+use crate::blocking::on_thread;
+use crate::destination::intake::Intake;
+use crate::error::EngineError;
+
+/// Longest wait for the first word.
+const OPEN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Longest wait for a QEMU to listen: who starts it may be about to.
+const REACHED_WITHIN: Duration = Duration::from_secs(10);
+
+/// Messages of the return path that may wait.
+const BACKS: usize = 16;
+
+/// Takes a guest in; what went wrong.
+///
+/// # Errors
+/// Anything that kept it from being handed to its QEMU in good order.
+pub async fn receive(session: DestinationSession, qemu: &QemuAddr) -> Result<(), EngineError> {
+    let (closer, sender) = (session.closer.clone(), session.control_sender.clone());
+    let taken = Box::pin(run(session, qemu)).await;
+    match &taken {
+        Ok(()) => {
+            // The other gateway closes once it has heard the last word.
+            let _closed = tokio::time::timeout(OPEN_WITHIN, closer.closed()).await;
+        }
+        Err(EngineError::Refused { code, text }) => {
+            let refuse = Refuse { code: *code, text: messages::text(text) };
+            let _gone = sender.send(&Message::Refuse(refuse)).await;
+            let _closed = tokio::time::timeout(OPEN_WITHIN, closer.closed()).await;
+        }
+        Err(error) => {
+            let (code, text) = (error.abort_code(), messages::text(&error.tell()));
+            let abort = messages::Abort { code, text: text.clone() };
+            let _gone = sender.send(&Message::Abort(abort)).await;
+            closer.close(close_code::ABORTED, &text).await;
+        }
+    }
+    taken
+}
+
+async fn run(mut session: DestinationSession, qemu: &QemuAddr) -> Result<(), EngineError> {
+    let open = opened(&mut session).await?;
+    let socket = reach(qemu, &open).await?;
+    tracing::info!(name = open.name, port = open.port, "a guest comes in");
+    let result = async {
+        session.control_sender.send(&Message::StreamOpened(StreamOpened {})).await?;
+        let out = socket.another().map_err(EngineError::QemuSocket)?;
+        let mut arrival = Arrival {
+            out: Arc::new(QemuOut::new(out)),
+            lanes: session.lanes,
+            sender: session.control_sender,
+            closer: session.closer,
+            intake: None,
+            pages: Arc::new(DestinationPages::new(0)),
+            is_sent: false,
+            is_answered: false,
+        };
+        let taken = arrival.take(&mut session.control_receiver, &socket).await;
+        if let Some(intake) = &mut arrival.intake {
+            if taken.is_err() {
+                // Whoever writes to it is woken.
+                socket.cut();
+            }
+            intake.stop().await;
+        }
+        taken
+    };
+    let taken = result.await;
+    socket.cut();
+    taken
+}
+
+async fn opened(session: &mut DestinationSession) -> Result<StreamOpen, EngineError> {
+    let first = tokio::time::timeout(OPEN_WITHIN, session.control_receiver.recv()).await;
+    let late = |_| EngineError::TooSlow {
+        wanted: "a word about the guest",
+        seconds: OPEN_WITHIN.as_secs(),
+    };
+    match first.map_err(late)?? {
+        Message::StreamOpen(open) if session.selected.features & FEATURE_STREAM != 0 => Ok(open),
+        _ => Err(EngineError::Refused {
+            code: RefuseCode::NoPlace,
+            text:
+                "this is a gateway: start `migrate receive` for `migrate send` and `migrate split`"
+                    .into(),
+        }),
+    }
+}
+
+async fn reach(qemu: &QemuAddr, open: &StreamOpen) -> Result<QemuSocket, EngineError> {
+    let refuse = |text| Err(EngineError::Refused { code: RefuseCode::NoPlace, text });
+    let port = open.port;
+    if let QemuAddr::Tcp { ports, .. } = qemu {
+        let is_named = ports.is_some_and(|(first, last)| first == last);
+        if port == 0 && !is_named {
+            return refuse(format!(
+                "the source's QEMU uses a Unix socket: name the port of the one here, --qemu {qemu}:PORT"
+            ));
+        }
+        if let Some((first, last)) = ports
+            && !is_named
+            && !(*first..=*last).contains(&port)
+        {
+            return refuse(format!("port {port} is none of --qemu {qemu}"));
+        }
+    }
+    let addr = qemu.clone();
+    match on_thread(move || socket::connect(&addr, port, REACHED_WITHIN)).await? {
+        Ok(socket) => Ok(socket),
+        Err(error) => refuse(format!("no QEMU listens at {qemu}, port {port}: {error}")),
+    }
+}
+
+/// A guest that comes in.
+struct Arrival {
+    out: Arc<QemuOut>,
+    /// Until pages may come.
+    lanes: Vec<LaneReceiver>,
+    sender: ControlSender,
+    closer: Closer,
+    intake: Option<Intake>,
+    pages: Arc<DestinationPages>,
+    /// The source's QEMU has ended its stream.
+    is_sent: bool,
+    /// The QEMU here has said its last word.
+    is_answered: bool,
+}
+
+impl Arrival {
+    /// Passes everything on in both directions until both ends are done.
+    async fn take(
+        &mut self,
+        control: &mut transport::ControlReceiver,
+        socket: &QemuSocket,
+    ) -> Result<(), EngineError> {
+        let (backs, mut inbox) = mpsc::channel(BACKS);
+        let reading = socket.another().map_err(EngineError::QemuSocket)?;
+        let _ends_with_the_socket =
+            tokio::task::spawn_blocking(move || read_back(&reading, &backs));
+        while !(self.is_sent && self.is_answered) {
+            let applier = self.intake.as_ref().map(|intake| Arc::clone(intake.applier()));
+            let failed = async {
+                match applier {
+                    Some(applier) => applier.failed().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                message = control.recv(), if !self.is_sent => self.hear(message?, socket).await?,
+                back = inbox.recv(), if !self.is_answered => self.answer(back).await?,
+                error = failed => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    async fn hear(&mut self, message: Message, socket: &QemuSocket) -> Result<(), EngineError> {
+        match message {
+            Message::StreamBytes(part) => {
+                let out = Arc::clone(&self.out);
+                let written = on_thread(move || out.write(&part.bytes)).await?;
+                written.map_err(EngineError::QemuSocket)
+            }
+            Message::StreamBlocks(blocks) => self.begin_pages(blocks),
+            Message::Sync(sync) => self.sync(sync).await,
+            Message::StreamEnd(_) => {
+                self.is_sent = true;
+                socket.end_writing();
+                Ok(())
+            }
+            Message::Abort(abort) => {
+                Err(EngineError::PeerAborted { code: abort.code, text: abort.text })
+            }
+            other => Err(EngineError::OutOfPlace { got: other.name(), wanted: "StreamBytes" }),
+        }
+    }
+
+    fn begin_pages(&mut self, told: StreamBlocks) -> Result<(), EngineError> {
+        if self.intake.is_some() {
+            return Err(EngineError::OutOfPlace { got: "StreamBlocks", wanted: "StreamBytes" });
+        }
+        let blocks = told.blocks.iter().map(|block| RamBlock {
+            name: block.name.clone(),
+            length_bytes: block.length_bytes,
+            page_bytes: None,
+            address: None,
+        });
+        let list = BlockList::new(blocks.collect());
+        let list = list.map_err(|error| EngineError::Contradiction(error.to_string()))?;
+        let layout = RamLayout::new(told.blocks)?;
+        self.pages = Arc::new(DestinationPages::new(layout.bytes() / PAGE_BYTES as u64));
+        let sink = StreamSink::new(layout, list, told.section, Arc::clone(&self.out));
+        let (pages, lanes) = (Arc::clone(&self.pages), std::mem::take(&mut self.lanes));
+        let sender = self.sender.clone();
+        self.intake = Some(Intake::start(Arc::new(sink), pages, lanes, sender, &self.closer));
+        Ok(())
+    }
+
+    async fn sync(&self, sync: Sync) -> Result<(), EngineError> {
+        let Some(intake) = &self.intake else {
+            return Err(EngineError::OutOfPlace { got: "Sync", wanted: "StreamBlocks" });
+        };
+        intake.applier().reach(&sync.batches).await?;
+        let (sequence, version_digest) = (sync.sequence, self.pages.digest());
+        Ok(self.sender.send(&Message::Synced(Synced { sequence, version_digest })).await?)
+    }
+
+    /// Passes on what the QEMU here said, or that it says nothing more.
+    async fn answer(&mut self, back: Option<Vec<u8>>) -> Result<(), EngineError> {
+        let message = match back {
+            Some(bytes) => Message::StreamBack(StreamBack { bytes }),
+            None => {
+                self.is_answered = true;
+                Message::StreamEnd(StreamEnd {})
+            }
+        };
+        Ok(self.sender.send(&message).await?)
+    }
+}
+
+/// Reads what a QEMU says until it ends the connection.
+fn read_back(socket: &QemuSocket, backs: &mpsc::Sender<Vec<u8>>) {
+    let (mut socket, mut buffer) = (socket, vec![0; STREAM_CHUNK_BYTES_MAX]);
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(count) => {
+                let bytes = buffer.get(..count).unwrap_or_default().to_vec();
+                if backs.blocking_send(bytes).is_err() {
+                    return;
+                }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return tracing::info!(%error, "a QEMU's connection ended"),
+        }
+    }
+}

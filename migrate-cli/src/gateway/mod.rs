@@ -1,0 +1,178 @@
+//! A pair of proxies for migrations that somebody else drives: plain QEMU, libvirt, whatever is built on them.
+//!
+//! ```text
+//!   QEMU ══ its stream ══► gateway source ══ pages: lanes; the rest: control ══► gateway destination ══ its stream ══► QEMU
+//!        ◄══════════════════════════════ return path: control ══════════════════════════════════════
+//! ```
+//!
+//! The source's gateway takes QEMU's stream apart ([`intake`]), sends pages as an ordinary migration does, packed, as
+//! deltas and encrypted, and everything else in its order; that at the destination writes a stream of them for its QEMU
+//! ([`sink`]). Neither QEMU knows: when a connection ends early, both see theirs end, and decide as ever who has the guest.
+//!
+//! Invariants: no byte of the stream is written at the destination before the pages that came before it; of a page
+//! versions arrive in the stream's order; what is under way is bounded, so that QEMU's own estimate of the bandwidth
+//! is that of the link.
+
+pub mod destination;
+pub mod encode;
+pub mod intake;
+mod metrics;
+pub mod report;
+pub mod sink;
+pub mod socket;
+pub mod source;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use transport::messages::{FEATURE_STREAM, Intent};
+use transport::{Identity, Listener, Options, TransportError, close_code};
+
+use self::metrics::{Passing, Side};
+use self::socket::QemuListener;
+use self::source::Onward;
+use crate::args::{GatewayArgs, GatewayDestinationArgs, GatewaySourceArgs};
+use crate::blocking::worker_threads;
+use crate::error::EngineError;
+use crate::source::prepare;
+use crate::{cancel, http, tell};
+
+/// Pause after a connection could not be accepted.
+const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+/// Passes on the guests of QEMUs that connect here, until the user wants out.
+///
+/// # Errors
+/// What keeps it from beginning, with the remedy.
+pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
+    let identity = Arc::new(Identity::load(&args.common.identity)?);
+    let lanes = args.lane_count.map_or_else(worker_threads, usize::from);
+    let onward = Onward {
+        addr: prepare::resolve_address(&args.to).await?,
+        identity,
+        options: Options {
+            lanes,
+            lane_kind: args.lanes.kind(),
+            expected_peer: args.peer.clone(),
+            ..options(&args.common)
+        },
+        max_bandwidth: args.max_bandwidth,
+        wanted: args.compression.wanted(),
+        delta_bytes_max: args.delta_cache,
+    };
+    let passing = Passing::new(Side::Source);
+    tell_metrics(&args.common, &passing).await?;
+    let listener = QemuListener::bind(&args.listen).await?;
+    let listens: Vec<String> = args.listen.iter().map(ToString::to_string).collect();
+    // Scripts wait for this line.
+    tell!("listening on {}", listens.join(", "));
+    let mut guests = JoinSet::new();
+    let mut requests = cancel::Requests::watch();
+    loop {
+        let connected = tokio::select! {
+            connected = listener.accept() => connected,
+            Some(_) = guests.join_next() => continue,
+            () = requests.next() => break,
+        };
+        match connected {
+            Ok(connected) => {
+                let (onward, passing, json) = (onward.clone(), passing.clone(), args.json);
+                guests.spawn(async move {
+                    let under_way = passing.begin();
+                    let report = source::send(&onward, connected).await;
+                    under_way.end(&report);
+                    tell!("{}", report.line());
+                    if json && let Ok(line) = serde_json::to_string(&report) {
+                        println!("{line}");
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a QEMU was not accepted");
+                tokio::time::sleep(ACCEPT_AGAIN_AFTER).await;
+            }
+        }
+    }
+    drop(listener);
+    wind_up(guests, requests).await;
+    Ok(())
+}
+
+/// Hands guests that other gateways send to the QEMUs that wait for them, until the user wants out.
+///
+/// # Errors
+/// As [`source`].
+pub async fn destination(args: &GatewayDestinationArgs) -> Result<(), EngineError> {
+    let identity = Identity::load(&args.common.identity)?;
+    let default = Options::default();
+    let options =
+        Options { lanes: default.lanes, expected_peer: args.peer.clone(), ..options(&args.common) };
+    let passing = Passing::new(Side::Destination);
+    tell_metrics(&args.common, &passing).await?;
+    let mut listener = Listener::bind(args.listen, &identity, &options)?;
+    // Scripts wait for this line.
+    tell!("listening on {}", listener.local_addr());
+    let mut guests = JoinSet::new();
+    let mut requests = cancel::Requests::watch();
+    loop {
+        let session = tokio::select! {
+            session = listener.accept() => session,
+            Some(_) = guests.join_next() => continue,
+            () = requests.next() => break,
+        };
+        match session {
+            Ok(session) if session.intent == Intent::Migrate => {
+                let (qemu, passing) = (args.qemu.clone(), passing.clone());
+                guests.spawn(async move {
+                    let (from, closer) = (session.peer.name.clone(), session.closer.clone());
+                    let under_way = passing.begin();
+                    let taken = destination::receive(session, &qemu).await;
+                    let wire = closer.stats().wire;
+                    under_way.end_with(wire.sent + wire.received, taken.is_ok());
+                    match taken {
+                        Ok(()) => tell!("a guest from {from} was handed to its QEMU"),
+                        Err(error) => tell!("a guest from {from} did not arrive: {}", error.tell()),
+                    }
+                });
+            }
+            Ok(session) => session.close(close_code::REJECTED, "this is a gateway").await,
+            Err(error @ TransportError::ListenerEnded) => return Err(error.into()),
+            Err(error) => tell!("refused: {}", EngineError::from(error).tell()),
+        }
+    }
+    wind_up(guests, requests).await;
+    Ok(())
+}
+
+fn options(args: &GatewayArgs) -> Options {
+    Options {
+        dead_peer: Duration::from_secs(args.dead_peer_s),
+        features: FEATURE_STREAM,
+        ..Options::default()
+    }
+}
+
+async fn tell_metrics(args: &GatewayArgs, passing: &Passing) -> Result<(), EngineError> {
+    if let Some(http) = http::bind_if(args.metrics).await? {
+        let passing = passing.clone();
+        http.begin(move || passing.text());
+    }
+    Ok(())
+}
+
+/// Waits for guests that are under way, unless the user wants out once more.
+async fn wind_up(mut guests: JoinSet<()>, mut requests: cancel::Requests) {
+    if guests.is_empty() {
+        return;
+    }
+    tell!(
+        "{} guests are under way: waiting for them; interrupt again to give them up",
+        guests.len()
+    );
+    tokio::select! {
+        () = async { while guests.join_next().await.is_some() {} } => {}
+        // Their QEMUs see the connections end.
+        () = requests.next() => guests.shutdown().await,
+    }
+}
