@@ -16,7 +16,8 @@ use transport::messages::{
     Abort, AbortCode, Accept, Ask, Commit, DEVICE_CHUNK_BYTES_MAX, DIGESTS_MAX, Describe,
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
-    RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, Sync,
+    RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, StreamBack,
+    StreamBlocks, StreamBytes, StreamEnd, StreamOpen, StreamOpened, Sync,
     Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
     VerifyRequest, message_type, text,
 };
@@ -102,6 +103,15 @@ fn samples() -> Vec<Message> {
         }),
         Message::Abort(Abort { code: AbortCode::Mismatch, text: text.clone() }),
         Message::Done(Done {}),
+        Message::StreamOpen(StreamOpen { name: "unix:/run/out".into(), port: 49_152 }),
+        Message::StreamOpened(StreamOpened {}),
+        Message::StreamBlocks(StreamBlocks {
+            section: 2,
+            blocks: vec![block("pc.ram", 1 << 30, 4096), block("vga.vram", 16 << 20, 4096)],
+        }),
+        Message::StreamBytes(StreamBytes { bytes: b"QEVM\0\0\0\x03".to_vec() }),
+        Message::StreamBack(StreamBack { bytes: b"\0\x01\0\x04\0\0\0\0".to_vec() }),
+        Message::StreamEnd(StreamEnd {}),
         Message::Ask(Ask { migration }),
         Message::Verdict(Verdict { state: DestinationState::Owned, text }),
     ]
