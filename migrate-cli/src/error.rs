@@ -75,6 +75,17 @@ pub enum EngineError {
         #[source]
         source: Box<TransportError>,
     },
+    /// The same, where that should be a gateway.
+    #[error(
+        "Nobody answers at {addr}: is `migrate gateway destination` running there, and does UDP get through?"
+    )]
+    NoGateway {
+        /// Where.
+        addr: SocketAddr,
+        /// What was noticed.
+        #[source]
+        source: Box<TransportError>,
+    },
     /// Pages could not be sent.
     #[error("Pages cannot be sent")]
     Pump(#[from] PumpError),
@@ -327,6 +338,7 @@ impl Classify for EngineError {
             | Self::InDoubt { .. }
             | Self::Unserved { .. }
             | Self::Unreachable { .. }
+            | Self::NoGateway { .. }
             | Self::Stuck { .. }
             | Self::PagerRefused { is_misuse: false, .. }
             | Self::Internal(_) => ErrorBin::System,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{Compression, Lanes, parse_bits, parse_bytes};
-use crate::gateway::socket::QemuAddr;
+use crate::gateway::addr::QemuAddr;
 
 /// `migrate gateway`.
 #[derive(Debug, Subcommand)]
@@ -30,6 +30,9 @@ pub struct GatewayArgs {
     /// reaches it can read them.
     #[arg(long, value_name = "ADDR")]
     pub metrics: Option<SocketAddr>,
+    /// Most guests at a time.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub guests_max: u16,
 }
 
 /// `migrate gateway source`.
@@ -38,8 +41,9 @@ pub struct GatewayArgs {
     after_long_help = "Whoever drives the migration lets QEMU send to this gateway instead of the destination:\n  \
         virsh migrate --live GUEST qemu+ssh://DESTINATION/system --migrateuri tcp://THIS-HOST:49152\n  \
         migrate -d unix:/run/godwit/out.sock        in QEMU's monitor\n\n\
-        Leave multifd, xbzrle, compression and TLS of QEMU's own off: the gateways do all of that between them. If anything \
-        fails before QEMU has handed the guest over, QEMU sees its connection end and lets the guest run on here."
+        Leave multifd, xbzrle, compression and TLS of QEMU's own off: the gateways do all of that between them. Switch the \
+        capability return-path on at both QEMUs (libvirt does): with it the source's QEMU gives its guest up only when that at \
+        the destination has it. If anything fails before, it sees its connection end and lets the guest run on here."
 )]
 pub struct GatewaySourceArgs {
     /// What both ends have in common.
@@ -50,6 +54,9 @@ pub struct GatewaySourceArgs {
     /// this host reaches.
     #[arg(long, value_name = "ADDR", required = true)]
     pub listen: Vec<QemuAddr>,
+    /// Who may connect to Unix sockets, as a file's mode. QEMUs that libvirt starts have a user of their own.
+    #[arg(long, value_name = "OCTAL", default_value = "600", value_parser = parse_mode)]
+    pub socket_mode: u32,
     /// Address and port where `migrate gateway destination` listens.
     #[arg(long, value_name = "ADDR")]
     pub to: String,
@@ -86,11 +93,16 @@ pub struct GatewayDestinationArgs {
     /// Address and port to listen on, for gateways.
     #[arg(long, value_name = "ADDR")]
     pub listen: SocketAddr,
-    /// Where QEMUs wait for guests: unix:PATH, HOST:PORT, or HOST with or without a range of ports, for whatever port the
-    /// source's QEMU connected to.
+    /// Where QEMUs wait for guests: unix:PATH, HOST:PORT, or HOST with or without a range of ports [default: 49152-49215, those
+    /// of libvirt], for whatever port of these the source's QEMU connected to.
     #[arg(long, value_name = "ADDR")]
     pub qemu: QemuAddr,
     /// Take gateways only if their identity has this name.
     #[arg(long, value_name = "NAME")]
     pub peer: Option<String>,
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| "a mode of files is needed, such as 600 or 660".into())
 }

@@ -1,6 +1,6 @@
 //! One guest's way in: from the other gateway to the QEMU that waits for it here.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,8 +14,9 @@ use transport::messages::{
 };
 use transport::{Closer, ControlSender, DestinationSession, LaneReceiver, close_code};
 
+use super::addr::QemuAddr;
 use super::sink::{QemuOut, StreamSink};
-use super::socket::{self, QemuAddr, QemuSocket};
+use super::socket::{self, QemuSocket};
 use crate::blocking::on_thread;
 use crate::destination::intake::Intake;
 use crate::error::EngineError;
@@ -25,6 +26,9 @@ const OPEN_WITHIN: Duration = Duration::from_secs(10);
 
 /// Longest wait for a QEMU to listen: who starts it may be about to.
 const REACHED_WITHIN: Duration = Duration::from_secs(10);
+
+/// How long what was said last is looked for once a session is over.
+const LAST_WORD_WITHIN: Duration = Duration::from_secs(1);
 
 /// Messages of the return path that may wait.
 const BACKS: usize = 16;
@@ -58,18 +62,24 @@ pub async fn receive(session: DestinationSession, qemu: &QemuAddr) -> Result<(),
 
 async fn run(mut session: DestinationSession, qemu: &QemuAddr) -> Result<(), EngineError> {
     let open = opened(&mut session).await?;
-    let socket = reach(qemu, &open).await?;
+    let socket = tokio::select! {
+        reached = reach(qemu, &open) => reached?,
+        // A QEMU that begins to listen for another guest is not taken.
+        lost = session.closer.closed() => return Err(lost.into()),
+    };
     tracing::info!(name = open.name, port = open.port, "a guest comes in");
     let result = async {
         session.control_sender.send(&Message::StreamOpened(StreamOpened {})).await?;
         let out = socket.another().map_err(EngineError::QemuSocket)?;
         let mut arrival = Arrival {
             out: Arc::new(QemuOut::new(out)),
+            lane_count: session.lanes.len(),
             lanes: session.lanes,
             sender: session.control_sender,
             closer: session.closer,
             intake: None,
             pages: Arc::new(DestinationPages::new(0)),
+            has_begun: false,
             is_sent: false,
             is_answered: false,
         };
@@ -107,23 +117,15 @@ async fn opened(session: &mut DestinationSession) -> Result<StreamOpen, EngineEr
 
 async fn reach(qemu: &QemuAddr, open: &StreamOpen) -> Result<QemuSocket, EngineError> {
     let refuse = |text| Err(EngineError::Refused { code: RefuseCode::NoPlace, text });
-    let port = open.port;
-    if let QemuAddr::Tcp { ports, .. } = qemu {
-        let is_named = ports.is_some_and(|(first, last)| first == last);
-        if port == 0 && !is_named {
-            return refuse(format!(
+    let Some(port) = qemu.port_for(open.port) else {
+        return refuse(match open.port {
+            0 => format!(
                 "the source's QEMU uses a Unix socket: name the port of the one here, --qemu {qemu}:PORT"
-            ));
-        }
-        if let Some((first, last)) = ports
-            && !is_named
-            && !(*first..=*last).contains(&port)
-        {
-            return refuse(format!("port {port} is none of --qemu {qemu}"));
-        }
-    }
-    let addr = qemu.clone();
-    match on_thread(move || socket::connect(&addr, port, REACHED_WITHIN)).await? {
+            ),
+            port => format!("port {port} is none of --qemu {qemu}"),
+        });
+    };
+    match socket::connect(qemu, port, REACHED_WITHIN).await {
         Ok(socket) => Ok(socket),
         Err(error) => refuse(format!("no QEMU listens at {qemu}, port {port}: {error}")),
     }
@@ -134,10 +136,13 @@ struct Arrival {
     out: Arc<QemuOut>,
     /// Until pages may come.
     lanes: Vec<LaneReceiver>,
+    lane_count: usize,
     sender: ControlSender,
     closer: Closer,
     intake: Option<Intake>,
     pages: Arc<DestinationPages>,
+    /// Bytes were written to the QEMU here.
+    has_begun: bool,
     /// The source's QEMU has ended its stream.
     is_sent: bool,
     /// The QEMU here has said its last word.
@@ -155,6 +160,7 @@ impl Arrival {
         let reading = socket.another().map_err(EngineError::QemuSocket)?;
         let _ends_with_the_socket =
             tokio::task::spawn_blocking(move || read_back(&reading, &backs));
+        let closer = self.closer.clone();
         while !(self.is_sent && self.is_answered) {
             let applier = self.intake.as_ref().map(|intake| Arc::clone(intake.applier()));
             let failed = async {
@@ -163,18 +169,41 @@ impl Arrival {
                     None => std::future::pending().await,
                 }
             };
-            tokio::select! {
-                message = control.recv(), if !self.is_sent => self.hear(message?, socket).await?,
-                back = inbox.recv(), if !self.is_answered => self.answer(back).await?,
+            // What is waited for does not come any more once the session is over.
+            let over = tokio::select! {
+                stepped = self.step(control, &mut inbox, socket) => {
+                    stepped?;
+                    continue;
+                }
                 error = failed => return Err(error.into()),
-            }
+                lost = closer.closed() => EngineError::from(lost),
+            };
+            return Err(last_word(control).await.unwrap_or(over));
         }
         Ok(())
+    }
+
+    async fn step(
+        &mut self,
+        control: &mut transport::ControlReceiver,
+        inbox: &mut mpsc::Receiver<io::Result<Vec<u8>>>,
+        socket: &QemuSocket,
+    ) -> Result<(), EngineError> {
+        tokio::select! {
+            message = control.recv(), if !self.is_sent => self.hear(message?, socket).await,
+            back = inbox.recv(), if !self.is_answered => {
+                self.answer(back.transpose().map_err(EngineError::QemuSocket)?).await
+            }
+        }
     }
 
     async fn hear(&mut self, message: Message, socket: &QemuSocket) -> Result<(), EngineError> {
         match message {
             Message::StreamBytes(part) => {
+                if !std::mem::replace(&mut self.has_begun, true) {
+                    // Whatever else listens there is not written to.
+                    socket::check_begins(&part.bytes)?;
+                }
                 let out = Arc::clone(&self.out);
                 let written = on_thread(move || out.write(&part.bytes)).await?;
                 written.map_err(EngineError::QemuSocket)
@@ -218,6 +247,10 @@ impl Arrival {
         let Some(intake) = &self.intake else {
             return Err(EngineError::OutOfPlace { got: "Sync", wanted: "StreamBlocks" });
         };
+        if sync.batches.len() != self.lane_count {
+            let what = format!("how far {} lanes are", sync.batches.len());
+            return Err(EngineError::Contradiction(what));
+        }
         intake.applier().reach(&sync.batches).await?;
         let (sequence, version_digest) = (sync.sequence, self.pages.digest());
         Ok(self.sender.send(&Message::Synced(Synced { sequence, version_digest })).await?)
@@ -236,20 +269,35 @@ impl Arrival {
     }
 }
 
+/// Why the other gateway gave up, if it said so before the session ended.
+async fn last_word(control: &mut transport::ControlReceiver) -> Option<EngineError> {
+    let aborted = async {
+        loop {
+            match control.recv().await {
+                Ok(Message::Abort(abort)) => {
+                    return Some(EngineError::PeerAborted { code: abort.code, text: abort.text });
+                }
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+    };
+    tokio::time::timeout(LAST_WORD_WITHIN, aborted).await.ok().flatten()
+}
+
 /// Reads what a QEMU says until it ends the connection.
-fn read_back(socket: &QemuSocket, backs: &mpsc::Sender<Vec<u8>>) {
+fn read_back(socket: &QemuSocket, backs: &mpsc::Sender<io::Result<Vec<u8>>>) {
     let (mut socket, mut buffer) = (socket, vec![0; STREAM_CHUNK_BYTES_MAX]);
     loop {
-        match socket.read(&mut buffer) {
+        let back = match socket.read(&mut buffer) {
             Ok(0) => return,
-            Ok(count) => {
-                let bytes = buffer.get(..count).unwrap_or_default().to_vec();
-                if backs.blocking_send(bytes).is_err() {
-                    return;
-                }
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return tracing::info!(%error, "a QEMU's connection ended"),
+            Ok(count) => Ok(buffer.get(..count).unwrap_or_default().to_vec()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => Err(error),
+        };
+        let is_over = back.is_err();
+        if backs.blocking_send(back).is_err() || is_over {
+            return;
         }
     }
 }

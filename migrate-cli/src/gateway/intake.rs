@@ -10,14 +10,15 @@
 //! The parts of the section `ram` are not kept: the other gateway makes parts of what arrives. Invariant: bytes that
 //! follow pages in the stream come behind a [`Item::Sync`] with all batches of these pages.
 
-use std::io::Read;
+use std::io::{self, Cursor, Read};
 use std::sync::Arc;
+use std::time::Duration;
 
 use migrate_core::codec_choice::Wanted;
 use migrate_core::encode::PageCounts;
 use migrate_core::layout::{BlockSpec, PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::page_table::SourcePages;
-use qemu_glue::stream::{BlockList, Event, PageContent, PageRecord, Reader, Writer};
+use qemu_glue::stream::{BlockList, Command, Event, PageContent, PageRecord, Reader, Writer};
 use tokio::sync::mpsc;
 use transport::messages::STREAM_CHUNK_BYTES_MAX;
 
@@ -27,6 +28,9 @@ use crate::error::EngineError;
 use crate::random;
 use crate::source::gate::Gate;
 use crate::source::outlet::LaneQueue;
+
+/// How long nothing comes until what was taken is sent at once.
+const QUIET: Duration = Duration::from_millis(1);
 
 /// Bytes that are read at a time.
 const READ_BYTES: usize = 1 << 20;
@@ -43,8 +47,8 @@ pub enum Item {
         /// The blocks.
         blocks: Vec<BlockSpec>,
     },
-    /// These batches, by lane, come before what follows; with the digest of all versions then.
-    Sync(Vec<u64>, u64),
+    /// These batches, by lane, come before what follows; with the digest of all versions, if no pages come behind it.
+    Sync(Vec<u64>, Option<u64>),
     /// The stream is over.
     End,
 }
@@ -52,6 +56,8 @@ pub enum Item {
 /// How pages are to travel.
 #[derive(Debug)]
 pub struct Way {
+    /// What was read of the stream already.
+    pub first: Vec<u8>,
     /// The lanes' queues.
     pub lanes: Vec<LaneQueue>,
     /// Back-pressure.
@@ -97,6 +103,8 @@ pub struct StreamIntake {
     bytes: Vec<u8>,
     within: Within,
     layout: Option<RamLayout>,
+    /// The number of the section of RAM, once its list of blocks has ended.
+    section: Option<u32>,
     /// Pages were taken since the last [`Item::Sync`].
     has_pages: bool,
     taken: Taken,
@@ -113,6 +121,7 @@ impl StreamIntake {
             bytes: vec![],
             within: Within::Nothing,
             layout: None,
+            section: None,
             has_pages: false,
             taken: Taken::default(),
         }
@@ -124,11 +133,12 @@ impl StreamIntake {
     /// [`EngineError::Stream`] if the stream carries what a gateway does not take, with the remedy; or if QEMU or a
     /// lane is gone.
     pub fn run(&mut self, socket: &QemuSocket) -> Result<(), EngineError> {
-        let mut socket = socket;
+        let first = self.way.as_mut().map(|way| std::mem::take(&mut way.first));
+        let mut stream = Cursor::new(first.unwrap_or_default()).chain(socket);
         let mut reader = Reader::open_ended();
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            let count = socket.read(&mut buffer).map_err(EngineError::QemuSocket)?;
+            let count = read_some(&mut stream, &mut buffer).map_err(EngineError::QemuSocket)?;
             let mut input = buffer.get(..count).unwrap_or_default();
             self.taken.stream_bytes += count as u64;
             if count == 0 {
@@ -141,10 +151,9 @@ impl StreamIntake {
             if count == 0 {
                 return self.tell(Item::End);
             }
-            if count < READ_BYTES / 2
-                && let Some(encoder) = &mut self.encoder
+            if let Some(encoder) = &mut self.encoder
+                && socket.is_quiet(QUIET)
             {
-                // QEMU has no more at the moment.
                 encoder.flush()?;
             }
         }
@@ -172,6 +181,7 @@ impl StreamIntake {
             // It begins where its pages have all been sent.
             (Event::SectionEnd(section), _) => self.within = Within::End(*section),
             (Event::EndOfRecords, Within::End(section)) => {
+                self.sync(true)?;
                 self.write(&Event::SectionEnd(section))?;
                 self.write(event)?;
             }
@@ -185,12 +195,17 @@ impl StreamIntake {
             }
             (Event::Footer(section), Within::Start) => {
                 self.within = Within::Nothing;
+                self.section = Some(*section);
                 self.write(event)?;
-                self.begin_pages(*section)?;
             }
             (Event::Footer(_), Within::End(_)) => {
                 self.within = Within::Nothing;
                 self.write(event)?;
+            }
+            (Event::Command(Command::EnableColo), _) => {
+                let what =
+                    "checkpoints: switch the capability x-colo off, gateways move guests once";
+                return Err(EngineError::NotTaken(what));
             }
             _ => self.write(event)?,
         }
@@ -199,12 +214,8 @@ impl StreamIntake {
 
     /// Keeps what is to follow all pages that were taken.
     fn write(&mut self, event: &Event<'_>) -> Result<(), EngineError> {
-        if std::mem::take(&mut self.has_pages)
-            && let Some(encoder) = &mut self.encoder
-        {
-            let batches = encoder.flush()?;
-            let digest = encoder.digest();
-            self.tell(Item::Sync(batches, digest))?;
+        if self.has_pages {
+            self.sync(false)?;
         }
         let written = self.writer.write(event, &mut self.bytes);
         written.map_err(|error| EngineError::Internal(error.to_string()))?;
@@ -212,6 +223,17 @@ impl StreamIntake {
             self.send_bytes()?;
         }
         Ok(())
+    }
+
+    /// Sends all pages that were taken, and says which batches they are; and what is in place then, if they are the last.
+    fn sync(&mut self, are_last: bool) -> Result<(), EngineError> {
+        self.has_pages = false;
+        let Some(encoder) = &mut self.encoder else { return Ok(()) };
+        let batches = encoder.flush()?;
+        let digest = are_last.then(|| encoder.digest());
+        // Bytes from before them go before them.
+        self.send_bytes()?;
+        self.tell(Item::Sync(batches, digest))
     }
 
     fn send_bytes(&mut self) -> Result<(), EngineError> {
@@ -225,9 +247,12 @@ impl StreamIntake {
         self.items.blocking_send(item).map_err(|_| EngineError::Cancelled)
     }
 
-    /// The list of blocks has ended: pages may go.
-    fn begin_pages(&mut self, section: u32) -> Result<(), EngineError> {
-        let (Some(layout), Some(way)) = (&self.layout, self.way.take()) else {
+    /// The first page is there. What came before it is sent before it may be.
+    fn begin_pages(&mut self) -> Result<(), EngineError> {
+        let (Some(layout), Some(section)) = (&self.layout, self.section) else {
+            return Err(EngineError::NotTaken("pages before the list of blocks"));
+        };
+        let Some(way) = self.way.take() else {
             return Err(EngineError::NotTaken("RAM that comes a second time"));
         };
         let (pages, blocks) = (layout.pages(), layout.blocks().to_vec());
@@ -244,6 +269,9 @@ impl StreamIntake {
     }
 
     fn page(&mut self, page: &PageRecord<'_>) -> Result<(), EngineError> {
+        if self.encoder.is_none() {
+            self.begin_pages()?;
+        }
         let (Some(layout), Some(encoder)) = (&self.layout, &mut self.encoder) else {
             return Err(EngineError::NotTaken("pages before the list of blocks"));
         };
@@ -271,4 +299,14 @@ fn layout(blocks: &BlockList) -> Result<RamLayout, EngineError> {
         page_bytes: PAGE_BYTES as u64,
     });
     Ok(RamLayout::new(blocks.collect())?)
+}
+
+/// Reads what there is, however often a signal comes between.
+fn read_some(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match stream.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }

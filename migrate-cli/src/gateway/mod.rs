@@ -13,30 +13,38 @@
 //! versions arrive in the stream's order; what is under way is bounded, so that QEMU's own estimate of the bandwidth
 //! is that of the link.
 
+pub mod addr;
 pub mod destination;
 pub mod encode;
 pub mod intake;
+pub mod listen;
 mod metrics;
 pub mod report;
 pub mod sink;
 pub mod socket;
 pub mod source;
 
+use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use transport::messages::{FEATURE_STREAM, Intent};
-use transport::{Identity, Listener, Options, TransportError, close_code};
+use transport::{DestinationSession, Identity, Listener, Options, TransportError, close_code};
 
+use self::addr::QemuAddr;
+use self::listen::{Connected, QemuListener};
 use self::metrics::{Passing, Side};
-use self::socket::QemuListener;
 use self::source::Onward;
 use crate::args::{GatewayArgs, GatewayDestinationArgs, GatewaySourceArgs};
 use crate::blocking::worker_threads;
 use crate::error::EngineError;
 use crate::source::prepare;
 use crate::{cancel, http, tell};
+
+/// What whoever comes is told while there are as many as may be.
+const TOO_MANY: &str =
+    "as many guests as --guests-max allows are under way; try again later, or allow more";
 
 /// Pause after a connection could not be accepted.
 const ACCEPT_AGAIN_AFTER: Duration = Duration::from_millis(100);
@@ -63,7 +71,7 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
     };
     let passing = Passing::new(Side::Source);
     tell_metrics(&args.common, &passing).await?;
-    let listener = QemuListener::bind(&args.listen).await?;
+    let listener = QemuListener::bind(&args.listen, args.socket_mode).await?;
     let listens: Vec<String> = args.listen.iter().map(ToString::to_string).collect();
     // Scripts wait for this line.
     tell!("listening on {}", listens.join(", "));
@@ -76,17 +84,13 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
             () = requests.next() => break,
         };
         match connected {
+            Ok(connected) if guests.len() >= usize::from(args.common.guests_max) => {
+                tell!("{}: {TOO_MANY}", connected.name);
+                connected.socket.cut();
+            }
             Ok(connected) => {
-                let (onward, passing, json) = (onward.clone(), passing.clone(), args.json);
-                guests.spawn(async move {
-                    let under_way = passing.begin();
-                    let report = source::send(&onward, connected).await;
-                    under_way.end(&report);
-                    tell!("{}", report.line());
-                    if json && let Ok(line) = serde_json::to_string(&report) {
-                        println!("{line}");
-                    }
-                });
+                let passed = pass_on(onward.clone(), connected, passing.clone(), args.json);
+                guests.spawn(passed);
             }
             Err(error) => {
                 tracing::warn!(%error, "a QEMU was not accepted");
@@ -95,8 +99,17 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
         }
     }
     drop(listener);
-    wind_up(guests, requests).await;
-    Ok(())
+    wind_up(guests, requests).await
+}
+
+async fn pass_on(onward: Onward, connected: Connected, passing: Passing, json: bool) {
+    let under_way = passing.begin();
+    let report = source::send(&onward, connected).await;
+    under_way.end(&report);
+    tell!("{}", report.line());
+    if json && let Ok(line) = serde_json::to_string(&report) {
+        let _nobody_reads_it = writeln!(std::io::stdout(), "{line}");
+    }
 }
 
 /// Hands guests that other gateways send to the QEMUs that wait for them, until the user wants out.
@@ -122,27 +135,34 @@ pub async fn destination(args: &GatewayDestinationArgs) -> Result<(), EngineErro
             () = requests.next() => break,
         };
         match session {
+            Ok(session) if guests.len() >= usize::from(args.common.guests_max) => {
+                tell!("from {}: {TOO_MANY}", session.peer.name);
+                session.close(close_code::REJECTED, TOO_MANY).await;
+            }
             Ok(session) if session.intent == Intent::Migrate => {
-                let (qemu, passing) = (args.qemu.clone(), passing.clone());
-                guests.spawn(async move {
-                    let (from, closer) = (session.peer.name.clone(), session.closer.clone());
-                    let under_way = passing.begin();
-                    let taken = destination::receive(session, &qemu).await;
-                    let wire = closer.stats().wire;
-                    under_way.end_with(wire.sent + wire.received, taken.is_ok());
-                    match taken {
-                        Ok(()) => tell!("a guest from {from} was handed to its QEMU"),
-                        Err(error) => tell!("a guest from {from} did not arrive: {}", error.tell()),
-                    }
-                });
+                guests.spawn(take_in(session, args.qemu.clone(), passing.clone()));
             }
             Ok(session) => session.close(close_code::REJECTED, "this is a gateway").await,
-            Err(error @ TransportError::ListenerEnded) => return Err(error.into()),
+            Err(error @ TransportError::ListenerEnded) => {
+                wind_up(guests, requests).await?;
+                return Err(error.into());
+            }
             Err(error) => tell!("refused: {}", EngineError::from(error).tell()),
         }
     }
-    wind_up(guests, requests).await;
-    Ok(())
+    wind_up(guests, requests).await
+}
+
+async fn take_in(session: DestinationSession, qemu: QemuAddr, passing: Passing) {
+    let (from, closer) = (session.peer.name.clone(), session.closer.clone());
+    let under_way = passing.begin();
+    let taken = destination::receive(session, &qemu).await;
+    let wire = closer.stats().wire;
+    under_way.end_with(wire.sent + wire.received, taken.is_ok());
+    match taken {
+        Ok(()) => tell!("a guest from {from} was handed to its QEMU"),
+        Err(error) => tell!("a guest from {from} did not arrive: {}", error.tell()),
+    }
 }
 
 fn options(args: &GatewayArgs) -> Options {
@@ -162,17 +182,27 @@ async fn tell_metrics(args: &GatewayArgs, passing: &Passing) -> Result<(), Engin
 }
 
 /// Waits for guests that are under way, unless the user wants out once more.
-async fn wind_up(mut guests: JoinSet<()>, mut requests: cancel::Requests) {
+///
+/// # Errors
+/// [`EngineError::Cancelled`] if guests were given up.
+async fn wind_up(
+    mut guests: JoinSet<()>,
+    mut requests: cancel::Requests,
+) -> Result<(), EngineError> {
     if guests.is_empty() {
-        return;
+        return Ok(());
     }
     tell!(
         "{} guests are under way: waiting for them; interrupt again to give them up",
         guests.len()
     );
     tokio::select! {
-        () = async { while guests.join_next().await.is_some() {} } => {}
-        // Their QEMUs see the connections end.
-        () = requests.next() => guests.shutdown().await,
+        () = async { while guests.join_next().await.is_some() {} } => Ok(()),
+        () = requests.next() => {
+            // Their QEMUs see the connections end.
+            tell!("{} guests were given up; `query-migrate` at their QEMUs says where they run", guests.len());
+            guests.shutdown().await;
+            Err(EngineError::Cancelled)
+        }
     }
 }

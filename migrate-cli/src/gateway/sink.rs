@@ -17,6 +17,9 @@ use super::socket::QemuSocket;
 use crate::destination::apply::ApplyError;
 use crate::destination::sink::{PageSink, PageWriter, Take};
 
+/// Bytes of the stream from which on they are written before a batch is through: a batch of zeros becomes many.
+const HELD_BYTES: usize = 1 << 20;
+
 /// The connection to the QEMU, for whoever writes to it.
 #[derive(Debug)]
 pub struct QemuOut(Mutex<QemuSocket>);
@@ -90,7 +93,20 @@ impl BatchWriter<'_> {
         });
         let record = record.ok_or(ApplyError::Length)?;
         let written = self.parts.page(&mut self.writer, &record, &mut self.bytes);
-        written.map_err(|error| ApplyError::Stream(io::Error::other(error)))
+        written.map_err(|error| ApplyError::Stream(io::Error::other(error)))?;
+        match self.bytes.len() >= HELD_BYTES {
+            true => self.write_out(),
+            false => Ok(()),
+        }
+    }
+
+    /// Writes the parts so far, which stand by themselves.
+    fn write_out(&mut self) -> Result<(), ApplyError> {
+        let closed = self.parts.close(&mut self.writer, &mut self.bytes);
+        closed.map_err(|error| ApplyError::Stream(io::Error::other(error)))?;
+        self.sink.out.write(&self.bytes).map_err(ApplyError::Stream)?;
+        self.bytes.clear();
+        Ok(())
     }
 }
 
@@ -153,8 +169,6 @@ impl PageWriter for BatchWriter<'_> {
     }
 
     fn end(mut self: Box<Self>) -> Result<(), ApplyError> {
-        let closed = self.parts.close(&mut self.writer, &mut self.bytes);
-        closed.map_err(|error| ApplyError::Stream(io::Error::other(error)))?;
-        self.sink.out.write(&self.bytes).map_err(ApplyError::Stream)
+        self.write_out()
     }
 }

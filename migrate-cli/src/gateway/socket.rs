@@ -1,87 +1,25 @@
-//! Sockets to QEMUs that move a guest: Unix or TCP, on this host or next to it.
+//! Connections to QEMUs that move a guest, on this host or next to it.
 
-use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::TcpStream;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, UnixListener};
+use qemu_glue::stream::{StreamError, channel};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::addr::QemuAddr;
 use crate::error::EngineError;
-
-/// Most ports that one address may name.
-const PORTS_MAX: u16 = 1024;
 
 /// Pause before a QEMU is tried again that does not listen yet.
 const AGAIN_AFTER: Duration = Duration::from_millis(50);
 
-/// Where QEMUs connect, or listen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum QemuAddr {
-    /// A Unix socket.
-    Unix(PathBuf),
-    /// TCP, on any of these ports; none is that which the other gateway's QEMU connected to.
-    Tcp {
-        /// Name or address.
-        host: String,
-        /// First and last port.
-        ports: Option<(u16, u16)>,
-    },
-}
+/// Bytes that tell what a connection is for.
+const FIRST_BYTES: usize = 8;
 
-impl FromStr for QemuAddr {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            return match path {
-                "" => Err("a path has to follow unix:".into()),
-                path => Ok(Self::Unix(path.into())),
-            };
-        }
-        let text = text.strip_prefix("tcp:").unwrap_or(text);
-        let (host, ports) = match text.rsplit_once(':') {
-            // An IPv6 address has colons of its own.
-            Some((host, _)) if host.contains(':') && !host.starts_with('[') => (text, None),
-            Some((host, ports)) => (host, Some(parse_ports(ports)?)),
-            None => (text, None),
-        };
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        if host.is_empty() {
-            return Err("a host is missing before the port".into());
-        }
-        Ok(Self::Tcp { host: host.to_owned(), ports })
-    }
-}
-
-fn parse_ports(text: &str) -> Result<(u16, u16), String> {
-    let port = |text: &str| {
-        let port = text.parse::<u16>().ok().filter(|port| *port > 0);
-        port.ok_or_else(|| format!("{text:?} is no port"))
-    };
-    let (first, last) = text.split_once('-').unwrap_or((text, text));
-    let (first, last) = (port(first)?, port(last)?);
-    if last < first || last - first >= PORTS_MAX {
-        return Err(format!("{first}-{last}: 1 to {PORTS_MAX} ports, the first one first"));
-    }
-    Ok((first, last))
-}
-
-impl fmt::Display for QemuAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
-            Self::Tcp { host, ports: None } => f.write_str(host),
-            Self::Tcp { host, ports: Some((first, last)) } if first == last => {
-                write!(f, "{host}:{first}")
-            }
-            Self::Tcp { host, ports: Some((first, last)) } => write!(f, "{host}:{first}-{last}"),
-        }
-    }
-}
+/// Longest wait for them.
+const FIRST_WITHIN: Duration = Duration::from_secs(10);
 
 /// A connection to a QEMU. Blocking.
 #[derive(Debug)]
@@ -102,6 +40,56 @@ impl QemuSocket {
             Self::Unix(stream) => Self::Unix(stream.try_clone()?),
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
         })
+    }
+
+    /// Reads the first bytes of a stream, which tell that it is one: whatever else connects must not take the place of a
+    /// QEMU at the destination. Blocks for at most 10 s.
+    ///
+    /// # Errors
+    /// [`EngineError::Stream`] if it is something that is not carried, with the remedy; [`EngineError::QemuSocket`].
+    pub fn first_bytes(&self) -> Result<Vec<u8>, EngineError> {
+        let began = Instant::now();
+        let mut first = Vec::with_capacity(FIRST_BYTES);
+        while first.len() < FIRST_BYTES {
+            let left = FIRST_WITHIN.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                let silent = "what connected is no QEMU that migrates: it said nothing";
+                return Err(EngineError::QemuSocket(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    silent,
+                )));
+            }
+            self.set_read_timeout(Some(left)).map_err(EngineError::QemuSocket)?;
+            let mut buffer = [0; FIRST_BYTES];
+            let room = buffer.get_mut(first.len()..).unwrap_or_default();
+            match (&mut &*self).read(room) {
+                Ok(0) => return Err(EngineError::QemuSocket(io::ErrorKind::UnexpectedEof.into())),
+                Ok(count) => first.extend(room.iter().take(count)),
+                Err(error) if is_for_now(&error) => {}
+                Err(error) => return Err(EngineError::QemuSocket(error)),
+            }
+        }
+        self.set_read_timeout(None).map_err(EngineError::QemuSocket)?;
+        check_begins(&first)?;
+        Ok(first)
+    }
+
+    /// Whether nothing can be read for so long.
+    pub fn is_quiet(&self, within: Duration) -> bool {
+        let fd = match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        };
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        let within = Timespec::try_from(within).ok();
+        matches!(poll(&mut fds, within.as_ref()), Ok(0))
+    }
+
+    fn set_read_timeout(&self, within: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => stream.set_read_timeout(within),
+            Self::Tcp(stream) => stream.set_read_timeout(within),
+        }
     }
 
     /// Nothing more is written; QEMU sees the end of the stream.
@@ -144,148 +132,53 @@ impl Write for &QemuSocket {
     }
 }
 
-/// A QEMU that has connected.
-#[derive(Debug)]
-pub struct Connected {
-    /// The connection.
-    pub socket: QemuSocket,
-    /// The port it connected to; 0 for a Unix socket.
-    pub port: u16,
-    /// Where that was, for people.
-    pub name: String,
+fn is_for_now(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+    )
 }
 
-#[derive(Debug)]
-enum Socket {
-    Unix(UnixListener, String),
-    Tcp(TcpListener, u16),
-}
-
-/// Waits for QEMUs.
-#[derive(Debug)]
-pub struct QemuListener {
-    sockets: Vec<Socket>,
-    /// Removed at the end.
-    paths: Vec<PathBuf>,
-}
-
-impl QemuListener {
-    /// Listens at all of these.
-    ///
-    /// # Errors
-    /// [`EngineError::Misuse`] with the first one where that is not possible.
-    pub async fn bind(addrs: &[QemuAddr]) -> Result<Self, EngineError> {
-        let mut listener = Self { sockets: vec![], paths: vec![] };
-        for addr in addrs {
-            listener.add(addr).await?;
-        }
-        Ok(listener)
-    }
-
-    async fn add(&mut self, addr: &QemuAddr) -> Result<(), EngineError> {
-        let failed = |at: String, error: io::Error| EngineError::Misuse {
-            what: format!("QEMUs cannot be waited for at {at}: {error}"),
-            remedy: "Name an address of this host and ports that are free".into(),
-        };
-        match addr {
-            QemuAddr::Unix(path) => {
-                // One that a gateway left which was killed; one in use is not taken away.
-                if UnixStream::connect(path).is_err() {
-                    let _none_there = std::fs::remove_file(path);
-                }
-                let bound = UnixListener::bind(path);
-                let bound = bound.map_err(|error| failed(addr.to_string(), error))?;
-                self.sockets.push(Socket::Unix(bound, addr.to_string()));
-                self.paths.push(path.clone());
-            }
-            QemuAddr::Tcp { host, ports } => {
-                let (first, last) = ports.ok_or_else(|| EngineError::Misuse {
-                    what: format!("{addr} names no port to wait at"),
-                    remedy: format!("Use {addr}:49152-49215, the ports that libvirt chooses from"),
-                })?;
-                for port in first..=last {
-                    let at = format!("{host}:{port}");
-                    let bound = TcpListener::bind((host.as_str(), port)).await;
-                    let bound = bound.map_err(|error| failed(at, error))?;
-                    self.sockets.push(Socket::Tcp(bound, port));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The next QEMU that connects. Cancel-safe.
-    ///
-    /// # Errors
-    /// If a socket fails.
-    pub async fn accept(&self) -> io::Result<Connected> {
-        // One future a socket; the others are dropped, which loses no connection.
-        let mut waits: Vec<_> =
-            self.sockets.iter().map(|socket| Box::pin(accept_at(socket))).collect();
-        std::future::poll_fn(|context| {
-            for wait in &mut waits {
-                if let std::task::Poll::Ready(connected) = wait.as_mut().poll(context) {
-                    return std::task::Poll::Ready(connected);
-                }
-            }
-            std::task::Poll::Pending
-        })
-        .await
+/// Whether a stream that can be carried begins with these bytes.
+///
+/// # Errors
+/// [`EngineError::Stream`] with the remedy.
+pub fn check_begins(first: &[u8]) -> Result<(), EngineError> {
+    let channel = channel::recognise(first).unwrap_or(channel::Channel::Unknown);
+    match channel.refusal() {
+        None => Ok(()),
+        Some(refusal) => Err(EngineError::Stream(StreamError { at_byte: 0, refusal })),
     }
 }
 
-impl Drop for QemuListener {
-    fn drop(&mut self) {
-        for path in &self.paths {
-            let _gone_already = std::fs::remove_file(path);
-        }
-    }
-}
-
-async fn accept_at(socket: &Socket) -> io::Result<Connected> {
-    match socket {
-        Socket::Unix(listener, name) => {
-            let (stream, _) = listener.accept().await?;
-            let stream = stream.into_std()?;
-            stream.set_nonblocking(false)?;
-            Ok(Connected { socket: QemuSocket::Unix(stream), port: 0, name: name.clone() })
-        }
-        Socket::Tcp(listener, port) => {
-            let (stream, from) = listener.accept().await?;
-            let stream = stream.into_std()?;
-            stream.set_nonblocking(false)?;
-            stream.set_nodelay(true)?;
-            let name = format!("port {port}, from {from}");
-            Ok(Connected { socket: QemuSocket::Tcp(stream), port: *port, name })
-        }
-    }
-}
-
-/// Connects to a QEMU that waits for a guest, or is about to. Blocks.
+/// Connects to a QEMU that waits for a guest, or is about to. Cancel-safe.
 ///
 /// # Errors
 /// Why it is not reached, after `within`.
-pub fn connect(addr: &QemuAddr, port: u16, within: Duration) -> io::Result<QemuSocket> {
-    let began = Instant::now();
-    loop {
-        match try_connect(addr, port) {
-            Ok(socket) => return Ok(socket),
-            Err(error) if began.elapsed() > within => return Err(error),
-            Err(_) => std::thread::sleep(AGAIN_AFTER),
+pub async fn connect(addr: &QemuAddr, port: u16, within: Duration) -> io::Result<QemuSocket> {
+    let mut last = io::Error::from(io::ErrorKind::TimedOut);
+    let tries = async {
+        loop {
+            match try_connect(addr, port).await {
+                Ok(socket) => return socket,
+                Err(error) => last = error,
+            }
+            tokio::time::sleep(AGAIN_AFTER).await;
         }
-    }
+    };
+    tokio::time::timeout(within, tries).await.map_err(|_| last)
 }
 
-fn try_connect(addr: &QemuAddr, port: u16) -> io::Result<QemuSocket> {
+async fn try_connect(addr: &QemuAddr, port: u16) -> io::Result<QemuSocket> {
     match addr {
-        QemuAddr::Unix(path) => Ok(QemuSocket::Unix(UnixStream::connect(path)?)),
-        QemuAddr::Tcp { host, ports } => {
-            let port = match ports {
-                Some((first, last)) if first == last => *first,
-                _ => port,
-            };
-            let found: Vec<SocketAddr> = (host.as_str(), port).to_socket_addrs()?.collect();
-            let stream = TcpStream::connect(&found[..])?;
+        QemuAddr::Unix(path) => {
+            let stream = tokio::net::UnixStream::connect(path).await?.into_std()?;
+            stream.set_nonblocking(false)?;
+            Ok(QemuSocket::Unix(stream))
+        }
+        QemuAddr::Tcp { host, .. } => {
+            let stream = tokio::net::TcpStream::connect((host.as_str(), port)).await?.into_std()?;
+            stream.set_nonblocking(false)?;
             stream.set_nodelay(true)?;
             Ok(QemuSocket::Tcp(stream))
         }
@@ -296,25 +189,25 @@ fn try_connect(addr: &QemuAddr, port: u16) -> io::Result<QemuSocket> {
 mod tests {
     use super::*;
 
-    fn tcp(host: &str, ports: Option<(u16, u16)>) -> QemuAddr {
-        QemuAddr::Tcp { host: host.into(), ports }
+    fn first(bytes: &[u8]) -> Result<Vec<u8>, String> {
+        let (here, there) = UnixStream::pair().unwrap();
+        (&here).write_all(bytes).unwrap();
+        drop(here);
+        QemuSocket::Unix(there).first_bytes().map_err(|error| error.tell())
     }
 
     #[test]
-    fn addresses_are_read_and_shown() {
-        for (text, addr) in [
-            ("unix:/run/a", QemuAddr::Unix("/run/a".into())),
-            ("127.0.0.1:4444", tcp("127.0.0.1", Some((4444, 4444)))),
-            ("host:49152-49215", tcp("host", Some((49152, 49215)))),
-            ("host", tcp("host", None)),
+    fn only_streams_of_qemu_are_let_in() {
+        assert_eq!(first(b"QEVM\0\0\0\x03rest"), Ok(b"QEVM\0\0\0\x03".to_vec()));
+        for (bytes, told) in [
+            (&b"\x16\x03\x01\x02\0\x01\0\x01"[..], "tls-creds"),
+            (&b"\x11\x22\x33\x44\0\0\0\x01"[..], "multifd"),
+            (b"GET / HTTP/1.1\r\n", "no QEMU migration stream"),
+            (b"", "failed"),
+            (b"QEV", "failed"),
         ] {
-            assert_eq!(text.parse(), Ok(addr.clone()));
-            assert_eq!(addr.to_string(), text);
-        }
-        assert_eq!("tcp:h:1".parse(), Ok(tcp("h", Some((1, 1)))));
-        assert_eq!("[::1]:7".parse(), Ok(tcp("::1", Some((7, 7)))));
-        for bad in ["unix:", ":7", "h:0", "h:9-8", "h:1-2000", "h:x"] {
-            assert!(bad.parse::<QemuAddr>().is_err(), "{bad}");
+            let error = first(bytes).unwrap_err();
+            assert!(error.contains(told), "{error}");
         }
     }
 }

@@ -11,11 +11,12 @@ use transport::messages::{
     self, Abort, FEATURE_STREAM, Intent, Message, StreamBlocks, StreamBytes, StreamEnd, StreamOpen,
     Sync,
 };
-use transport::{Closer, Identity, Offer, Options, SourceSession, close_code};
+use transport::{Closer, Identity, Offer, Options, SourceSession, TransportError, close_code};
 
 use super::intake::{Item, StreamIntake, Taken, Way};
+use super::listen::Connected;
 use super::report::GatewayReport;
-use super::socket::{Connected, QemuSocket};
+use super::socket::QemuSocket;
 use crate::ENGINE;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
@@ -31,10 +32,13 @@ const OPENED_WITHIN: Duration = Duration::from_secs(30);
 const ITEMS: usize = 4;
 
 /// How long the source's QEMU may take to end its connection after that at the destination did.
-const ENDS_WITHIN: Duration = Duration::from_secs(5);
+const ENDS_WITHIN: Duration = Duration::from_secs(30);
 
-/// Longest wait until a last word is on its way.
-const ABORT_WITHIN: Duration = Duration::from_secs(2);
+/// Longest wait until a last word is there.
+const TOLD_WITHIN: Duration = Duration::from_secs(2);
+
+/// How long the other gateway may take to tell why a lane has ended.
+const WHY_WITHIN: Duration = Duration::from_secs(2);
 
 /// Where guests go and how.
 #[derive(Debug, Clone)]
@@ -70,9 +74,17 @@ async fn run(
     report: &mut GatewayReport,
     clock: Instant,
 ) -> Result<(), EngineError> {
+    let socket = connected.socket.another().map_err(EngineError::QemuSocket)?;
+    let first = on_thread(move || socket.first_bytes()).await??;
     let migration = prepare::new_migration()?;
     let offer = Offer::new(ENGINE, migration, Intent::Migrate);
-    let session = transport::connect(onward.addr, &onward.identity, &onward.options, offer).await?;
+    let session = transport::connect(onward.addr, &onward.identity, &onward.options, offer).await;
+    let session = session.map_err(|source| match source {
+        TransportError::Lost { .. } | TransportError::HandshakeTimeout { .. } => {
+            EngineError::NoGateway { addr: onward.addr, source: Box::new(source) }
+        }
+        other => EngineError::from(other),
+    })?;
     if session.selected.features & FEATURE_STREAM == 0 {
         let error = EngineError::Misuse {
             what: format!("What listens at {} is no gateway", onward.addr),
@@ -86,6 +98,7 @@ async fn run(
     let link = Link::start(control_sender, control_receiver, Arc::clone(&gate), clock);
     let mut lanes = LaneTasks::start(lanes);
     let way = Way {
+        first,
         lanes: lanes.queues(),
         gate: Arc::clone(&gate),
         wanted: onward.wanted,
@@ -93,14 +106,15 @@ async fn run(
     };
     let mut passage = Passage {
         link,
+        gate,
+        lanes,
         back: connected.socket.another().map_err(EngineError::QemuSocket)?,
-        digests: Default::default(),
+        expected: None,
         is_sent: false,
         is_answered: false,
     };
     let moved = passage.pass(connected, way).await;
-    gate.close();
-    lanes.stop().await;
+    passage.stop().await;
     let (taken, moved) = match moved {
         Ok((taken, moved)) => (taken, moved),
         Err(error) => (Taken::default(), Err(error)),
@@ -114,10 +128,12 @@ async fn run(
 /// A stream on its way, and what comes back.
 struct Passage {
     link: Link,
+    gate: Arc<Gate>,
+    lanes: LaneTasks,
     /// The source's QEMU, to write to.
     back: QemuSocket,
-    /// What the other gateway has to say of each sync.
-    digests: std::collections::HashMap<u32, u64>,
+    /// What the other gateway has to say of a sync before anything else is sent.
+    expected: Option<(u32, u64)>,
     /// The source's QEMU has ended its stream.
     is_sent: bool,
     /// The destination's QEMU has said its last word.
@@ -137,26 +153,54 @@ impl Passage {
         };
         let (items, mut inbox) = mpsc::channel(ITEMS);
         let socket = connected.socket.another().map_err(EngineError::QemuSocket)?;
-        let reading: JoinHandle<_> = tokio::task::spawn_blocking(move || {
+        let mut reading: JoinHandle<_> = tokio::task::spawn_blocking(move || {
             let mut intake = StreamIntake::new(items, way);
             let read = intake.run(&socket);
             (intake.taken(), read)
         });
-        let passed = self.exchange(&mut inbox).await;
+        let mut read = None;
+        let passed = tokio::select! {
+            passed = self.exchange(&mut inbox) => passed,
+            // Where QEMU gives up, whatever is waited for is in vain.
+            () = failed(&mut reading, &mut read) => Err(EngineError::Cancelled),
+        };
         drop(inbox);
         if passed.is_err() {
+            // Whoever reads, encodes or waits for its turn is woken.
             connected.socket.cut();
+            self.stop().await;
         }
-        let (taken, read) =
-            reading.await.map_err(|error| EngineError::Internal(error.to_string()))?;
-        // What ended the reading comes first, unless that was the end of the session.
+        let (taken, read) = match read {
+            Some(read) => read,
+            None => reading.await.map_err(|error| EngineError::Internal(error.to_string()))?,
+        };
         let moved = match (passed, read) {
-            (Err(error), Ok(()) | Err(EngineError::Cancelled | EngineError::QemuSocket(_))) => {
-                Err(error)
-            }
-            (_, read) => read,
+            (Ok(()), read) => read,
+            (Err(error), Ok(())) => Err(error),
+            (Err(error), Err(other)) => Err(self.reason(error, other).await),
         };
         Ok((taken, moved))
+    }
+
+    /// What came first: whichever way ends takes the other with it.
+    async fn reason(&mut self, passed: EngineError, read: EngineError) -> EngineError {
+        match (&passed, &read) {
+            // A lane ends for a reason that the control stream tells.
+            (EngineError::Cancelled, EngineError::Pump(_)) => {
+                self.link.why_over(WHY_WITHIN).await.unwrap_or(read)
+            }
+            (EngineError::Cancelled, _) => read,
+            (_, EngineError::Cancelled | EngineError::QemuSocket(_) | EngineError::Pump(_)) => {
+                passed
+            }
+            _ => read,
+        }
+    }
+
+    /// Nothing more goes over the lanes.
+    async fn stop(&mut self) {
+        self.gate.close();
+        self.lanes.stop().await;
     }
 
     async fn open(&mut self, connected: &Connected) -> Result<Message, EngineError> {
@@ -174,19 +218,17 @@ impl Passage {
     async fn exchange(&mut self, inbox: &mut mpsc::Receiver<Item>) -> Result<(), EngineError> {
         let mut sequence = 0;
         while !(self.is_sent && self.is_answered) {
-            let answered = self.is_answered;
+            let (is_sent, is_answered) = (self.is_sent, self.is_answered);
             tokio::select! {
-                item = inbox.recv(), if !self.is_sent => match item {
+                item = inbox.recv(), if !is_sent && self.expected.is_none() => match item {
                     Some(item) => self.send(item, &mut sequence).await?,
                     // The reading has ended, with an error of its own.
                     None => return Err(EngineError::Cancelled),
                 },
                 message = self.link.recv() => self.hear(message?).await?,
-                () = tokio::time::sleep(ENDS_WITHIN), if answered => {
-                    return Err(EngineError::TooSlow {
-                        wanted: "the end of the stream, after the QEMU at the destination had ended it",
-                        seconds: ENDS_WITHIN.as_secs(),
-                    });
+                () = tokio::time::sleep(ENDS_WITHIN), if is_answered => {
+                    tracing::warn!("the source's QEMU keeps its connection, though that at the destination ended its own");
+                    return Ok(());
                 }
             }
         }
@@ -201,7 +243,7 @@ impl Passage {
             }
             Item::Sync(batches, digest) => {
                 *sequence = sequence.wrapping_add(1);
-                self.digests.insert(*sequence, digest);
+                self.expected = digest.map(|digest| (*sequence, digest));
                 Message::Sync(Sync { sequence: *sequence, batches })
             }
             Item::End => {
@@ -220,11 +262,17 @@ impl Passage {
                     on_thread(move || std::io::Write::write_all(&mut &socket, &back.bytes));
                 written.await?.map_err(EngineError::QemuSocket)
             }
-            Message::Synced(synced) => match self.digests.remove(&synced.sequence) {
-                Some(digest) if digest == synced.version_digest => Ok(()),
-                _ => Err(EngineError::Contradiction(
-                    "that other pages are in place than were sent".into(),
-                )),
+            Message::Synced(synced) => match self.expected {
+                Some((sequence, digest)) if sequence == synced.sequence => {
+                    self.expected = None;
+                    if digest == synced.version_digest {
+                        return Ok(());
+                    }
+                    let what = "that other pages are in place than were sent";
+                    Err(EngineError::Contradiction(what.into()))
+                }
+                // Others only keep the order.
+                _ => Ok(()),
             },
             Message::StreamEnd(_) => {
                 self.is_answered = true;
@@ -237,11 +285,31 @@ impl Passage {
 
     async fn close(self, closer: &Closer, error: Option<&EngineError>) {
         let Some(error) = error else {
+            // What is under way when a session is closed is lost.
+            let _lost_contact = self.link.finish(TOLD_WITHIN).await;
             return closer.close(close_code::DONE, "done").await;
         };
         let (code, text) = (error.abort_code(), messages::text(&error.tell()));
-        let told = self.link.send(Message::Abort(Abort { code, text: text.clone() }));
-        let _lost_contact_is_noticed_there = tokio::time::timeout(ABORT_WITHIN, told).await;
+        let told = async {
+            self.link.send(Message::Abort(Abort { code, text: text.clone() })).await?;
+            self.link.finish(TOLD_WITHIN).await
+        };
+        let _lost_contact_is_noticed_there = tokio::time::timeout(TOLD_WITHIN, told).await;
         closer.close(close_code::ABORTED, &text).await;
+    }
+}
+
+/// What was read of a stream, and how that ended.
+type Read = (Taken, Result<(), EngineError>);
+
+/// Returns when the reading has failed; if it ends well, never.
+async fn failed(reading: &mut JoinHandle<Read>, read: &mut Option<Read>) {
+    let ended = reading
+        .await
+        .unwrap_or_else(|error| (Taken::default(), Err(EngineError::Internal(error.to_string()))));
+    let is_well = ended.1.is_ok();
+    *read = Some(ended);
+    if is_well {
+        std::future::pending::<()>().await;
     }
 }

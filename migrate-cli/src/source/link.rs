@@ -98,6 +98,14 @@ impl Link {
         Ok(self.sender.send(&message).await?)
     }
 
+    /// Says nothing more and waits, at most `within`, until everything that was said is there.
+    ///
+    /// # Errors
+    /// If the session is over, or that takes longer.
+    pub async fn finish(&self, within: Duration) -> Result<(), EngineError> {
+        Ok(self.sender.finish(within).await?)
+    }
+
     /// Waits for the next message that is no progress. Cancel-safe.
     ///
     /// # Errors

@@ -17,9 +17,9 @@ use transport::messages::{
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
     RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, StreamBack,
-    StreamBlocks, StreamBytes, StreamEnd, StreamOpen, StreamOpened, Sync,
-    Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
-    VerifyRequest, message_type, text,
+    StreamBlocks, StreamBytes, StreamEnd, StreamOpen, StreamOpened, Sync, Synced, TEXT_BYTES_MAX,
+    TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type,
+    text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
 

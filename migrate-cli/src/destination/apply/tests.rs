@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use memmap2::{MmapOptions, MmapRaw};
-use qemu_glue::ram::RamRegion;
+use qemu_glue::ram::{GuestRam, RamRegion};
 
 use super::*;
 
