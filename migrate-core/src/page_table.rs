@@ -89,6 +89,13 @@ impl SourcePages {
         Self { tells_zeros: true, ..self }
     }
 
+    /// The same versions, but nothing is known of contents any more: whatever page comes next travels
+    /// whole, or as zeros, as if it had never been sent (post-copy drops pages at the destination).
+    #[must_use]
+    pub fn forgetting(self) -> Self {
+        Self { hashes: None, bases: None, duplicates: None, tells_zeros: true, ..self }
+    }
+
     /// The same, but pages that travel again on one of `lanes` lanes do so as deltas, for which at
     /// most `bytes_max` bytes of memory are used.
     #[must_use]
@@ -360,6 +367,23 @@ mod tests {
         let mut content = [0; PAGE_BYTES];
         content[0] = 1;
         assert_eq!(judge(&table, 0, &content), PageVerdict::Delta(5, 1));
+    }
+
+    #[test]
+    fn what_was_forgotten_travels_whole_again() {
+        let table = SourcePages::new(2, true, 1).with_deltas(1, 1 << 20).with_duplicates(1);
+        let content = [1; PAGE_BYTES];
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Raw(1));
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Unchanged);
+        let digest = table.digest();
+        let table = table.forgetting();
+        assert_eq!(table.digest(), digest);
+        assert_eq!(judge(&table, 0, &content), PageVerdict::Raw(2));
+        assert_eq!(judge(&table, 1, &content), PageVerdict::Raw(1));
+        let table = table.forgetting();
+        assert_eq!(judge(&table, 1, &[0; PAGE_BYTES]), PageVerdict::Zero(2));
+        assert_eq!(judge(&table, 1, &[0; PAGE_BYTES]), PageVerdict::Zero(3));
+        assert_eq!(table.delta_memory_bytes(), 0);
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub use self::split::{RemoteEnd, STORES_MAX, Split, Store, Then};
 use self::stream::{STREAM_BLOCKS_BODY_BYTES, STREAM_CHUNK_BODY_BYTES};
 pub use self::stream::{
     STREAM_CHUNK_BYTES_MAX, StreamBack, StreamBlocks, StreamBytes, StreamEnd, StreamOpen,
-    StreamOpened,
+    StreamOpened, StreamPostcopy,
 };
 use crate::error::WireError;
 
@@ -598,6 +598,8 @@ messages! {
     StreamBack = 60, STREAM_CHUNK_BODY_BYTES;
     /// Either: no more bytes.
     StreamEnd = 61, SMALL_BYTES;
+    /// Source: the guest is about to run at the destination; every page comes once from now on.
+    StreamPostcopy = 62, SMALL_BYTES;
     /// Client: how did a migration end?
     Ask = 64, SMALL_BYTES;
     /// Server: so it did.

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -103,6 +103,8 @@ struct Shared {
     failure: Mutex<Option<ApplyError>>,
     changed: Notify,
     fetcher: OnceLock<Arc<Fetcher>>,
+    /// A guest waits for what comes, although nothing is fetched here.
+    is_awaited: AtomicBool,
 }
 
 /// The entrance for one lane's batches.
@@ -142,6 +144,7 @@ impl Applier {
             failure: Mutex::new(None),
             changed: Notify::new(),
             fetcher: OnceLock::new(),
+            is_awaited: AtomicBool::new(false),
         });
         // What the guest waits for comes on the last lane and must not queue behind anything.
         let shared_lanes = lanes.saturating_sub(1).max(1);
@@ -168,6 +171,16 @@ impl Applier {
     /// From now on pages that were missing at the hand-over go to `fetcher`.
     pub fn fetch(&self, fetcher: Arc<Fetcher>) {
         let _set_once = self.shared.fetcher.set(fetcher);
+    }
+
+    /// From now on a guest waits for what comes.
+    pub fn await_pages(&self) {
+        self.shared.is_awaited.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a guest waits for what comes.
+    pub fn is_awaited(&self) -> bool {
+        self.fetcher().is_some() || self.shared.is_awaited.load(Ordering::Relaxed)
     }
 
     /// Who takes pages that were missing at the hand-over.

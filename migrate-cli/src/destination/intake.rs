@@ -20,7 +20,7 @@ use crate::error::EngineError;
 const PROGRESS_EVERY: Duration = Duration::from_millis(5);
 
 /// The same once the guest runs here: little is under way then, so that faults need not queue.
-const PROGRESS_EVERY_FETCHING: Duration = Duration::from_millis(1);
+const PROGRESS_EVERY_AWAITED: Duration = Duration::from_millis(1);
 
 /// What takes pages in.
 #[derive(Debug)]
@@ -162,8 +162,7 @@ async fn drain(
 async fn tell_progress(control: ControlSender, applier: Arc<Applier>) {
     let mut told = 0;
     loop {
-        let fetches = applier.fetcher().is_some();
-        let every = if fetches { PROGRESS_EVERY_FETCHING } else { PROGRESS_EVERY };
+        let every = if applier.is_awaited() { PROGRESS_EVERY_AWAITED } else { PROGRESS_EVERY };
         tokio::time::sleep(every).await;
         let (applied_bytes, applied_batches) = applier.applied();
         if applied_bytes == told {

@@ -78,6 +78,7 @@ async fn run(mut session: DestinationSession, qemu: &QemuAddr) -> Result<(), Eng
             sender: session.control_sender,
             closer: session.closer,
             intake: None,
+            sink: None,
             pages: Arc::new(DestinationPages::new(0)),
             has_begun: false,
             is_sent: false,
@@ -140,6 +141,8 @@ struct Arrival {
     sender: ControlSender,
     closer: Closer,
     intake: Option<Intake>,
+    /// Where pages go, once they may come.
+    sink: Option<Arc<StreamSink>>,
     pages: Arc<DestinationPages>,
     /// Bytes were written to the QEMU here.
     has_begun: bool,
@@ -210,6 +213,7 @@ impl Arrival {
             }
             Message::StreamBlocks(blocks) => self.begin_pages(blocks),
             Message::Sync(sync) => self.sync(sync).await,
+            Message::StreamPostcopy(_) => self.begin_postcopy(),
             Message::StreamEnd(_) => {
                 self.is_sent = true;
                 socket.end_writing();
@@ -237,9 +241,21 @@ impl Arrival {
         let layout = RamLayout::new(told.blocks)?;
         self.pages = Arc::new(DestinationPages::new(layout.bytes() / PAGE_BYTES as u64));
         let sink = StreamSink::new(layout, list, told.section, Arc::clone(&self.out));
+        let sink = Arc::new(sink);
+        self.sink = Some(Arc::clone(&sink));
         let (pages, lanes) = (Arc::clone(&self.pages), std::mem::take(&mut self.lanes));
         let sender = self.sender.clone();
-        self.intake = Some(Intake::start(Arc::new(sink), pages, lanes, sender, &self.closer));
+        self.intake = Some(Intake::start(sink, pages, lanes, sender, &self.closer));
+        Ok(())
+    }
+
+    fn begin_postcopy(&self) -> Result<(), EngineError> {
+        let (Some(intake), Some(sink)) = (&self.intake, &self.sink) else {
+            return Err(EngineError::OutOfPlace { got: "StreamPostcopy", wanted: "StreamBlocks" });
+        };
+        tracing::info!("the guest is handed over by post-copy");
+        sink.begin_postcopy();
+        intake.applier().await_pages();
         Ok(())
     }
 

@@ -76,13 +76,14 @@ enum Task {
 
 struct Worker {
     tasks: SyncSender<Task>,
-    thread: JoinHandle<()>,
+    /// Gives the lanes back.
+    thread: JoinHandle<Vec<Outlet>>,
 }
 
 /// What the workers share.
 #[derive(Debug)]
 struct Shared {
-    pages: Arc<SourcePages>,
+    pages: SourcePages,
     outlets: Outlets,
     counts: Mutex<PageCounts>,
     failure: Mutex<Option<PumpError>>,
@@ -105,7 +106,7 @@ impl std::fmt::Debug for Encoder {
 impl Encoder {
     /// Starts the workers over the lanes' queues; they pack with the codec that is `wanted`.
     pub fn start(
-        pages: Arc<SourcePages>,
+        pages: SourcePages,
         gate: Arc<crate::source::gate::Gate>,
         lanes: Vec<LaneQueue>,
         wanted: Wanted,
@@ -182,6 +183,25 @@ impl Encoder {
         Ok(self.shared.outlets.batches())
     }
 
+    /// Ends the workers, and gives back what they had.
+    ///
+    /// # Errors
+    /// As [`Self::push`].
+    pub fn finish(mut self) -> Result<Finished, PumpError> {
+        self.flush()?;
+        let mut lanes = Vec::new();
+        for Worker { tasks, thread } in self.workers.drain(..) {
+            drop(tasks);
+            lanes.extend(thread.join().map_err(|_| PumpError::WorkerGone)?);
+        }
+        lanes.sort_by_key(|outlet| outlet.number);
+        let shared = Arc::clone(&self.shared);
+        drop(self);
+        let shared = Arc::into_inner(shared).ok_or(PumpError::WorkerGone)?;
+        let counts = shared.counts.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(Finished { pages: shared.pages, outlets: shared.outlets, lanes, counts })
+    }
+
     /// Versions of all pages, for comparison.
     pub fn digest(&self) -> u64 {
         self.shared.pages.digest()
@@ -193,8 +213,24 @@ impl Encoder {
     }
 }
 
+/// What an encoder leaves.
+#[derive(Debug)]
+pub struct Finished {
+    /// What was sent of each page.
+    pub pages: SourcePages,
+    /// What all lanes share.
+    pub outlets: Outlets,
+    /// The lanes, in their order.
+    pub lanes: Vec<Outlet>,
+    /// What became of the pages.
+    pub counts: PageCounts,
+}
+
 impl Drop for Encoder {
     fn drop(&mut self) {
+        if self.workers.is_empty() {
+            return;
+        }
         self.shared.outlets.gate.close();
         for Worker { tasks, thread } in self.workers.drain(..) {
             drop(tasks);
@@ -210,7 +246,7 @@ fn work(
     inbox: &Receiver<Task>,
     mut outlets: Vec<Outlet>,
     mut choice: CodecChoice,
-) {
+) -> Vec<Outlet> {
     while let Ok(task) = inbox.recv() {
         let mut counts = PageCounts::default();
         let done = match task {
@@ -239,10 +275,11 @@ fn work(
             Ok(None) => {}
             Err(error) => {
                 *shared.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                return;
+                break;
             }
         }
     }
+    outlets
 }
 
 /// Judges a chunk's pages and sends what makes whole batches.

@@ -5,13 +5,17 @@
 //!   PART ram ─► pages ─► encoder ─► lanes              ├─► items, in this order
 //!   END ram ─► pages ─► all of them sent ─► sync ──────┤
 //!   device state ─► bytes ─────────────────────────────┘
+//!
+//!   post-copy: discards, package ─► bytes, sync ─► answer: written there ─► pages ─► server ─► lanes
 //! ```
 //!
-//! The parts of the section `ram` are not kept: the other gateway makes parts of what arrives. Invariant: bytes that
-//! follow pages in the stream come behind a [`Item::Sync`] with all batches of these pages.
+//! The parts of the section `ram` are not kept: the other gateway makes parts of what arrives. Invariants: bytes that
+//! follow pages in the stream come behind an [`Item::Sync`] with all batches of these pages; pages that follow the
+//! commands of post-copy leave when the other gateway has said that these were written.
 
 use std::io::{self, Cursor, Read};
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
 
 use migrate_core::codec_choice::Wanted;
@@ -23,6 +27,8 @@ use tokio::sync::mpsc;
 use transport::messages::STREAM_CHUNK_BYTES_MAX;
 
 use super::encode::Encoder;
+use super::postcopy::Server;
+use super::requests::Requests;
 use super::socket::QemuSocket;
 use crate::error::EngineError;
 use crate::random;
@@ -47,8 +53,17 @@ pub enum Item {
         /// The blocks.
         blocks: Vec<BlockSpec>,
     },
-    /// These batches, by lane, come before what follows; with the digest of all versions, if no pages come behind it.
-    Sync(Vec<u64>, Option<u64>),
+    /// The guest is handed over by post-copy.
+    Postcopy,
+    /// These batches, by lane, come before what follows.
+    Sync {
+        /// The batches.
+        batches: Vec<u64>,
+        /// The digest of all versions then, if no pages come behind it until it was confirmed.
+        digest: Option<u64>,
+        /// Told when it was.
+        done: Option<SyncSender<()>>,
+    },
     /// The stream is over.
     End,
 }
@@ -66,6 +81,8 @@ pub struct Way {
     pub wanted: Wanted,
     /// Memory for deltas in bytes; none are made without.
     pub delta_bytes_max: u64,
+    /// What the destination asks for.
+    pub requests: Arc<Requests>,
 }
 
 /// What came of a stream, for the report.
@@ -77,6 +94,19 @@ pub struct Taken {
     pub ram_bytes: u64,
     /// What became of its pages.
     pub counts: PageCounts,
+    /// Pages that went before others because the guest waited for them.
+    pub urgent_pages: u64,
+}
+
+/// Who takes pages.
+#[derive(Debug)]
+enum Pages {
+    /// Nobody.
+    None,
+    /// The guest runs here.
+    Before(Encoder),
+    /// It was handed over by post-copy.
+    After(Server),
 }
 
 /// What part of the section `ram` is being read.
@@ -98,7 +128,11 @@ pub struct StreamIntake {
     items: mpsc::Sender<Item>,
     /// Until the encoder takes it over.
     way: Option<Way>,
-    encoder: Option<Encoder>,
+    wanted: Wanted,
+    requests: Arc<Requests>,
+    pages: Pages,
+    /// The commands of post-copy have begun: pages that come are those that the destination lacks.
+    is_handed_over: bool,
     writer: Writer,
     bytes: Vec<u8>,
     within: Within,
@@ -115,8 +149,11 @@ impl StreamIntake {
     pub fn new(items: mpsc::Sender<Item>, way: Way) -> Self {
         Self {
             items,
+            wanted: way.wanted,
+            requests: Arc::clone(&way.requests),
             way: Some(way),
-            encoder: None,
+            pages: Pages::None,
+            is_handed_over: false,
             writer: Writer::new(),
             bytes: vec![],
             within: Within::Nothing,
@@ -151,7 +188,7 @@ impl StreamIntake {
             if count == 0 {
                 return self.tell(Item::End);
             }
-            if let Some(encoder) = &mut self.encoder
+            if let Pages::Before(encoder) = &mut self.pages
                 && socket.is_quiet(QUIET)
             {
                 encoder.flush()?;
@@ -161,8 +198,12 @@ impl StreamIntake {
 
     /// What came so far.
     pub fn taken(&self) -> Taken {
-        let counts = self.encoder.as_ref().map(Encoder::counts).unwrap_or_default();
-        Taken { counts, ..self.taken }
+        let counts = match &self.pages {
+            Pages::None => PageCounts::default(),
+            Pages::Before(encoder) => encoder.counts(),
+            Pages::After(server) => server.counts(),
+        };
+        Taken { counts, urgent_pages: self.requests.backlog().urgent_pages(), ..self.taken }
     }
 
     fn take(&mut self, event: &Event<'_>) -> Result<(), EngineError> {
@@ -175,13 +216,17 @@ impl StreamIntake {
                 let what = "multifd: switch the capability off, the gateway's lanes replace it";
                 return Err(EngineError::NotTaken(what));
             }
+            (Event::Command(command), _) => {
+                self.command(command)?;
+                self.write(event)?;
+            }
             (Event::SectionPart(_), _) => self.within = Within::Part,
             (Event::EndOfRecords, Within::Part) => {}
             (Event::Footer(_), Within::Part) => self.within = Within::Nothing,
             // It begins where its pages have all been sent.
             (Event::SectionEnd(section), _) => self.within = Within::End(*section),
             (Event::EndOfRecords, Within::End(section)) => {
-                self.sync(true)?;
+                self.sync(true, None)?;
                 self.write(&Event::SectionEnd(section))?;
                 self.write(event)?;
             }
@@ -202,20 +247,39 @@ impl StreamIntake {
                 self.within = Within::Nothing;
                 self.write(event)?;
             }
-            (Event::Command(Command::EnableColo), _) => {
-                let what =
-                    "checkpoints: switch the capability x-colo off, gateways move guests once";
-                return Err(EngineError::NotTaken(what));
-            }
             _ => self.write(event)?,
         }
         Ok(())
     }
 
+    fn command(&mut self, command: &Command<'_>) -> Result<(), EngineError> {
+        match command {
+            // Refused while the guest runs here; later it would be lost.
+            Command::PostcopyAdvise(Some(advise)) if advise.ram_page_sizes != PAGE_BYTES as u64 => {
+                let what = "post-copy of huge pages: switch the capability postcopy-ram off, or give the guest RAM of \
+                            4 KiB pages";
+                Err(EngineError::NotTaken(what))
+            }
+            Command::EnableColo => {
+                let what =
+                    "checkpoints: switch the capability x-colo off, gateways move guests once";
+                Err(EngineError::NotTaken(what))
+            }
+            Command::PostcopyRamDiscard(_)
+            | Command::PostcopyListen
+            | Command::PostcopyRun
+            | Command::Packaged { .. } => {
+                self.is_handed_over = true;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Keeps what is to follow all pages that were taken.
     fn write(&mut self, event: &Event<'_>) -> Result<(), EngineError> {
         if self.has_pages {
-            self.sync(false)?;
+            self.sync(false, None)?;
         }
         let written = self.writer.write(event, &mut self.bytes);
         written.map_err(|error| EngineError::Internal(error.to_string()))?;
@@ -226,14 +290,16 @@ impl StreamIntake {
     }
 
     /// Sends all pages that were taken, and says which batches they are; and what is in place then, if they are the last.
-    fn sync(&mut self, are_last: bool) -> Result<(), EngineError> {
+    fn sync(&mut self, are_last: bool, done: Option<SyncSender<()>>) -> Result<(), EngineError> {
         self.has_pages = false;
-        let Some(encoder) = &mut self.encoder else { return Ok(()) };
-        let batches = encoder.flush()?;
-        let digest = are_last.then(|| encoder.digest());
+        let (batches, digest) = match &mut self.pages {
+            Pages::None => return Ok(()),
+            Pages::Before(encoder) => (encoder.flush()?, encoder.digest()),
+            Pages::After(server) => (server.flush()?, server.digest()),
+        };
         // Bytes from before them go before them.
         self.send_bytes()?;
-        self.tell(Item::Sync(batches, digest))
+        self.tell(Item::Sync { batches, digest: are_last.then_some(digest), done })
     }
 
     fn send_bytes(&mut self) -> Result<(), EngineError> {
@@ -257,6 +323,7 @@ impl StreamIntake {
         };
         let (pages, blocks) = (layout.pages(), layout.blocks().to_vec());
         self.taken.ram_bytes = layout.bytes();
+        self.requests.begin(layout.clone());
         self.send_bytes()?;
         self.tell(Item::Blocks { section, blocks })?;
         let table = SourcePages::new(pages, false, random::number()?).with_zeros();
@@ -264,30 +331,66 @@ impl StreamIntake {
             0 => table,
             bytes => table.with_deltas(way.lanes.len(), bytes),
         };
-        self.encoder = Some(Encoder::start(Arc::new(table), way.gate, way.lanes, way.wanted));
+        self.pages = Pages::Before(Encoder::start(table, way.gate, way.lanes, way.wanted));
+        Ok(())
+    }
+
+    /// Waits until what handed the guest over was written at the destination: pages that came there before would be
+    /// dropped with those that are out of date.
+    fn begin_postcopy(&mut self) -> Result<(), EngineError> {
+        self.send_bytes()?;
+        self.tell(Item::Postcopy)?;
+        let (done, is_done) = sync_channel(1);
+        self.sync(true, Some(done))?;
+        // The session is over, and its own error says why.
+        is_done.recv().map_err(|_| EngineError::Cancelled)?;
+        let layout = self.layout.as_ref().map_or(0, RamLayout::pages);
+        self.requests.backlog().begin(layout);
+        if let Pages::Before(encoder) = std::mem::replace(&mut self.pages, Pages::None) {
+            let (requests, wanted) = (Arc::clone(&self.requests), self.wanted);
+            self.pages = Pages::After(Server::start(encoder.finish()?, requests, wanted)?);
+        }
         Ok(())
     }
 
     fn page(&mut self, page: &PageRecord<'_>) -> Result<(), EngineError> {
-        if self.encoder.is_none() {
+        if let Pages::None = self.pages {
             self.begin_pages()?;
         }
-        let (Some(layout), Some(encoder)) = (&self.layout, &mut self.encoder) else {
+        if self.is_handed_over && !matches!(self.pages, Pages::After(_)) {
+            self.begin_postcopy()?;
+        }
+        let Some(layout) = &self.layout else {
             return Err(EngineError::NotTaken("pages before the list of blocks"));
         };
         let first = layout.block_pages(usize::from(page.block.0)).start;
         let number = PageIndex(first + page.offset_bytes / PAGE_BYTES as u64);
         self.has_pages = true;
         match page.content {
-            PageContent::Zero { fill: 0 } => encoder.push(number, None)?,
-            PageContent::Zero { fill } => encoder.push(number, Some(&[fill; PAGE_BYTES]))?,
-            PageContent::Whole(content) => encoder.push(number, Some(content))?,
+            PageContent::Zero { fill: 0 } => self.pages.push(number, None)?,
+            PageContent::Zero { fill } => self.pages.push(number, Some(&[fill; PAGE_BYTES]))?,
+            PageContent::Whole(content) => self.pages.push(number, Some(content))?,
             PageContent::Xbzrle(_) => {
                 let what = "xbzrle: switch the capability off, the gateway's deltas replace it";
                 return Err(EngineError::NotTaken(what));
             }
         }
         Ok(())
+    }
+}
+
+impl Pages {
+    fn push(
+        &mut self,
+        page: PageIndex,
+        content: Option<&[u8; PAGE_BYTES]>,
+    ) -> Result<(), EngineError> {
+        let taken = match self {
+            Self::None => return Err(EngineError::NotTaken("pages before the list of blocks")),
+            Self::Before(encoder) => encoder.push(page, content),
+            Self::After(server) => server.push(page, content),
+        };
+        Ok(taken?)
     }
 }
 

@@ -9,17 +9,24 @@
 //! deltas and encrypted, and everything else in its order; that at the destination writes a stream of them for its QEMU
 //! ([`sink`]). Neither QEMU knows: when a connection ends early, both see theirs end, and decide as ever who has the guest.
 //!
+//! Post-copy is the QEMUs' own decision, too. From then on the source's gateway reads the return path along ([`requests`]),
+//! pages that the guest waits for overtake ([`backlog`]), and little else is under way ([`postcopy`]).
+//!
 //! Invariants: no byte of the stream is written at the destination before the pages that came before it; of a page
-//! versions arrive in the stream's order; what is under way is bounded, so that QEMU's own estimate of the bandwidth
-//! is that of the link.
+//! versions arrive in the stream's order; device state leaves when all pages are confirmed; after the commands of post-copy no
+//! page leaves before these were written; what is under way is bounded, so that QEMU's own estimate of the bandwidth is
+//! that of the link.
 
 pub mod addr;
+pub mod backlog;
 pub mod destination;
 pub mod encode;
 pub mod intake;
 pub mod listen;
 mod metrics;
+pub mod postcopy;
 pub mod report;
+pub mod requests;
 pub mod sink;
 pub mod socket;
 pub mod source;

@@ -39,6 +39,8 @@ pub struct GatewayReport {
     pub zero_pages: u64,
     /// Pages that QEMU sent again although nothing in them had changed.
     pub unchanged_pages: u64,
+    /// Pages that went before others because the guest, which ran at the destination, waited for them.
+    pub urgent_pages: u64,
 }
 
 impl GatewayReport {
@@ -57,6 +59,7 @@ impl GatewayReport {
             delta_pages: 0,
             zero_pages: 0,
             unchanged_pages: 0,
+            urgent_pages: 0,
         }
     }
 
@@ -69,6 +72,7 @@ impl GatewayReport {
         self.delta_pages = taken.counts.delta;
         self.zero_pages = taken.counts.zero;
         self.unchanged_pages = taken.counts.unchanged;
+        self.urgent_pages = taken.urgent_pages;
     }
 
     /// Notes how it ended.

@@ -6,11 +6,13 @@
 
 use std::fmt;
 use std::io::{self, IoSlice, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use migrate_core::delta::LINE_BYTES;
 use migrate_core::layout::{PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::xbzrle::{self, Encoded};
+use parking_lot::{Mutex, MutexGuard};
 use qemu_glue::stream::{BlockIndex, BlockList, PageContent, PageRecord, RamParts, Writer};
 
 use super::socket::QemuSocket;
@@ -30,13 +32,16 @@ impl QemuOut {
         Self(Mutex::new(socket))
     }
 
-    /// Writes bytes that belong together. Blocks while QEMU takes nothing.
+    /// Writes bytes that belong together, in turn with others who do. Blocks while QEMU takes nothing.
     ///
     /// # Errors
     /// If the connection has ended.
     pub fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (&*socket).write_all(bytes)
+        let socket = self.0.lock();
+        let written = (&*socket).write_all(bytes);
+        // A page that the guest waits for does not wait for more than what waits already.
+        MutexGuard::unlock_fair(socket);
+        written
     }
 }
 
@@ -46,6 +51,8 @@ pub struct StreamSink {
     blocks: Arc<BlockList>,
     section: u32,
     out: Arc<QemuOut>,
+    /// The guest is handed over by post-copy.
+    is_handed_over: AtomicBool,
 }
 
 impl fmt::Debug for StreamSink {
@@ -57,7 +64,13 @@ impl fmt::Debug for StreamSink {
 impl StreamSink {
     /// For the stream's section of RAM with this number, whose blocks those of the layout are.
     pub fn new(layout: RamLayout, blocks: BlockList, section: u32, out: Arc<QemuOut>) -> Self {
-        Self { layout, blocks: Arc::new(blocks), section, out }
+        let (blocks, is_handed_over) = (Arc::new(blocks), AtomicBool::new(false));
+        Self { layout, blocks, section, out, is_handed_over }
+    }
+
+    /// From now on, QEMU takes pages only as wholes: it holds nothing of those that come.
+    pub fn begin_postcopy(&self) {
+        self.is_handed_over.store(true, Ordering::Release);
     }
 }
 
@@ -143,6 +156,9 @@ impl PageWriter for BatchWriter<'_> {
     }
 
     fn delta(&mut self, page: PageIndex, mask: u64, take: Take<'_, '_>) -> Result<(), ApplyError> {
+        if self.sink.is_handed_over.load(Ordering::Acquire) {
+            return Err(ApplyError::DeltaOfMissing(page));
+        }
         let bytes = mask.count_ones() as usize * LINE_BYTES;
         let pieces = take(bytes).ok_or(ApplyError::Length)?;
         let joined: Vec<u8>;

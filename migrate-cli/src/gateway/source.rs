@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use migrate_core::codec_choice::Wanted;
@@ -9,13 +10,14 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::messages::{
     self, Abort, FEATURE_STREAM, Intent, Message, StreamBlocks, StreamBytes, StreamEnd, StreamOpen,
-    Sync,
+    StreamPostcopy, Sync,
 };
 use transport::{Closer, Identity, Offer, Options, SourceSession, TransportError, close_code};
 
 use super::intake::{Item, StreamIntake, Taken, Way};
 use super::listen::Connected;
 use super::report::GatewayReport;
+use super::requests::Requests;
 use super::socket::QemuSocket;
 use crate::ENGINE;
 use crate::blocking::on_thread;
@@ -103,12 +105,14 @@ async fn run(
         gate: Arc::clone(&gate),
         wanted: onward.wanted,
         delta_bytes_max: onward.delta_bytes_max,
+        requests: Arc::default(),
     };
     let mut passage = Passage {
         link,
         gate,
         lanes,
         back: connected.socket.another().map_err(EngineError::QemuSocket)?,
+        requests: Arc::clone(&way.requests),
         expected: None,
         is_sent: false,
         is_answered: false,
@@ -132,8 +136,10 @@ struct Passage {
     lanes: LaneTasks,
     /// The source's QEMU, to write to.
     back: QemuSocket,
+    /// What the destination asks for.
+    requests: Arc<Requests>,
     /// What the other gateway has to say of a sync before anything else is sent.
-    expected: Option<(u32, u64)>,
+    expected: Option<Expected>,
     /// The source's QEMU has ended its stream.
     is_sent: bool,
     /// The destination's QEMU has said its last word.
@@ -165,6 +171,8 @@ impl Passage {
             () = failed(&mut reading, &mut read) => Err(EngineError::Cancelled),
         };
         drop(inbox);
+        // Who waits for an answer waits in vain.
+        self.expected = None;
         if passed.is_err() {
             // Whoever reads, encodes or waits for its turn is woken.
             connected.socket.cut();
@@ -200,6 +208,7 @@ impl Passage {
     /// Nothing more goes over the lanes.
     async fn stop(&mut self) {
         self.gate.close();
+        self.requests.backlog().end(None);
         self.lanes.stop().await;
     }
 
@@ -241,9 +250,10 @@ impl Passage {
             Item::Blocks { section, blocks } => {
                 Message::StreamBlocks(StreamBlocks { section, blocks })
             }
-            Item::Sync(batches, digest) => {
+            Item::Postcopy => Message::StreamPostcopy(StreamPostcopy {}),
+            Item::Sync { batches, digest, done } => {
                 *sequence = sequence.wrapping_add(1);
-                self.expected = digest.map(|digest| (*sequence, digest));
+                self.expected = digest.map(|digest| Expected { sequence: *sequence, digest, done });
                 Message::Sync(Sync { sequence: *sequence, batches })
             }
             Item::End => {
@@ -257,23 +267,19 @@ impl Passage {
     async fn hear(&mut self, message: Message) -> Result<(), EngineError> {
         match message {
             Message::StreamBack(back) => {
+                self.requests.hear(&back.bytes);
                 let socket = self.back.another().map_err(EngineError::QemuSocket)?;
                 let written =
                     on_thread(move || std::io::Write::write_all(&mut &socket, &back.bytes));
                 written.await?.map_err(EngineError::QemuSocket)
             }
-            Message::Synced(synced) => match self.expected {
-                Some((sequence, digest)) if sequence == synced.sequence => {
-                    self.expected = None;
-                    if digest == synced.version_digest {
-                        return Ok(());
-                    }
-                    let what = "that other pages are in place than were sent";
-                    Err(EngineError::Contradiction(what.into()))
-                }
+            Message::Synced(synced) => {
                 // Others only keep the order.
-                _ => Ok(()),
-            },
+                match self.expected.take_if(|expected| expected.sequence == synced.sequence) {
+                    None => Ok(()),
+                    Some(expected) => expected.check(synced.version_digest),
+                }
+            }
             Message::StreamEnd(_) => {
                 self.is_answered = true;
                 self.back.end_writing();
@@ -296,6 +302,26 @@ impl Passage {
         };
         let _lost_contact_is_noticed_there = tokio::time::timeout(TOLD_WITHIN, told).await;
         closer.close(close_code::ABORTED, &text).await;
+    }
+}
+
+/// The answer to a sync.
+struct Expected {
+    sequence: u32,
+    digest: u64,
+    done: Option<SyncSender<()>>,
+}
+
+impl Expected {
+    fn check(self, digest: u64) -> Result<(), EngineError> {
+        if digest != self.digest {
+            let what = "that other pages are in place than were sent";
+            return Err(EngineError::Contradiction(what.into()));
+        }
+        if let Some(done) = self.done {
+            let _given_up = done.try_send(());
+        }
+        Ok(())
     }
 }
 

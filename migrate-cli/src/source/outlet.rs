@@ -118,6 +118,13 @@ impl Outlet {
         self.send(outlets, batch)
     }
 
+    /// Another way onto the same lane, for batches that are packed one by one.
+    #[must_use]
+    pub fn beside(&self) -> Self {
+        let (builder, packer) = Default::default();
+        Self { number: self.number, queue: self.queue.clone(), builder, packer }
+    }
+
     /// What the builder holds as a batch, and its bytes on the wire.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ const STIR: Duration = Duration::from_millis(5);
 
 /// The budget as it changes with faults.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub struct Budget {
     bytes_min: u64,
     bytes_max: u64,
     /// As of `since`.
@@ -26,7 +26,7 @@ pub(super) struct Budget {
 
 impl Budget {
     /// Begins with the least, since the guest faults most right after the hand-over.
-    pub(super) fn new(bytes_min: u64, bytes_max: u64) -> Self {
+    pub fn new(bytes_min: u64, bytes_max: u64) -> Self {
         let bytes_min = bytes_min.max(1);
         Self {
             bytes_min,
@@ -38,7 +38,7 @@ impl Budget {
     }
 
     /// A fault was asked for at `now`.
-    pub(super) fn fault(&mut self, now: Duration) {
+    pub fn fault(&mut self, now: Duration) {
         let bytes = self.bytes(now);
         if self.halved.is_none_or(|at| now.saturating_sub(at) >= STIR) {
             self.bytes = (bytes / 2).max(self.bytes_min);
@@ -48,7 +48,7 @@ impl Budget {
     }
 
     /// Bytes that may be under way at `now`.
-    pub(super) fn bytes(&mut self, now: Duration) -> u64 {
+    pub fn bytes(&mut self, now: Duration) -> u64 {
         let since = self.since.get_or_insert(now);
         while self.bytes < self.bytes_max && now.saturating_sub(*since) >= QUIET {
             self.bytes = self.bytes.saturating_mul(2).min(self.bytes_max);

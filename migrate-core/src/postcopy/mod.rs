@@ -38,6 +38,7 @@ pub(crate) mod stalls;
 mod tests;
 pub(crate) mod window;
 
+pub use budget::Budget;
 pub use fetch::{Arrival, FaultAction, Fetch};
 pub use push::{Answer, PushConfig, PushCounts, PushPlan};
 pub use stalls::FetchStats;

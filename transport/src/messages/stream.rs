@@ -6,6 +6,8 @@
 //!         <------------------------------------- StreamOpened (or Refuse)
 //!   StreamBytes, StreamBlocks, Sync, ... -------->  in this order to its QEMU; pages come on the lanes
 //!         <------------------------------------- StreamBack: what its QEMU says
+//!   StreamPostcopy, Sync ------------------------>  the guest is about to run there
+//!         <------------------------------------- Synced: pages that it lacks may come on the lanes
 //!   StreamEnd ---------------------------------->
 //!         <------------------------------------- StreamEnd
 //! ```
@@ -65,6 +67,12 @@ pub struct StreamBack {
     pub bytes: Vec<u8>,
 }
 
+/// Source, once, behind the bytes that hand the guest over by post-copy: every page that comes from now on is one that
+/// the QEMU at the destination lacks, comes whole or as zeros, and once. A [`Sync`](super::Sync) follows, and pages
+/// come only after its answer: then the bytes before it were written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamPostcopy {}
+
 /// Either: the QEMU here ended its connection in good order; nothing more comes from it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamEnd {}
@@ -110,6 +118,12 @@ impl Body for StreamBytes {
 impl Body for StreamBack {
     fn validate(&self) -> Result<(), WireError> {
         check_chunk("StreamBack", &self.bytes)
+    }
+}
+
+impl Body for StreamPostcopy {
+    fn validate(&self) -> Result<(), WireError> {
+        Ok(())
     }
 }
 

@@ -8,7 +8,8 @@ use transport::pages;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The files that say what travels in a session, in this order.
-const DEFINED_IN: [&str; 4] = ["messages.rs", "messages/split.rs", "wire.rs", "lane_wire.rs"];
+const DEFINED_IN: [&str; 5] =
+    ["messages.rs", "messages/split.rs", "messages/stream.rs", "wire.rs", "lane_wire.rs"];
 
 /// Those that say what travels on the page channel.
 const PAGES_DEFINED_IN: [&str; 5] = [

@@ -17,9 +17,9 @@ use transport::messages::{
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
     RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, StreamBack,
-    StreamBlocks, StreamBytes, StreamEnd, StreamOpen, StreamOpened, Sync, Synced, TEXT_BYTES_MAX,
-    TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type,
-    text,
+    StreamBlocks, StreamBytes, StreamEnd, StreamOpen, StreamOpened, StreamPostcopy, Sync, Synced,
+    TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
+    VerifyRequest, message_type, text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
 
@@ -112,6 +112,7 @@ fn samples() -> Vec<Message> {
         Message::StreamBytes(StreamBytes { bytes: b"QEVM\0\0\0\x03".to_vec() }),
         Message::StreamBack(StreamBack { bytes: b"\0\x01\0\x04\0\0\0\0".to_vec() }),
         Message::StreamEnd(StreamEnd {}),
+        Message::StreamPostcopy(StreamPostcopy {}),
         Message::Ask(Ask { migration }),
         Message::Verdict(Verdict { state: DestinationState::Owned, text }),
     ]
