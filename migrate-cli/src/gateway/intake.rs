@@ -13,7 +13,7 @@
 //! follow pages in the stream come behind an [`Item::Sync`] with all batches of these pages; pages that follow the
 //! commands of post-copy leave when the other gateway has said that these were written.
 
-use std::io::{self, Cursor, Read};
+use std::io::{self, Read as _};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
@@ -26,6 +26,7 @@ use qemu_glue::stream::{BlockList, Command, Event, PageContent, PageRecord, Read
 use tokio::sync::mpsc;
 use transport::messages::STREAM_CHUNK_BYTES_MAX;
 
+use super::channels::Beside;
 use super::encode::Encoder;
 use super::postcopy::Server;
 use super::requests::Requests;
@@ -71,8 +72,6 @@ pub enum Item {
 /// How pages are to travel.
 #[derive(Debug)]
 pub struct Way {
-    /// What was read of the stream already.
-    pub first: Vec<u8>,
     /// The lanes' queues.
     pub lanes: Vec<LaneQueue>,
     /// Back-pressure.
@@ -83,6 +82,8 @@ pub struct Way {
     pub delta_bytes_max: u64,
     /// What the destination asks for.
     pub requests: Arc<Requests>,
+    /// Other connections of the same guest.
+    pub beside: Beside,
 }
 
 /// What came of a stream, for the report.
@@ -130,6 +131,7 @@ pub struct StreamIntake {
     way: Option<Way>,
     wanted: Wanted,
     requests: Arc<Requests>,
+    beside: Beside,
     pages: Pages,
     /// The commands of post-copy have begun: pages that come are those that the destination lacks.
     is_handed_over: bool,
@@ -151,6 +153,7 @@ impl StreamIntake {
             items,
             wanted: way.wanted,
             requests: Arc::clone(&way.requests),
+            beside: way.beside.clone(),
             way: Some(way),
             pages: Pages::None,
             is_handed_over: false,
@@ -170,12 +173,10 @@ impl StreamIntake {
     /// [`EngineError::Stream`] if the stream carries what a gateway does not take, with the remedy; or if QEMU or a
     /// lane is gone.
     pub fn run(&mut self, socket: &QemuSocket) -> Result<(), EngineError> {
-        let first = self.way.as_mut().map(|way| std::mem::take(&mut way.first));
-        let mut stream = Cursor::new(first.unwrap_or_default()).chain(socket);
         let mut reader = Reader::open_ended();
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            let count = read_some(&mut stream, &mut buffer).map_err(EngineError::QemuSocket)?;
+            let count = read_some(socket, &mut buffer).map_err(EngineError::QemuSocket)?;
             let mut input = buffer.get(..count).unwrap_or_default();
             self.taken.stream_bytes += count as u64;
             if count == 0 {
@@ -269,7 +270,9 @@ impl StreamIntake {
             | Command::PostcopyListen
             | Command::PostcopyRun
             | Command::Packaged { .. } => {
-                self.is_handed_over = true;
+                if !std::mem::replace(&mut self.is_handed_over, true) {
+                    self.beside.settle();
+                }
                 Ok(())
             }
             _ => Ok(()),
@@ -405,9 +408,10 @@ fn layout(blocks: &BlockList) -> Result<RamLayout, EngineError> {
 }
 
 /// Reads what there is, however often a signal comes between.
-fn read_some(stream: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+fn read_some(socket: &QemuSocket, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut socket = socket;
     loop {
-        match stream.read(buffer) {
+        match socket.read(buffer) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             other => return other,
         }

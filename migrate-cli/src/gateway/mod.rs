@@ -9,8 +9,10 @@
 //! deltas and encrypted, and everything else in its order; that at the destination writes a stream of them for its QEMU
 //! ([`sink`]). Neither QEMU knows: when a connection ends early, both see theirs end, and decide as ever who has the guest.
 //!
-//! Post-copy is the QEMUs' own decision, too. From then on the source's gateway reads the return path along ([`requests`]),
-//! pages that the guest waits for overtake ([`backlog`]), and little else is under way ([`postcopy`]).
+//! Post-copy is the QEMUs' own decision, too; so is `postcopy-preempt`, whose second connection is passed on beside the
+//! first, and a recovery after a broken connection ([`channels`], [`raw`]). Once the guest is handed over, the source's gateway
+//! reads the return path along ([`requests`]), pages that the guest waits for overtake ([`backlog`]), and little else is
+//! under way ([`postcopy`]).
 //!
 //! Invariants: no byte of the stream is written at the destination before the pages that came before it; of a page
 //! versions arrive in the stream's order; device state leaves when all pages are confirmed; after the commands of post-copy no
@@ -19,12 +21,14 @@
 
 pub mod addr;
 pub mod backlog;
+pub mod channels;
 pub mod destination;
 pub mod encode;
 pub mod intake;
 pub mod listen;
 mod metrics;
 pub mod postcopy;
+pub mod raw;
 pub mod report;
 pub mod requests;
 pub mod sink;
@@ -40,6 +44,7 @@ use transport::messages::{FEATURE_STREAM, Intent};
 use transport::{DestinationSession, Identity, Listener, Options, TransportError, close_code};
 
 use self::addr::QemuAddr;
+use self::channels::{Arrival, Channels};
 use self::listen::{Connected, QemuListener};
 use self::metrics::{Passing, Side};
 use self::source::Onward;
@@ -82,7 +87,7 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
     let listens: Vec<String> = args.listen.iter().map(ToString::to_string).collect();
     // Scripts wait for this line.
     tell!("listening on {}", listens.join(", "));
-    let mut guests = JoinSet::new();
+    let (mut guests, channels) = (JoinSet::new(), Arc::new(Channels::default()));
     let mut requests = cancel::Requests::watch();
     loop {
         let connected = tokio::select! {
@@ -96,8 +101,9 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
                 connected.socket.cut();
             }
             Ok(connected) => {
-                let passed = pass_on(onward.clone(), connected, passing.clone(), args.json);
-                guests.spawn(passed);
+                let arrival = channels.arrive(&connected);
+                let (onward, passing) = (onward.clone(), passing.clone());
+                guests.spawn(pass_on(onward, connected, arrival, passing, args.json));
             }
             Err(error) => {
                 tracing::warn!(%error, "a QEMU was not accepted");
@@ -109,9 +115,15 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
     wind_up(guests, requests).await
 }
 
-async fn pass_on(onward: Onward, connected: Connected, passing: Passing, json: bool) {
+async fn pass_on(
+    onward: Onward,
+    connected: Connected,
+    arrival: Arrival,
+    passing: Passing,
+    json: bool,
+) {
     let under_way = passing.begin();
-    let report = source::send(&onward, connected).await;
+    let report = source::send_among(&onward, connected, arrival).await;
     under_way.end(&report);
     tell!("{}", report.line());
     if json && let Ok(line) = serde_json::to_string(&report) {

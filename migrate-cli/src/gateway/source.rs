@@ -1,5 +1,6 @@
 //! One guest's way out of here: from its QEMU to the other gateway.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -14,8 +15,10 @@ use transport::messages::{
 };
 use transport::{Closer, Identity, Offer, Options, SourceSession, TransportError, close_code};
 
+use super::channels::{Arrival, Channels, Kind};
 use super::intake::{Item, StreamIntake, Taken, Way};
 use super::listen::Connected;
+use super::raw;
 use super::report::GatewayReport;
 use super::requests::Requests;
 use super::socket::QemuSocket;
@@ -59,11 +62,22 @@ pub struct Onward {
     pub delta_bytes_max: u64,
 }
 
-/// Takes a guest from a QEMU that has connected; everything that happens is in the report.
+/// Takes a guest from a QEMU that has connected, and that opens no further connections; everything that happens is in
+/// the report.
 pub async fn send(onward: &Onward, connected: Connected) -> GatewayReport {
+    let arrival = Arc::new(Channels::default()).arrive(&connected);
+    send_among(onward, connected, arrival).await
+}
+
+/// The same for a QEMU that may open several.
+pub async fn send_among(
+    onward: &Onward,
+    connected: Connected,
+    mut arrival: Arrival,
+) -> GatewayReport {
     let clock = Instant::now();
     let mut report = GatewayReport::begin(&connected.name);
-    let moved = Box::pin(run(onward, &connected, &mut report, clock)).await;
+    let moved = Box::pin(run(onward, &connected, &mut arrival, &mut report, clock)).await;
     // A QEMU that has not ended its connection sees here that nothing comes of it, and lets its guest run on.
     connected.socket.cut();
     report.end(moved.as_ref().err(), clock.elapsed());
@@ -73,11 +87,12 @@ pub async fn send(onward: &Onward, connected: Connected) -> GatewayReport {
 async fn run(
     onward: &Onward,
     connected: &Connected,
+    arrival: &mut Arrival,
     report: &mut GatewayReport,
     clock: Instant,
 ) -> Result<(), EngineError> {
-    let socket = connected.socket.another().map_err(EngineError::QemuSocket)?;
-    let first = on_thread(move || socket.first_bytes()).await??;
+    let kind = kind(connected, arrival).await?;
+    report.name.push_str(kind.suffix());
     let migration = prepare::new_migration()?;
     let offer = Offer::new(ENGINE, migration, Intent::Migrate);
     let session = transport::connect(onward.addr, &onward.identity, &onward.options, offer).await;
@@ -100,12 +115,12 @@ async fn run(
     let link = Link::start(control_sender, control_receiver, Arc::clone(&gate), clock);
     let mut lanes = LaneTasks::start(lanes);
     let way = Way {
-        first,
         lanes: lanes.queues(),
         gate: Arc::clone(&gate),
         wanted: onward.wanted,
         delta_bytes_max: onward.delta_bytes_max,
         requests: Arc::default(),
+        beside: arrival.beside(),
     };
     let mut passage = Passage {
         link,
@@ -113,11 +128,12 @@ async fn run(
         lanes,
         back: connected.socket.another().map_err(EngineError::QemuSocket)?,
         requests: Arc::clone(&way.requests),
-        expected: None,
+        expected: HashMap::new(),
+        held: None,
         is_sent: false,
         is_answered: false,
     };
-    let moved = passage.pass(connected, way).await;
+    let moved = passage.pass(connected, (arrival, kind), way).await;
     passage.stop().await;
     let (taken, moved) = match moved {
         Ok((taken, moved)) => (taken, moved),
@@ -129,6 +145,15 @@ async fn run(
     moved
 }
 
+/// What the connection is for, once that is known.
+async fn kind(connected: &Connected, arrival: &mut Arrival) -> Result<Kind, EngineError> {
+    let socket = connected.socket.another().map_err(EngineError::QemuSocket)?;
+    let beside = arrival.beside();
+    let kind = on_thread(move || beside.kind(&socket)).await??;
+    arrival.is(kind);
+    Ok(kind)
+}
+
 /// A stream on its way, and what comes back.
 struct Passage {
     link: Link,
@@ -138,8 +163,10 @@ struct Passage {
     back: QemuSocket,
     /// What the destination asks for.
     requests: Arc<Requests>,
-    /// What the other gateway has to say of a sync before anything else is sent.
-    expected: Option<Expected>,
+    /// What the other gateway has to say of syncs, by their numbers.
+    expected: HashMap<u32, Expected>,
+    /// The one of which it has to say it before anything else is sent.
+    held: Option<u32>,
     /// The source's QEMU has ended its stream.
     is_sent: bool,
     /// The destination's QEMU has said its last word.
@@ -152,14 +179,21 @@ impl Passage {
     async fn pass(
         &mut self,
         connected: &Connected,
+        (arrival, kind): (&mut Arrival, Kind),
         way: Way,
     ) -> Result<(Taken, Result<(), EngineError>), EngineError> {
         let Message::StreamOpened(_) = self.open(connected).await? else {
             return Err(EngineError::Internal("the gateway there did not open".into()));
         };
+        arrival.opened(kind);
         let (items, mut inbox) = mpsc::channel(ITEMS);
         let socket = connected.socket.another().map_err(EngineError::QemuSocket)?;
         let mut reading: JoinHandle<_> = tokio::task::spawn_blocking(move || {
+            if kind != Kind::Stream {
+                let mut taken = Taken::default();
+                let read = raw::pass_on(&socket, &items, way.lanes.len(), &way.gate, &mut taken);
+                return (taken, read);
+            }
             let mut intake = StreamIntake::new(items, way);
             let read = intake.run(&socket);
             (intake.taken(), read)
@@ -172,7 +206,7 @@ impl Passage {
         };
         drop(inbox);
         // Who waits for an answer waits in vain.
-        self.expected = None;
+        self.expected.clear();
         if passed.is_err() {
             // Whoever reads, encodes or waits for its turn is woken.
             connected.socket.cut();
@@ -229,7 +263,7 @@ impl Passage {
         while !(self.is_sent && self.is_answered) {
             let (is_sent, is_answered) = (self.is_sent, self.is_answered);
             tokio::select! {
-                item = inbox.recv(), if !is_sent && self.expected.is_none() => match item {
+                item = inbox.recv(), if !is_sent && self.held.is_none() => match item {
                     Some(item) => self.send(item, &mut sequence).await?,
                     // The reading has ended, with an error of its own.
                     None => return Err(EngineError::Cancelled),
@@ -253,7 +287,10 @@ impl Passage {
             Item::Postcopy => Message::StreamPostcopy(StreamPostcopy {}),
             Item::Sync { batches, digest, done } => {
                 *sequence = sequence.wrapping_add(1);
-                self.expected = digest.map(|digest| Expected { sequence: *sequence, digest, done });
+                if digest.is_some() && done.is_none() {
+                    self.held = Some(*sequence);
+                }
+                self.expected.insert(*sequence, Expected { digest, done });
                 Message::Sync(Sync { sequence: *sequence, batches })
             }
             Item::End => {
@@ -274,10 +311,10 @@ impl Passage {
                 written.await?.map_err(EngineError::QemuSocket)
             }
             Message::Synced(synced) => {
-                // Others only keep the order.
-                match self.expected.take_if(|expected| expected.sequence == synced.sequence) {
-                    None => Ok(()),
+                self.held.take_if(|held| *held == synced.sequence);
+                match self.expected.remove(&synced.sequence) {
                     Some(expected) => expected.check(synced.version_digest),
+                    None => Err(EngineError::OutOfPlace { got: "Synced", wanted: "StreamBack" }),
                 }
             }
             Message::StreamEnd(_) => {
@@ -307,14 +344,15 @@ impl Passage {
 
 /// The answer to a sync.
 struct Expected {
-    sequence: u32,
-    digest: u64,
+    /// Of the versions of all pages.
+    digest: Option<u64>,
+    /// Who waits for it.
     done: Option<SyncSender<()>>,
 }
 
 impl Expected {
     fn check(self, digest: u64) -> Result<(), EngineError> {
-        if digest != self.digest {
+        if self.digest.is_some_and(|own| own != digest) {
             let what = "that other pages are in place than were sent";
             return Err(EngineError::Contradiction(what.into()));
         }

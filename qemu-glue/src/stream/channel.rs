@@ -7,6 +7,7 @@
 
 use migrate_core::layout::RAM_BYTES_MAX;
 
+use super::command::TYPE_COMMAND;
 use super::configuration::{HeaderError, MAGIC};
 use super::error::Refusal;
 use super::multifd;
@@ -14,6 +15,9 @@ use super::record;
 
 /// As many bytes tell in any case.
 pub const FIRST_BYTES: usize = 8;
+
+/// How a stream goes on: with a command, whose number has one byte.
+const COMMAND: [u8; 2] = [TYPE_COMMAND, 0];
 
 /// How a TLS handshake begins.
 const TLS_HANDSHAKE: [u8; 2] = [0x16, 3];
@@ -24,6 +28,9 @@ const TLS_HANDSHAKE: [u8; 2] = [0x16, 3];
 pub enum Channel {
     /// The main stream, for [`Reader`](super::Reader).
     Main,
+    /// The main stream, after its connection was broken in post-copy: for
+    /// [`Reader::resumed`](super::Reader::resumed).
+    Resumed,
     /// Pages, with `multifd`.
     Multifd,
     /// Pages that were asked for, with `postcopy-preempt`.
@@ -46,6 +53,9 @@ pub fn recognise(first: &[u8]) -> Option<Channel> {
     if magic.starts_with(&TLS_HANDSHAKE) {
         return Some(Channel::Tls);
     }
+    if magic.starts_with(&COMMAND) {
+        return Some(Channel::Resumed);
+    }
     let (word, _) = first.split_first_chunk::<FIRST_BYTES>()?;
     let word = u64::from_be_bytes(*word);
     Some(match record::names_a_page(word) && word < RAM_BYTES_MAX {
@@ -59,6 +69,10 @@ impl Channel {
     pub fn refusal(self) -> Option<Refusal> {
         let (what, remedy) = match self {
             Self::Main => return None,
+            Self::Resumed => (
+                "a stream that goes on after a broken connection",
+                "let QEMU send it to where the first one went",
+            ),
             Self::Unknown => return Some(HeaderError::Magic.into()),
             Self::Multifd => (
                 "a channel of multifd",

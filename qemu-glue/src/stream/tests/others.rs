@@ -8,6 +8,7 @@ use multifd::{ChannelInit, PACKET_PAGES_MAX, PacketHeader};
 fn each_kind_of_connection_is_recognised() {
     let cases = [
         (&b"QEVM\0\0\0\x03"[..], Channel::Main),
+        (b"\x08\0\x0a\0\x07\x06pc.ram", Channel::Resumed),
         (b"\x11\x22\x33\x44\0\0\0\x01", Channel::Multifd),
         (b"\x16\x03\x01\x02\0\x01\0\x01", Channel::Tls),
         (b"\0\0\0\0\0\x0c\x10\x08\x06pc.ram", Channel::Preempt),
