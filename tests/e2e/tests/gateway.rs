@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::{Gateways, private};
 use e2e::{PATIENCE, Rig, in_turn};
-use framework::{QemuKind, Vm};
+use framework::{QemuKind, Vm, VmSpec};
 
 fn back_and_forth(kinds: &[QemuKind]) -> Result<()> {
     moved(kinds, private)
