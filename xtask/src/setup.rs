@@ -18,8 +18,9 @@ use crate::qemu::Qemu;
 use crate::{initrd, kernel, qemu};
 
 /// From the system's own package sources. libclang is what the userfaultfd bindings are made with;
-/// libc6-dev has the static C library of the guest's programs.
-const PACKAGES: [&str; 7] = [
+/// libc6-dev has the static C library of the guest's programs. Of libvirt only programs are taken: the
+/// package with its services, libvirt-daemon-system, is not, so that none is started.
+const PACKAGES: [&str; 10] = [
     "qemu-system-x86",
     "busybox-static",
     "iproute2",
@@ -27,6 +28,9 @@ const PACKAGES: [&str; 7] = [
     "gcc",
     "libc6-dev",
     "libclang-dev",
+    "libvirt-daemon",
+    "libvirt-daemon-driver-qemu",
+    "libvirt-clients",
 ];
 
 /// What tests are told, also written to env.json.

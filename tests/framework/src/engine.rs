@@ -1,4 +1,4 @@
-//! The command under test, `migrate`, as a child process.
+//! The command under test, `migrate`, as a child process; so is `virsh`.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -96,7 +96,8 @@ impl Engine {
             .stdin(Stdio::null())
             .stdout(create("stdout")?)
             .stderr(create("stderr")?);
-        let name = format!("migrate {}", arguments.first().unwrap_or(&""));
+        let file = program.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!("{file} {}", arguments.first().unwrap_or(&""));
         let process = Process::start(&name, command)?;
         Ok(Self { process, folder, name, cpu_seconds: None, peak_bytes: None })
     }

@@ -5,9 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 
 use crate::env::{Env, QemuKind};
+use crate::ports;
 
 /// Known to both QEMUs, so that guests can move between them.
 pub const MACHINE: &str = "pc-i440fx-7.2";
+
+/// Where the guest's command port lies: the third port's usual place.
+pub(crate) const COMMAND_IOBASE: &str = "0x3e8";
+/// An interrupt of its own: ISA ports that share one lose interrupts.
+pub(crate) const COMMAND_IRQ: &str = "5";
 
 /// Where the guest's RAM lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -291,17 +297,28 @@ impl VmSpec {
         words
     }
 
+    /// Kernel and initramfs that it boots from.
+    pub(crate) fn boot_files<'a>(&'a self, env: &'a Env) -> (&'a Path, &'a Path) {
+        let (kernel, initrd) = match self.newer_kernel {
+            false => (&env.kernel, &env.initrd),
+            true => (&env.newer_kernel, &env.plain_initrd),
+        };
+        (kernel, self.initrd.as_ref().unwrap_or(initrd))
+    }
+
+    /// Its kernel's command line.
+    pub(crate) fn kernel_cmdline(&self) -> String {
+        let line = format!("console=ttyS0 panic=-1 loglevel=5 {}", self.cmdline.join(" "));
+        line.trim_end().to_owned()
+    }
+
     /// All of QEMU's arguments. `stem` names RAM files, `folder` holds the sockets.
     pub(crate) fn arguments(&self, env: &Env, stem: &str, folder: &Path) -> Result<Vec<String>> {
         let folder = folder.display();
         let serial = |name: &str, path: &str| {
             format!("socket,id={name},path={folder}/{path},server=on,wait=off")
         };
-        let (kernel, initrd) = match self.newer_kernel {
-            false => (&env.kernel, &env.initrd),
-            true => (&env.newer_kernel, &env.plain_initrd),
-        };
-        let cmdline = format!("console=ttyS0 panic=-1 loglevel=5 {}", self.cmdline.join(" "));
+        let (kernel, initrd) = self.boot_files(env);
         let mut words: Vec<String> = [
             "-name",
             &format!("{},debug-threads=on", self.name),
@@ -316,18 +333,19 @@ impl VmSpec {
             "-display",
             "none",
             "-chardev",
-            &format!("file,id=console,path={folder}/console.log"),
+            &format!("file,id=console,path={folder}/{}", ports::CONSOLE),
             "-serial",
             "chardev:console",
             "-chardev",
-            &serial("heartbeat", "heartbeat.sock"),
+            &serial("heartbeat", ports::HEARTBEAT),
             "-serial",
             "chardev:heartbeat",
             "-chardev",
-            &serial("command", "command.sock"),
-            // An interrupt of its own: ISA ports that share one lose interrupts.
+            &serial("command", ports::COMMAND),
             "-device",
-            "isa-serial,chardev=command,index=2,iobase=0x3e8,irq=5",
+            &format!(
+                "isa-serial,chardev=command,index=2,iobase={COMMAND_IOBASE},irq={COMMAND_IRQ}"
+            ),
             "-qmp",
             &format!("unix:{folder}/qmp-engine.sock,server=on,wait=off"),
             "-qmp",
@@ -335,9 +353,9 @@ impl VmSpec {
             "-kernel",
             &kernel.to_string_lossy(),
             "-initrd",
-            &self.initrd.as_ref().unwrap_or(initrd).to_string_lossy(),
+            &initrd.to_string_lossy(),
             "-append",
-            cmdline.trim_end(),
+            &self.kernel_cmdline(),
         ]
         .map(str::to_owned)
         .into();

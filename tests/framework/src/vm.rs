@@ -12,8 +12,9 @@ use tempfile::TempDir;
 
 use crate::console::Console;
 use crate::env::Env;
-use crate::guest::{Guest, number};
+use crate::guest::Guest;
 use crate::heartbeat::Heartbeat;
+use crate::ports::Ports;
 use crate::process::{Process, bound};
 use crate::qmp::Qmp;
 use crate::spec::VmSpec;
@@ -32,9 +33,7 @@ pub struct Vm {
     // Fields are dropped in this order: QEMU ends before the readers and the folder do.
     process: Process,
     qmp: Qmp,
-    guest: Guest,
-    heartbeat: Heartbeat,
-    console: Console,
+    ports: Ports,
     ram_files: RamFiles,
     folder: TempDir,
     spec: VmSpec,
@@ -111,16 +110,7 @@ impl Vm {
             format!("QEMU {} for {:?} said: {}", spec.qemu.version(), spec.name, text.trim())
         };
         let qmp = connected.with_context(said)?;
-        Ok(Self {
-            process,
-            qmp,
-            guest: Guest::connect(&at.join("command.sock"))?,
-            heartbeat: Heartbeat::connect(&at.join("heartbeat.sock"))?,
-            console: Console::new(&at.join("console.log")),
-            ram_files,
-            folder,
-            spec,
-        })
+        Ok(Self { process, qmp, ports: Ports::connect(&at)?, ram_files, folder, spec })
     }
 
     /// Starts QEMU and waits until the guest is ready.
@@ -138,27 +128,13 @@ impl Vm {
     /// # Errors
     /// The guest complained, QEMU ended, or `timeout` passed; the console's end is in the error.
     pub fn wait_ready(&mut self, timeout: Duration) -> Result<()> {
-        let console = self.console.clone();
-        let ready = wait::until("GUEST READY on the console", timeout, || {
-            if !console.bad_lines()?.is_empty() {
-                // Serial lines arrive in pieces: let this one become whole, for the error's text.
-                let whole = || Ok(console.text()?.ends_with('\n').then_some(()));
-                drop(wait::until("the end of a line", Duration::from_secs(5), whole));
-                console.assert_clean()?;
-            }
-            if let Some(status) = self.process.exited()? {
-                bail!("QEMU ended with {status}");
-            }
-            let ready = console.text()?.contains("GUEST READY") && self.heartbeat.count() > 0;
-            Ok(ready.then_some(()))
-        });
-        ready.with_context(|| {
-            format!(
-                "Guest {:?} is not ready; its console ends with:\n{}",
-                self.spec.name,
-                console.tail(15)
-            )
-        })
+        let process = &mut self.process;
+        let alive = || match process.exited()? {
+            Some(status) => bail!("QEMU ended with {status}"),
+            None => Ok(()),
+        };
+        let ready = self.ports.wait_ready(timeout, alive);
+        ready.with_context(|| format!("Guest {:?} is not ready", self.spec.name))
     }
 
     /// QEMU's process id.
@@ -198,19 +174,19 @@ impl Vm {
 
     /// The guest's command channel; it answers where the guest runs.
     pub fn guest(&mut self) -> &mut Guest {
-        &mut self.guest
+        self.ports.guest()
     }
 
     /// The guest's heartbeat as seen at this QEMU.
     #[must_use]
     pub fn heartbeat(&self) -> &Heartbeat {
-        &self.heartbeat
+        self.ports.heartbeat()
     }
 
     /// The guest's console as seen at this QEMU.
     #[must_use]
     pub fn console(&self) -> &Console {
-        &self.console
+        self.ports.console()
     }
 
     /// What QEMU has written to stderr.
@@ -272,7 +248,7 @@ impl Vm {
     /// # Errors
     /// As [`Guest::ask`].
     pub fn ask(&mut self, command: &str) -> Result<String> {
-        self.guest.ask(command, Duration::from_secs(30))
+        self.ports.ask(command)
     }
 
     /// Waits until the checker has verified all its memory from now on, and fails if it found
@@ -281,17 +257,7 @@ impl Vm {
     /// # Errors
     /// A wrong byte, or no whole pass within `timeout`.
     pub fn verify_checker(&mut self, timeout: Duration) -> Result<String> {
-        let first = number(&self.ask("checker report")?, "passes")?;
-        let report = wait::until("a whole pass of the checker", timeout, || {
-            let report = self.ask("checker report")?;
-            // The pass that is under way began before now: it and one more.
-            Ok((number(&report, "passes")? >= first + 2).then_some(report))
-        })?;
-        if !report.contains("CHECKER OK") {
-            bail!("{report}\n{}", self.console.bad_lines()?.join("\n"));
-        }
-        self.assert_clean()?;
-        Ok(report)
+        self.ports.verify_checker(timeout)
     }
 
     /// Fails if the guest has complained on its console or among its heartbeats.
@@ -299,11 +265,6 @@ impl Vm {
     /// # Errors
     /// It has.
     pub fn assert_clean(&self) -> Result<()> {
-        self.console.assert_clean()?;
-        let failures = self.heartbeat.record().failures();
-        if !failures.is_empty() {
-            bail!("The guest complained among its heartbeats:\n{}", failures.join("\n"));
-        }
-        Ok(())
+        self.ports.assert_clean()
     }
 }
