@@ -7,6 +7,8 @@
 //!       ├─ qmp-test.sock ─ Qmp, for the test
 //!       └─ qmp-engine.sock ─ for the engine, since a QMP socket takes one client at a time
 //! ```
+//! Under libvirt a guest has the same three ports ([`libvirt::Domain`]).
+//!
 //! Blocking code and threads, no async runtime. Everything that is started or created here is
 //! stopped or removed by `Drop`, processes by their ids; and by the kernel if the test itself dies.
 

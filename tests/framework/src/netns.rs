@@ -2,12 +2,15 @@
 //!
 //! Addresses exist only inside the namespaces, so pairs do not disturb each other or the machine.
 
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
 
 use anyhow::{Context as _, Result, bail};
+use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
 /// Names of our namespaces begin with this, then the id of the test's process.
@@ -71,6 +74,22 @@ impl Netns {
     /// It failed.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         output("ip", &[&["netns", "exec", &self.name], words].concat())
+    }
+
+    /// Does `work` inside, in a thread of its own: the sockets that it opens belong to the namespace.
+    ///
+    /// # Errors
+    /// The namespace is gone. What the work says, and that it was not let in, tells the thread's end.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<JoinHandle<Result<T>>> {
+        let path = format!("/run/netns/{}", self.name);
+        let namespace = File::open(&path).with_context(|| format!("Cannot open {path}"))?;
+        Ok(std::thread::spawn(move || {
+            setns(namespace, CloneFlags::CLONE_NEWNET).context("Cannot enter a namespace")?;
+            work()
+        }))
     }
 
     /// Shapes what leaves by `device`; 0 takes the limit away.

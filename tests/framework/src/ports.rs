@@ -77,9 +77,7 @@ impl Ports {
             let ready = console.text()?.contains("GUEST READY") && self.heartbeat.count() > 0;
             Ok(ready.then_some(()))
         });
-        ready.with_context(|| {
-            format!("The guest is not ready; its console ends with:\n{}", console.tail(15))
-        })
+        ready.with_context(|| format!("Its console ends with:\n{}", console.tail(15)))
     }
 
     /// Asks the guest, waiting up to 30 s.

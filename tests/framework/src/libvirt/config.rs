@@ -22,7 +22,7 @@ pub(super) const GUESTS: &str = "var/lib/libvirt/guests";
 /// The only driver that the daemon loads: the others would look at the machine's disks and devices.
 const DRIVERS: &str = "var/lib/libvirt/drivers";
 
-/// The first process of a host, with its folder, name and libvirt's cache as arguments.
+/// The first process of a host, with its folder, its name, libvirt's cache and libvirtd as arguments.
 ///
 /// An empty file that is mounted read-only is a KVM that cannot be opened; libvirt would distrust
 /// what it knows about QEMU if it could. The shell waits until libvirtd ends, and reaps what becomes

@@ -57,7 +57,7 @@ impl<'a> Domain<'a> {
     }
 
     /// The domain that a migration has brought.
-    pub(super) fn arrived(daemon: &'a Libvirtd, spec: VmSpec, ports: Ports) -> Self {
+    pub(super) fn brought(daemon: &'a Libvirtd, spec: VmSpec, ports: Ports) -> Self {
         Self { daemon, spec, ports, left: false }
     }
 
@@ -106,6 +106,14 @@ impl<'a> Domain<'a> {
     #[must_use]
     pub fn console(&self) -> &Console {
         self.ports.console()
+    }
+
+    /// Fails if the guest has complained at this host.
+    ///
+    /// # Errors
+    /// As [`Ports::assert_clean`].
+    pub fn assert_clean(&self) -> Result<()> {
+        self.ports.assert_clean()
     }
 
     /// Its state as libvirt calls it: `running`, `paused`, `shut off`, ...

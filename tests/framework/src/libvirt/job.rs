@@ -39,7 +39,8 @@ impl Job {
             memory_bytes,
             processed_bytes: number("memory_processed")?,
             remaining_bytes: number("memory_remaining")?,
-            bytes_per_s: number("memory_bps")?,
+            // Not told while it is zero.
+            bytes_per_s: find("memory_bps")?.unwrap_or(0),
             rounds: number("memory_iteration")?,
             downtime_ms: find("downtime")?,
         }))
@@ -53,13 +54,16 @@ mod tests {
     #[test]
     fn reads_figures() {
         let raw = "Job type: 2\n\noperation: 5\ntime_elapsed: 1200\nmemory_total: 268967936\n\
-                   memory_processed: 1048576\nmemory_remaining: 200000000\nmemory_bps: 700\n\
+                   memory_processed: 1048576\nmemory_remaining: 200000000\n\
                    memory_iteration: 1\ndowntime: 300\n";
         let job = Job::parse(raw).unwrap().unwrap();
         assert_eq!((job.elapsed_ms, job.rounds, job.downtime_ms), (1200, 1, Some(300)));
         assert_eq!((job.processed_bytes, job.remaining_bytes), (1 << 20, 200_000_000));
         assert!(Job::parse(&raw.replace("1200", "soon")).is_err());
-        assert!(Job::parse(&raw.replace("memory_bps", "rate")).is_err());
+        assert!(Job::parse(&raw.replace("memory_iteration", "rounds")).is_err());
+        assert_eq!(job.bytes_per_s, 0);
+        let rate = Job::parse(&format!("{raw}memory_bps: 700\n")).unwrap().unwrap();
+        assert_eq!(rate.bytes_per_s, 700);
     }
 
     #[test]

@@ -133,7 +133,7 @@ impl<'a> Migration<'a> {
         }
         let ports = ports.context("`virsh` is done, but the destination never had a QEMU")?;
         source.leave();
-        let domain = Domain::arrived(to, source.spec().clone(), ports);
+        let domain = Domain::brought(to, source.spec().clone(), ports);
         Ok(Moved { domain, left: source })
     }
 

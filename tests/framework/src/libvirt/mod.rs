@@ -2,11 +2,11 @@
 //! test guest in private RAM, and `virsh migrate` between them.
 //!
 //! ```text
-//!   source 10.77.0.1 ───────── link0, shaped ───────── destination 10.77.0.2
-//!   unshare                                            unshare
-//!    └─ sh, the host's init                             └─ sh
-//!        ├─ libvirtd (Libvirtd) ◄── qemu+tcp ──────────────► ├─ libvirtd
-//!        └─ QEMU (Domain)  ─────── migration stream ───────► └─ QEMU
+//!    source, 10.77.0.1 ───────── link0, shaped ───────── destination, 10.77.0.2
+//!    unshare                                             unshare
+//!     └─ sh, the host's init                              └─ sh
+//!         ├─ libvirtd (Libvirtd) ◄────── qemu+tcp ──────►     ├─ libvirtd
+//!         └─ QEMU (Domain) ──────── migration stream ───►     └─ QEMU
 //! ```
 //! A host has namespaces of its own for network, mounts, processes and the host name. libvirt's
 //! paths are compiled in; inside, they lead into the host's folder, so that a domain has the same
@@ -15,8 +15,9 @@
 //! Invariants:
 //! - All that a host runs ends with it: the kernel ends what is in a namespace of processes when its
 //!   init is killed, and init is killed with the test.
-//! - Nothing of the machine's own libvirt, D-Bus or cgroups is seen by a host, nor is KVM: domains run
-//!   under TCG, and libvirt's own probing of QEMU does so, too.
+//! - A host sees nothing of the machine's own libvirt and D-Bus (it has its own /run), of cgroups
+//!   (`ip netns exec` mounts a /sys without them) or of KVM: domains run under TCG, and so does
+//!   libvirt's own probing of QEMU.
 //! - The daemons tell each other names and UUIDs that differ; libvirt refuses to migrate to its own host.
 
 mod config;
