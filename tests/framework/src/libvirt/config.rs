@@ -17,6 +17,8 @@ pub(super) const QEMU_DRIVER: &str =
 pub(super) const SOCKET: &str = "run/libvirt/libvirt-sock";
 /// libvirtd's own log.
 pub(super) const LOG: &str = "var/log/libvirt/libvirtd.log";
+/// Names of hosts and their addresses.
+pub(super) const HOSTS: &str = "etc/hosts";
 /// Folders with a guest's ports, one a domain.
 pub(super) const GUESTS: &str = "var/lib/libvirt/guests";
 /// The only driver that the daemon loads: the others would look at the machine's disks and devices.
@@ -69,6 +71,9 @@ pub(super) struct Host {
     pub(super) name: &'static str,
     /// Its address.
     pub(super) address: Ipv4Addr,
+    /// First and last port where its QEMUs wait for guests. No port of the other's: at each host a
+    /// gateway listens on all ports of the other one.
+    pub(super) ports: (u16, u16),
     uuid: &'static str,
 }
 
@@ -77,12 +82,14 @@ impl Host {
     pub(super) const SOURCE: Self = Self {
         name: "host-a",
         address: NetnsPair::SOURCE,
+        ports: (49152, 49215),
         uuid: "8d1b2c60-0000-4000-8000-0000000000a1",
     };
     /// The destination of a pair.
     pub(super) const DESTINATION: Self = Self {
         name: "host-b",
         address: NetnsPair::DESTINATION,
+        ports: (49216, 49279),
         uuid: "8d1b2c60-0000-4000-8000-0000000000b2",
     };
 
@@ -100,6 +107,20 @@ impl Host {
         )
     }
 
+    /// What it calls itself where streams of guests are to go.
+    pub(super) fn migration_name(&self) -> String {
+        format!("{}.migration", self.name)
+    }
+
+    fn qemu_conf(&self) -> String {
+        let (first, last) = self.ports;
+        let name = self.migration_name();
+        format!(
+            "{QEMU_CONF}migration_host = \"{name}\"\n\
+             migration_port_min = {first}\nmigration_port_max = {last}\n"
+        )
+    }
+
     /// Fills the host's folder.
     pub(super) fn furnish(&self, root: &Path) -> Result<()> {
         for folder in ["etc/libvirt", "var/log/libvirt", "run", GUESTS, DRIVERS] {
@@ -107,14 +128,17 @@ impl Host {
             std::fs::create_dir_all(&path).with_context(|| format!("Cannot create {path:?}"))?;
         }
         let hosts: String = [Self::SOURCE, Self::DESTINATION]
-            .map(|host| format!("{} {}\n", host.address, host.name))
+            .map(|host| {
+                let Self { address, name, .. } = host;
+                format!("{address} {name}\n{address} {}\n", host.migration_name())
+            })
             .concat();
         let files = [
             ("etc/passwd", PASSWD),
             ("etc/group", GROUP),
-            ("etc/hosts", &format!("127.0.0.1 localhost\n{hosts}")),
+            (HOSTS, &format!("127.0.0.1 localhost\n{hosts}")),
             ("etc/libvirt/libvirtd.conf", &self.libvirtd_conf()),
-            ("etc/libvirt/qemu.conf", QEMU_CONF),
+            ("etc/libvirt/qemu.conf", &self.qemu_conf()),
             ("no-kvm", ""),
         ];
         for (name, text) in files {

@@ -1,6 +1,7 @@
 //! A host: one libvirtd and all that it runs, within namespaces of their own.
 
 use std::fs::File;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use super::config::{GUESTS, Host, INIT, LIBVIRTD, LOG, QEMU_DRIVER, SOCKET, VIRSH};
+use super::config::{GUESTS, HOSTS, Host, INIT, LIBVIRTD, LOG, QEMU_DRIVER, SOCKET, VIRSH};
 use crate::engine::{Engine, EngineOutput};
 use crate::netns::Netns;
 use crate::process::{Process, bound};
@@ -93,6 +94,57 @@ impl Libvirtd {
     #[must_use]
     pub fn uri(&self) -> String {
         format!("qemu+tcp://{}/system", self.host.address)
+    }
+
+    /// Its address on the link.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.host.address
+    }
+
+    /// First and last port of those where libvirt lets QEMUs wait for guests here.
+    #[must_use]
+    pub fn migration_ports(&self) -> (u16, u16) {
+        self.host.ports
+    }
+
+    /// Its name, which is also that of its identity.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.host.name
+    }
+
+    /// The name that stands in the URIs which it proposes for streams to here.
+    #[must_use]
+    pub fn migration_name(&self) -> String {
+        self.host.migration_name()
+    }
+
+    /// From now on this host takes `name` for `address`.
+    ///
+    /// # Errors
+    /// Its file of hosts cannot be changed.
+    pub fn resolve(&self, name: &str, address: Ipv4Addr) -> Result<()> {
+        // The file is mounted: it is changed, not replaced.
+        let path = self.root.path().join(HOSTS);
+        let known = std::fs::read_to_string(&path).context("Cannot read a host's names")?;
+        let is_other = |line: &&str| !line.split_whitespace().any(|word| word == name);
+        let mut lines: Vec<&str> = known.lines().filter(is_other).collect();
+        let new = format!("{address} {name}");
+        lines.push(&new);
+        std::fs::write(&path, lines.join("\n") + "\n").context("Cannot change a host's names")
+    }
+
+    /// The name of its network namespace.
+    #[must_use]
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// Where a file lies that the host sees as `/run/` and this name.
+    #[must_use]
+    pub fn run_file(&self, name: &str) -> PathBuf {
+        self.root.path().join("run").join(name)
     }
 
     /// Starts a command of `virsh` at this host. It reaches its own daemon by a socket in the file
