@@ -275,7 +275,7 @@ fn a_migration_tells_how_far_it_is_and_can_be_called_off() -> Result<()> {
             }
             let last = jobs.last().context("No figures")?;
             ensure!(link > 4 << 20, "Nothing is on the link");
-            // Beside what is packed, the gateways hold 64 MiB at most.
+            // Packing saves less than two thirds of it; 64 MiB at most are under way.
             ensure!(last.processed_bytes < link * 3 + (72 << 20), "QEMU sees no back-pressure");
 
             migration.abort()?;
@@ -284,7 +284,10 @@ fn a_migration_tells_how_far_it_is_and_can_be_called_off() -> Result<()> {
             let causes = ["canceled by client", "Broken pipe"];
             ensure!(causes.iter().any(|cause| said.contains(cause)), "{said}");
             let report = &there.reports(count + 1)?[count];
-            ensure!(report["outcome"] == "failed" && report["error"].is_string(), "{report}");
+            ensure!(report["outcome"] == "failed", "{report}");
+            // One of the QEMUs ended its connection; that a lane ended then says nothing.
+            let error = report["error"].as_str().context("No reason")?;
+            ensure!(error.contains("QEMU") || error.contains("The guest's stream"), "{report}");
             println!("{said}{report}");
             domain = back;
         }
