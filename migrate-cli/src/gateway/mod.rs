@@ -124,11 +124,12 @@ async fn pass_on(
 ) {
     let under_way = passing.begin();
     let report = source::send_among(&onward, connected, arrival).await;
-    under_way.end(&report);
     tell!("{}", report.line());
     if json && let Ok(line) = serde_json::to_string(&report) {
         let _nobody_reads_it = writeln!(std::io::stdout(), "{line}");
     }
+    // Who sees that nothing is under way finds all reports.
+    under_way.end(&report);
 }
 
 /// Hands guests that other gateways send to the QEMUs that wait for them, until the user wants out.

@@ -175,6 +175,7 @@ fn check_passed(report: &serde_json::Value, job: &Job) -> Result<()> {
 
 /// What a pair of gateways tells after five guests have come through.
 fn check_metrics(gateways: &Gateways<'_>) -> Result<()> {
+    gateways.wait_idle()?;
     for end in [End::Source, End::Destination] {
         let text = gateways.metrics(end)?;
         let completed = text.lines().find(|line| {
@@ -182,7 +183,6 @@ fn check_metrics(gateways: &Gateways<'_>) -> Result<()> {
         });
         ensure!(completed.is_some_and(|line| line.ends_with(" 5")), "{text}");
         ensure!(metrics::sum(&text, "godwit_gateway_guests_ended_total")? == Some(5), "{text}");
-        ensure!(metrics::sum(&text, "godwit_gateway_guests")? == Some(0), "{text}");
         let wire = metrics::sum(&text, "godwit_gateway_wire_bytes_total")?;
         ensure!(wire.is_some_and(|bytes| bytes > 5 * (24 << 20)), "{text}");
     }
@@ -345,6 +345,8 @@ fn a_stream_that_is_not_taken_leaves_the_guest_where_it_is() -> Result<()> {
             let migration = domain.migrate(to, Way::PeerToPeer, &words)?;
             let (back, said) = undone(migration, to).with_context(|| there.said())?;
             domain = back;
+            // Of several connections each has a report. QEMU 7.2 does not bear another migration before all have ended.
+            there.wait_idle()?;
             let reports = there.reports(known + 1)?;
             let errors: Vec<&str> =
                 reports[known..].iter().filter_map(|report| report["error"].as_str()).collect();

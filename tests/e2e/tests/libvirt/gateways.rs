@@ -186,6 +186,18 @@ impl Gateways<'_> {
         reports.with_context(|| self.said())
     }
 
+    /// Waits until no guest is under way.
+    pub(crate) fn wait_idle(&self) -> Result<()> {
+        for end in [End::Source, End::Destination] {
+            let idle = wait::until("no guests under way", PATIENCE, || {
+                let under_way = metrics::sum(&self.metrics(end)?, "godwit_gateway_guests")?;
+                Ok((under_way == Some(0)).then_some(()))
+            });
+            idle.with_context(|| self.said())?;
+        }
+        Ok(())
+    }
+
     /// What a gateway tells about itself.
     pub(crate) fn metrics(&self, end: End) -> Result<String> {
         let [source, destination] = self.direction.netns;
