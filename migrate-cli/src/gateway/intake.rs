@@ -84,6 +84,8 @@ pub struct Way {
     pub requests: Arc<Requests>,
     /// Other connections of the same guest.
     pub beside: Beside,
+    /// Of the idle link.
+    pub round_trip: Duration,
 }
 
 /// What came of a stream, for the report.
@@ -130,6 +132,7 @@ pub struct StreamIntake {
     /// Until the encoder takes it over.
     way: Option<Way>,
     wanted: Wanted,
+    round_trip: Duration,
     requests: Arc<Requests>,
     beside: Beside,
     pages: Pages,
@@ -152,6 +155,7 @@ impl StreamIntake {
         Self {
             items,
             wanted: way.wanted,
+            round_trip: way.round_trip,
             requests: Arc::clone(&way.requests),
             beside: way.beside.clone(),
             way: Some(way),
@@ -351,7 +355,8 @@ impl StreamIntake {
         self.requests.backlog().begin(layout);
         if let Pages::Before(encoder) = std::mem::replace(&mut self.pages, Pages::None) {
             let (requests, wanted) = (Arc::clone(&self.requests), self.wanted);
-            self.pages = Pages::After(Server::start(encoder.finish()?, requests, wanted)?);
+            let server = Server::start(encoder.finish()?, requests, wanted, self.round_trip)?;
+            self.pages = Pages::After(server);
         }
         Ok(())
     }

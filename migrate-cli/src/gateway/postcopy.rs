@@ -10,6 +10,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use migrate_core::codec::Codec;
 use migrate_core::codec_choice::{CodecChoice, Wanted};
@@ -33,6 +34,13 @@ const BULK_PAGES: usize = 512;
 /// Pages in a batch that the guest waits for.
 const URGENT_PAGES: usize = 8;
 
+/// Time that bulk may take on the link beside round trips, while the guest faults and while it does not: so long may a
+/// page wait behind it.
+const QUEUE: [Duration; 2] = [Duration::from_millis(5), Duration::from_millis(20)];
+
+/// Bytes of bulk that may be under way on any link.
+const WINDOW_BYTES_MIN: u64 = 128 << 10;
+
 /// Sends what comes after the hand-over.
 #[derive(Debug)]
 pub struct Server {
@@ -49,7 +57,7 @@ struct Shared {
 }
 
 impl Server {
-    /// Takes over from the encoder; bulk is packed with the codec that is `wanted`.
+    /// Takes over from the encoder; bulk is packed with the codec that is `wanted`. An idle link has this `round_trip`.
     ///
     /// # Errors
     /// [`PumpError`] if there is no lane.
@@ -57,6 +65,7 @@ impl Server {
         before: Finished,
         requests: Arc<Requests>,
         wanted: Wanted,
+        round_trip: Duration,
     ) -> Result<Self, PumpError> {
         let Finished { pages, outlets, mut lanes, counts } = before;
         let last = lanes.last().ok_or(PumpError::WorkerGone)?;
@@ -75,7 +84,9 @@ impl Server {
                 hurry();
                 send_urgent(shared, urgent, CodecChoice::new(packed_urgent, 1))
             }),
-            spawn(&shared, move |shared| send_bulk(shared, lanes, CodecChoice::new(wanted, 1))),
+            spawn(&shared, move |shared| {
+                send_bulk(shared, lanes, CodecChoice::new(wanted, 1), round_trip)
+            }),
         ];
         Ok(Self { shared, threads: threads.into() })
     }
@@ -154,22 +165,37 @@ fn send_bulk(
     shared: &Shared,
     mut lanes: Vec<Outlet>,
     mut choice: CodecChoice,
+    round_trip: Duration,
 ) -> Result<(), PumpError> {
     let (backlog, gate) = (shared.requests.backlog(), &shared.outlets.gate);
-    const MOST_BYTES: u64 = (BULK_CONTENTS * PAGE_BYTES) as u64;
+    // What a batch is likely to take on the wire.
+    let mut likely_bytes = (BULK_CONTENTS * PAGE_BYTES) as u64;
     for turn in 0.. {
         let Some(window_bytes) = backlog.window() else { return Ok(()) };
-        gate.limit_window(window_bytes);
+        gate.limit_window(match gate.link_bytes_per_s() {
+            Some(rate) => {
+                let [least, most] = QUEUE.map(|queue| carried(rate, 2 * round_trip + queue));
+                window_bytes.clamp(least, most)
+            }
+            None => window_bytes,
+        });
         // Pages are taken when they may leave: until then they may still overtake.
-        gate.enter(MOST_BYTES);
+        gate.enter(likely_bytes);
         let pages = backlog.bulk(BULK_PAGES, BULK_CONTENTS);
         let lane = turn % lanes.len().max(1);
         let outlet = lanes.get_mut(lane).ok_or(PumpError::WorkerGone)?;
         let packed = shared.pack(outlet, &mut choice, &pages)?;
-        gate.correct(MOST_BYTES, packed.as_ref().map_or(0, |(_, bytes)| *bytes));
+        let bytes = packed.as_ref().map_or(0, |(_, bytes)| *bytes);
+        gate.correct(likely_bytes, bytes);
+        likely_bytes = bytes.max(PAGE_BYTES as u64);
         shared.send(outlet, packed, pages.len())?;
     }
     Ok(())
+}
+
+/// Bytes that a link carries in some time, for a window.
+fn carried(bytes_per_s: f64, time: Duration) -> u64 {
+    ((bytes_per_s * time.as_secs_f64()) as u64).max(WINDOW_BYTES_MIN)
 }
 
 impl Shared {
@@ -209,5 +235,18 @@ impl Shared {
         }
         self.requests.backlog().sent(pages);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_under_way_is_what_the_link_carries() {
+        let ms = Duration::from_millis;
+        // 100 Mbit/s, 10 Gbit/s.
+        assert_eq!(carried(12.5e6, ms(5)), WINDOW_BYTES_MIN);
+        assert_eq!(carried(1.25e9, ms(45)), 56_250_000);
     }
 }

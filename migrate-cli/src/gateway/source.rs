@@ -121,6 +121,7 @@ async fn run(
         delta_bytes_max: onward.delta_bytes_max,
         requests: Arc::default(),
         beside: arrival.beside(),
+        round_trip: closer.rtt(),
     };
     let mut passage = Passage {
         link,

@@ -29,6 +29,18 @@ impl Qmp {
     /// # Errors
     /// No QEMU answers within `timeout`.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self> {
+        Self::negotiate(path, timeout, json!({}))
+    }
+
+    /// The same for commands that are answered although the guest's memory is awaited ([`Self::execute_oob`]).
+    ///
+    /// # Errors
+    /// As [`Qmp::connect`].
+    pub fn connect_oob(path: &Path, timeout: Duration) -> Result<Self> {
+        Self::negotiate(path, timeout, json!({ "enable": ["oob"] }))
+    }
+
+    fn negotiate(path: &Path, timeout: Duration, capabilities: Value) -> Result<Self> {
         let what = format!("the QMP socket {}", path.display());
         let writer = wait::until(&what, timeout, || Ok(UnixStream::connect(path).ok()))?;
         let reader = BufReader::new(writer.try_clone().context("Cannot duplicate a socket")?);
@@ -37,7 +49,7 @@ impl Qmp {
         if greeting.as_ref().and_then(|greeting| greeting.get("QMP")).is_none() {
             bail!("No greeting from {}: another client holds it, or it is no QMP", path.display());
         }
-        qmp.execute("qmp_capabilities", json!({}))?;
+        qmp.execute("qmp_capabilities", capabilities)?;
         Ok(qmp)
     }
 
@@ -71,7 +83,18 @@ impl Qmp {
     /// # Errors
     /// QEMU refused, is gone, or did not answer within a minute.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let mut request = json!({ "execute": command });
+        self.request(json!({ "execute": command }), command, arguments)
+    }
+
+    /// The same out of band, which QEMU allows few commands.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn execute_oob(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.request(json!({ "exec-oob": command, "id": command }), command, arguments)
+    }
+
+    fn request(&mut self, mut request: Value, command: &str, arguments: Value) -> Result<Value> {
         if arguments.as_object().is_some_and(|map| !map.is_empty()) {
             request["arguments"] = arguments;
         }
