@@ -36,10 +36,10 @@ impl Gateways {
     /// # Errors
     /// One does not listen.
     pub fn start(rig: &Rig) -> Result<Self> {
-        Self::start_in(rig, "127.0.0.1:0", [None, None], &[])
+        Self::start_in(rig, "127.0.0.1:0", [None, None], [&[], &[]])
     }
 
-    /// The source's and the destination's gateway in these network namespaces; both with `extra` words.
+    /// The source's and the destination's gateway in these network namespaces, with these `extra` words.
     ///
     /// # Errors
     /// One does not listen.
@@ -47,19 +47,19 @@ impl Gateways {
         rig: &Rig,
         listen: &str,
         netns: [Option<&str>; 2],
-        extra: &[&str],
+        extra: [&[&str]; 2],
     ) -> Result<Self> {
         let (out, into) = (rig.folder.path().join("out"), rig.folder.path().join("into"));
         let text = |path: &PathBuf| path.display().to_string();
         let qemu = format!("unix:{}", into.display());
         let there = text(&rig.destination);
         let words = ["gateway", "destination", "--listen", listen, "--identity", &there];
-        let words = [&words[..], &["--qemu", &qemu], extra].concat();
+        let words = [&words[..], &["--qemu", &qemu], extra[1]].concat();
         let mut destination = Engine::start(&rig.migrate, &words, netns[1])?;
         let to = destination.wait_line("listening on ", PATIENCE)?;
         let (at, here) = (format!("unix:{}", out.display()), text(&rig.source));
         let words = ["gateway", "source", "--listen", &at, "--to", to.trim(), "--json"];
-        let words = [&words[..], &["--identity", &here], extra].concat();
+        let words = [&words[..], &["--identity", &here], extra[0]].concat();
         let mut source = Engine::start(&rig.migrate, &words, netns[0])?;
         source.wait_line("listening on ", PATIENCE)?;
         Ok(Self { source, destination, out, into })

@@ -55,7 +55,10 @@ fn migrate(
         requests: source["ram"]["postcopy-requests"].as_u64().unwrap_or_default(),
         blocked_ms: destination["postcopy-blocktime"].as_u64().context("no blocktime")?,
     };
-    ensure!(waits.requests > 0, "It was no post-copy: {source}\n{}", gateways.said());
+    // After some passes a guest may find all that it looks for.
+    let is_post_copy = source["ram"]["postcopy-bytes"].as_u64() > Some(0);
+    let is_post_copy = is_post_copy && (passes > 1 || waits.requests > 0);
+    ensure!(is_post_copy, "It was no post-copy: {source}\n{}", gateways.said());
     check_alive(&mut vm, &mut next).with_context(|| gateways.said())?;
     println!(
         "{passes} passes, post-copy {took:.1?}, downtime {} ms, {waits:?}",
@@ -64,10 +67,10 @@ fn migrate(
     Ok((next, waits))
 }
 
-fn back_and_forth(kinds: &[QemuKind], capabilities: &[&str]) -> Result<()> {
+fn back_and_forth(kinds: &[QemuKind], capabilities: &[&str], words: &[&str]) -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
-        let gateways = Gateways::start(&rig)?;
+        let gateways = Gateways::start_in(&rig, "127.0.0.1:0", [None, None], [words, &[]])?;
         let (first, others) = kinds.split_first().context("no kinds")?;
         let mut vm = Vm::boot(&rig.env, small(*first))?;
         for (turn, kind) in others.iter().enumerate() {
@@ -82,22 +85,26 @@ fn back_and_forth(kinds: &[QemuKind], capabilities: &[&str]) -> Result<()> {
 
 #[test]
 fn ten_moves_on_7_2() -> Result<()> {
-    back_and_forth(&[QemuKind::V7_2; 11], PLAIN)
+    back_and_forth(&[QemuKind::V7_2; 11], PLAIN, &["--lane-count", "1"])
 }
 
 #[test]
 fn ten_moves_on_10_0() -> Result<()> {
-    back_and_forth(&[QemuKind::V10_0; 11], PLAIN)
+    back_and_forth(&[QemuKind::V10_0; 11], PLAIN, &[])
 }
 
 #[test]
 fn a_guest_moves_from_7_2_to_10_0() -> Result<()> {
-    back_and_forth(&[QemuKind::V7_2, QemuKind::V10_0], PLAIN)
+    back_and_forth(&[QemuKind::V7_2, QemuKind::V10_0], PLAIN, &["--lanes", "tcp"])
 }
 
 #[test]
 fn guests_move_with_a_connection_for_pages_that_are_asked_for() -> Result<()> {
-    back_and_forth(&[QemuKind::V7_2, QemuKind::V7_2, QemuKind::V10_0, QemuKind::V10_0], PREEMPT)
+    back_and_forth(
+        &[QemuKind::V7_2, QemuKind::V7_2, QemuKind::V10_0, QemuKind::V10_0],
+        PREEMPT,
+        &[],
+    )
 }
 
 /// A gateway dies while the guest runs at the destination without all of its memory. The QEMUs pause the migration, and
@@ -105,8 +112,8 @@ fn guests_move_with_a_connection_for_pages_that_are_asked_for() -> Result<()> {
 fn recovered(kind: QemuKind) -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
-        let words = ["--dead-peer-s", "1"];
-        let start = || Gateways::start_in(&rig, "127.0.0.1:0", [None, None], &words);
+        let words: &[&str] = &["--dead-peer-s", "1"];
+        let start = || Gateways::start_in(&rig, "127.0.0.1:0", [None, None], [words, words]);
         let gateways = start()?;
         let mut vm = Vm::boot(&rig.env, small(kind))?;
         let limits = json!({ "max-bandwidth": 200 << 20, "max-postcopy-bandwidth": 8 << 20 });
@@ -162,7 +169,7 @@ fn little_is_waited_for_on_a_slow_link() -> Result<()> {
         let rig = Rig::new()?;
         let net = NetnsPair::create(100_000_000)?;
         let netns = [Some(net.source.name()), Some(net.destination.name())];
-        let gateways = Gateways::start_in(&rig, "10.77.0.2:7700", netns, &[])?;
+        let gateways = Gateways::start_in(&rig, "10.77.0.2:7700", netns, [&[], &[]])?;
         let spec = VmSpec::new("slow", QemuKind::V10_0)
             .backend(Backend::Private)
             .with("godwit.writer=fill=24,hot=12,rate=300,bytes=64,content=random,seed=7")
