@@ -135,7 +135,7 @@ async fn pass_on(
 /// Hands guests that other gateways send to the QEMUs that wait for them, until the user wants out.
 ///
 /// # Errors
-/// As [`source`].
+/// As [`source()`].
 pub async fn destination(args: &GatewayDestinationArgs) -> Result<(), EngineError> {
     let identity = Identity::load(&args.common.identity)?;
     let default = Options::default();
