@@ -334,26 +334,20 @@ fn a_stream_that_is_not_taken_leaves_the_guest_where_it_is() -> Result<()> {
         let mut domain = Domain::boot(&site.pair.source, &site.env, busy("packed"))?;
         // XBZRLE begins with the second round; at this rate there are more of them.
         let xbzrle = ["--comp-methods", "xbzrle", "--bandwidth", "20"];
-        let refused: [(&[&str], _); 3] = [
-            (&["--parallel"], "multifd"),
-            (&["--comp-methods", "mt"], "compress"),
-            (&xbzrle, "xbzrle"),
-        ];
+        // QEMU 7.2 does not always survive a multifd migration that fails: `gateway_streams` has its channels without QEMU.
+        let refused: [(&[&str], _); 2] =
+            [(&["--comp-methods", "mt"], "compress"), (&xbzrle, "xbzrle")];
         let mut known = 0;
         for (words, cause) in refused {
             let words = [words, &BY_GATEWAY].concat();
             let migration = domain.migrate(to, Way::PeerToPeer, &words)?;
             let (back, said) = undone(migration, to).with_context(|| there.said())?;
             domain = back;
-            // Of several connections each has a report. QEMU 7.2 does not bear another migration before all have ended.
-            there.wait_idle()?;
-            let reports = there.reports(known + 1)?;
-            let errors: Vec<&str> =
-                reports[known..].iter().filter_map(|report| report["error"].as_str()).collect();
-            let is_named = errors.iter().any(|error| error.contains(cause));
-            ensure!(is_named && errors.len() == reports.len() - known, "{errors:?}");
+            let errors = there.refused(known, cause)?;
             println!("{cause}: {}\n{errors:?}", said.trim());
-            known = reports.len();
+            // QEMU 7.2 does not bear another migration before all connections of the last have ended.
+            there.wait_idle()?;
+            known += errors.len();
         }
         let mut domain = passed(domain, to, Way::PeerToPeer, &BY_GATEWAY)?;
         domain.ports().verify_checker(PATIENCE).map(drop)

@@ -186,6 +186,21 @@ impl Gateways<'_> {
         reports.with_context(|| self.said())
     }
 
+    /// Waits until one of the reports from the `known` first ones on names the `cause`; what those say that are there
+    /// then. Of several connections each has one, in any order, and none says that a guest was passed on.
+    pub(crate) fn refused(&self, known: usize, cause: &str) -> Result<Vec<String>> {
+        let named = wait::until("a report that names the cause", PATIENCE, || {
+            let reports = self.reports(known)?;
+            let errors = reports.iter().skip(known).map(|report| {
+                let error = report["error"].as_str().map(str::to_owned);
+                error.with_context(|| format!("Passed on: {report}"))
+            });
+            let errors = errors.collect::<Result<Vec<String>>>()?;
+            Ok(errors.iter().any(|error| error.contains(cause)).then_some(errors))
+        });
+        named.with_context(|| format!("{cause}: {}", self.said()))
+    }
+
     /// Waits until no guest is under way.
     pub(crate) fn wait_idle(&self) -> Result<()> {
         for end in [End::Source, End::Destination] {
