@@ -196,11 +196,12 @@ pub enum Mode {
 /// How the guest is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum PathChoice {
-    /// Chosen by what `migrate check` finds; today always direct.
+    /// Direct if `migrate check` finds nothing against it, else stream.
     Auto,
     /// Through the shared file that holds its RAM.
     Direct,
-    /// Through QEMU's own stream (not built yet).
+    /// Through QEMU's own stream: any VM, by pre-copy. QEMU sends, this engine packs; the order of pages, skipping of
+    /// unused memory and --verify are the direct path's.
     Stream,
 }
 

@@ -65,23 +65,12 @@ pub enum EngineError {
     #[error("The session failed")]
     Transport(#[from] TransportError),
     /// Nobody answers where the destination should be.
-    #[error(
-        "Nobody answers at {addr}: is `migrate receive` running there, and does UDP get through?"
-    )]
+    #[error("Nobody answers at {addr}: is `{command}` running there, and does UDP get through?")]
     Unreachable {
         /// Where.
         addr: SocketAddr,
-        /// What was noticed.
-        #[source]
-        source: Box<TransportError>,
-    },
-    /// The same, where that should be a gateway.
-    #[error(
-        "Nobody answers at {addr}: is `migrate gateway destination` running there, and does UDP get through?"
-    )]
-    NoGateway {
-        /// Where.
-        addr: SocketAddr,
+        /// What should run there.
+        command: &'static str,
         /// What was noticed.
         #[source]
         source: Box<TransportError>,
@@ -338,7 +327,6 @@ impl Classify for EngineError {
             | Self::InDoubt { .. }
             | Self::Unserved { .. }
             | Self::Unreachable { .. }
-            | Self::NoGateway { .. }
             | Self::Stuck { .. }
             | Self::PagerRefused { is_misuse: false, .. }
             | Self::Internal(_) => ErrorBin::System,

@@ -42,6 +42,7 @@ pub mod resets;
 pub mod source;
 pub mod state_parts;
 pub mod stores;
+pub mod stream;
 pub mod tell;
 pub mod verify;
 

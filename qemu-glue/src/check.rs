@@ -1,7 +1,8 @@
 //! Findings: what this host and VM can do, what is missing, and how to get it.
 //!
 //! A [`Finding`] is one line of `migrate check`. Whoever examines something returns a list of them;
-//! a [`Severity::Blocker`] among them means that a direct migration would fail or lose data.
+//! a [`Severity::Blocker`] among them means that a migration would fail or lose data, a [`Severity::Indirect`] that one
+//! by the direct path would.
 
 use std::fmt;
 use std::fs;
@@ -27,7 +28,9 @@ pub enum Severity {
     Note,
     /// It works, but worse than it could, or with a restriction.
     Warning,
-    /// The direct path is refused.
+    /// The direct path is refused; QEMU's stream is not.
+    Indirect,
+    /// Either path is refused.
     Blocker,
 }
 
@@ -37,6 +40,7 @@ impl fmt::Display for Severity {
             Self::Ok => "ok",
             Self::Note => "note",
             Self::Warning => "warning",
+            Self::Indirect => "not by the direct path",
             Self::Blocker => "blocker",
         })
     }
@@ -62,6 +66,11 @@ impl Finding {
     /// A finding with a remedy.
     pub fn new(severity: Severity, what: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { severity, what: what.into(), remedy: Some(remedy.into()) }
+    }
+
+    /// What stands against the direct path alone, with the remedy for it.
+    pub fn indirect(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::new(Severity::Indirect, what, remedy)
     }
 
     /// A blocker with its remedy.
@@ -110,7 +119,7 @@ fn kernel_finding(release: &str) -> Finding {
     let (major, minor) = KERNEL_MIN;
     match kernel_version(release) {
         Some(version) if version >= KERNEL_MIN => Finding::ok(format!("Linux {release}")),
-        Some(_) => Finding::blocker(
+        Some(_) => Finding::indirect(
             format!("Linux {release} cannot report written pages to another process"),
             format!("boot Linux {major}.{minor} or newer, or use --path stream"),
         ),
@@ -125,7 +134,7 @@ fn kernel_finding(release: &str) -> Finding {
 fn architecture_finding(architecture: &str) -> Finding {
     match architecture {
         "x86_64" => Finding::ok("x86-64 host"),
-        other => Finding::blocker(
+        other => Finding::indirect(
             format!("This host is {other}; attaching to QEMU is written for x86-64"),
             "use --path stream",
         ),
@@ -157,9 +166,9 @@ mod tests {
             ("6.18.44", Severity::Ok),
             ("6.7-rc1", Severity::Ok),
             ("7.0.0", Severity::Ok),
-            ("6.6.99-generic", Severity::Blocker),
-            ("6.1.0-56-amd64", Severity::Blocker),
-            ("5.15", Severity::Blocker),
+            ("6.6.99-generic", Severity::Indirect),
+            ("6.1.0-56-amd64", Severity::Indirect),
+            ("5.15", Severity::Indirect),
             ("", Severity::Warning),
             ("six.seven", Severity::Warning),
         ] {
@@ -176,8 +185,8 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_architecture_blocks() {
-        assert_eq!(architecture_finding("aarch64").severity, Severity::Blocker);
+    fn a_foreign_architecture_has_no_direct_path() {
+        assert_eq!(architecture_finding("aarch64").severity, Severity::Indirect);
     }
 
     #[test]

@@ -30,6 +30,7 @@ mod header;
 mod load;
 mod save;
 mod settings;
+mod whole;
 
 use std::io;
 use std::time::Duration;
@@ -48,6 +49,7 @@ pub use header::StreamHeader;
 pub use load::{Loading, prepare_load};
 pub use save::{Saving, begin_save};
 pub use settings::restore_capabilities;
+pub use whole::{Incoming, Outgoing, begin_stream_in, begin_stream_out};
 
 /// Longest time that saving or loading may take before it is given up.
 pub const TRANSFER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -178,6 +180,10 @@ impl DeviceState {
 pub struct Settling(JoinHandle<Result<(), DeviceStateError>>);
 
 impl Settling {
+    fn of(work: impl Future<Output = Result<(), DeviceStateError>> + Send + 'static) -> Self {
+        Self(tokio::spawn(work))
+    }
+
     /// Waits until QEMU is as it was.
     ///
     /// # Errors

@@ -19,8 +19,8 @@ use self::split::SPLIT_BODY_BYTES;
 pub use self::split::{RemoteEnd, STORES_MAX, Split, Store, Then};
 use self::stream::{STREAM_BLOCKS_BODY_BYTES, STREAM_CHUNK_BODY_BYTES};
 pub use self::stream::{
-    STREAM_CHUNK_BYTES_MAX, StreamBack, StreamBlocks, StreamBytes, StreamEnd, StreamOpen,
-    StreamOpened, StreamPostcopy,
+    STREAM_CHUNK_BYTES_MAX, StreamBack, StreamBlocks, StreamBytes, StreamEnd, StreamGuest,
+    StreamOpen, StreamOpened, StreamPostcopy,
 };
 use crate::error::WireError;
 
@@ -62,13 +62,16 @@ const SMALL_BYTES: usize = 128;
 /// Room in bytes for a message with one text.
 const TEXT_BODY_BYTES: usize = TEXT_BYTES_MAX + SMALL_BYTES;
 
+/// Room in bytes for a guest's description.
+const DESCRIBE_BODY_BYTES: usize = 3 * TEXT_BYTES_MAX + BLOCKS_MAX * 280 + SMALL_BYTES;
+
 /// Room in bytes for a list with an entry a lane.
 const LANES_BODY_BYTES: usize = LANES_MAX * 10 + SMALL_BYTES;
 
 /// Feature bit of the engine: guests whose memory is split over hosts are taken.
 pub const FEATURE_SPLIT: u64 = 1;
 
-/// Feature bit of the engine: this is a gateway, between QEMUs that move their guest themselves.
+/// Feature bit of the engine: guests come as their QEMU's stream.
 pub const FEATURE_STREAM: u64 = 2;
 
 /// Feature bit: lanes are TCP connections. At most one of the two bits of lanes is offered.
@@ -541,7 +544,7 @@ messages! {
     /// Server: all lanes arrived.
     Joined = 4, SMALL_BYTES;
     /// Source: the guest.
-    Describe = 16, 3 * TEXT_BYTES_MAX + BLOCKS_MAX * 280 + SMALL_BYTES;
+    Describe = 16, DESCRIBE_BODY_BYTES;
     /// Destination: the guest fits.
     Accept = 17, TEXT_BODY_BYTES;
     /// Destination: the guest cannot come.
@@ -600,6 +603,8 @@ messages! {
     StreamEnd = 61, SMALL_BYTES;
     /// Source: the guest is about to run at the destination; every page comes once from now on.
     StreamPostcopy = 62, SMALL_BYTES;
+    /// Source: the guest that its QEMU will send.
+    StreamGuest = 63, DESCRIBE_BODY_BYTES;
     /// Client: how did a migration end?
     Ask = 64, SMALL_BYTES;
     /// Server: so it did.
@@ -683,6 +688,16 @@ impl Body for Joined {
     }
 }
 
+/// The blocks make up a guest's RAM.
+fn check_blocks(what: &'static str, blocks: &[BlockSpec]) -> Result<(), WireError> {
+    let count = blocks.len() as u64;
+    rule(blocks.len() <= BLOCKS_MAX, what, "blocks", count, "at most 512 are allowed")?;
+    for block in blocks {
+        check_text(what, "blocks.name", &block.name)?;
+    }
+    RamLayout::new(blocks.to_vec()).map(drop).map_err(|source| WireError::Layout { what, source })
+}
+
 impl Body for Describe {
     fn validate(&self) -> Result<(), WireError> {
         let what = "Describe";
@@ -694,14 +709,7 @@ impl Body for Describe {
         let page = self.page_bytes;
         let fits = page.is_power_of_two() && page as usize >= PAGE_BYTES;
         rule(fits, what, "page_bytes", u64::from(page), "a power of two from 4096 on is needed")?;
-        let blocks = self.blocks.len();
-        rule(blocks <= BLOCKS_MAX, what, "blocks", blocks as u64, "at most 512 are allowed")?;
-        for block in &self.blocks {
-            check_text(what, "blocks.name", &block.name)?;
-        }
-        RamLayout::new(self.blocks.clone())
-            .map(drop)
-            .map_err(|source| WireError::Layout { what, source })
+        check_blocks(what, &self.blocks)
     }
 }
 

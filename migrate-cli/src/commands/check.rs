@@ -28,14 +28,22 @@ pub(super) async fn run(args: &CheckArgs) -> ExitCode {
         print(&found);
         findings.extend(found);
     }
-    let blockers = findings.iter().filter(|found| found.severity == Severity::Blocker).count();
+    let count = |is: fn(&Severity) -> bool| {
+        findings.iter().filter(|found| is(&found.severity)).count()
+    };
+    let blockers = count(|severity| *severity == Severity::Blocker);
     if blockers > 0 {
         println!("a migration would fail: {blockers} thing(s) to put right");
         return ExitCode::from(1);
     }
-    match &args.qmp {
-        Some(_) => println!("a migration will work, by the direct path"),
-        None => println!("this host is ready; add --qmp SOCK to look at a VM"),
+    let indirect = count(|severity| *severity == Severity::Indirect);
+    match (&args.qmp, indirect) {
+        (None, 0) => println!("this host is ready; add --qmp SOCK to look at a VM"),
+        (None, _) => println!("this host is ready for QEMU's stream, not for the direct path"),
+        (Some(_), 0) => println!("a migration will work, by the direct path"),
+        (Some(_), _) => {
+            println!("a migration will work, by QEMU's stream; {indirect} thing(s) stand against the direct path");
+        }
     }
     ExitCode::SUCCESS
 }
@@ -54,18 +62,26 @@ async fn look_at(qmp: &Path, preload: Option<&Path>) -> Result<Vec<Finding>, Eng
     );
     let mut findings = vm.blockers.clone();
     findings.extend(vm.notes.iter().cloned());
-    findings.extend(attaching::probe(vm.pid, preload));
+    findings.extend(attaching::probe(vm.pid, preload).into_iter().map(for_the_direct_path));
     findings.extend(direct_io(&vm));
     if !vm.regions.is_empty() {
         match GuestRam::open(vm.pid, &vm.regions, false) {
             Ok(_) => findings.push(Finding::ok("The guest's RAM can be read")),
-            Err(error) => findings.push(Finding::blocker(
+            Err(error) => findings.push(Finding::indirect(
                 EngineError::from(error).tell(),
                 "run as the user that runs QEMU, or as root",
             )),
         }
     }
     Ok(findings)
+}
+
+/// QEMU's stream needs no way into its process.
+fn for_the_direct_path(finding: Finding) -> Finding {
+    match finding.severity {
+        Severity::Blocker => Finding { severity: Severity::Indirect, ..finding },
+        _ => finding,
+    }
 }
 
 fn direct_io(vm: &VmInventory) -> Option<Finding> {
@@ -83,6 +99,7 @@ fn print(findings: &[Finding]) {
             Severity::Ok => "ok  ",
             Severity::Note => "note",
             Severity::Warning => "WARN",
+            Severity::Indirect => "path",
             _ => "FAIL",
         };
         println!("  {mark} {}", finding.what);

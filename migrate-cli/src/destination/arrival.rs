@@ -34,7 +34,7 @@ use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::journal::{Entry, Journal, PagingEntry, Record};
 use crate::missing::Arriving;
-use crate::{attaching, failpoint, state_parts, tell, verify};
+use crate::{attaching, failpoint, state_parts, stream, tell, verify};
 
 /// Most RAM blocks of a guest whose pages may be missing: the journal holds them all.
 const PAGED_BLOCKS_MAX: usize = 32;
@@ -58,17 +58,48 @@ pub async fn take_guest(
     asks: &mut mpsc::Receiver<DestinationSession>,
 ) -> (Option<Journal>, Result<Outcome, EngineError>) {
     tell!("session from {} ({})", session.peer.name, session.peer.addr);
-    let begun = begin(&place, &mut session).await;
+    let begun = match described(&mut session).await {
+        Ok(Message::Describe(guest)) => begin(&place, &session, guest).await,
+        Ok(Message::StreamGuest(told)) => {
+            let taken = stream::destination::take_guest(&place, session, &told.guest, asks);
+            return Box::pin(taken).await;
+        }
+        Ok(Message::StreamOpen(_)) => Err(EngineError::Refused {
+            code: RefuseCode::NoPlace,
+            text: "this is `migrate receive`: start `migrate gateway destination` for a gateway"
+                .into(),
+        }),
+        Ok(other) => Err(EngineError::OutOfPlace { got: other.name(), wanted: "Describe" }),
+        Err(error) => Err(error),
+    };
     let (ram, mut journal) = match begun {
         Ok(begun) => begun,
-        Err(error) => {
-            refuse(&session, refuse_code(&error), &error.tell()).await;
-            return (None, Err(error));
-        }
+        Err(error) => return (None, refused(&session, error).await),
     };
     let arrival = Arrival::start(Arc::clone(&place), ram, session);
     let outcome = arrival.run(&mut journal, asks).await;
     (Some(journal), outcome)
+}
+
+/// The source's first word: which guest it wants to bring.
+async fn described(session: &mut DestinationSession) -> Result<Message, EngineError> {
+    let described = tokio::time::timeout(DESCRIBE_WITHIN, session.control_receiver.recv()).await;
+    Ok(described.map_err(|_| EngineError::TooSlow {
+        wanted: "a description of the guest",
+        seconds: DESCRIBE_WITHIN.as_secs(),
+    })??)
+}
+
+/// Tells a source why its guest is not taken.
+///
+/// # Errors
+/// Just that.
+pub async fn refused(
+    session: &DestinationSession,
+    error: EngineError,
+) -> Result<Outcome, EngineError> {
+    refuse(session, refuse_code(&error), &error.tell()).await;
+    Err(error)
 }
 
 /// Tells a source that its guest is not taken. The session is closed only when the source has left:
@@ -89,7 +120,9 @@ fn refuse_code(error: &EngineError) -> RefuseCode {
     match error {
         EngineError::Layout(_) => RefuseCode::Layout,
         EngineError::Refused { code, .. } => *code,
-        EngineError::Misuse { .. } | EngineError::NotWaiting { .. } => RefuseCode::NoPlace,
+        EngineError::Misuse { .. } | EngineError::NotWaiting { .. } | EngineError::Blocked(_) => {
+            RefuseCode::NoPlace
+        }
         _ => RefuseCode::Internal,
     }
 }
@@ -97,40 +130,19 @@ fn refuse_code(error: &EngineError) -> RefuseCode {
 /// Compares the guest with the place and records the beginning.
 async fn begin(
     place: &Place,
-    session: &mut DestinationSession,
+    session: &DestinationSession,
+    guest: Describe,
 ) -> Result<(Arc<GuestRam>, Journal), EngineError> {
-    let described = tokio::time::timeout(DESCRIBE_WITHIN, session.control_receiver.recv()).await;
-    let described = described.map_err(|_| EngineError::TooSlow {
-        wanted: "a description of the guest",
-        seconds: DESCRIBE_WITHIN.as_secs(),
-    })??;
-    let Message::Describe(guest) = described else {
-        return Err(EngineError::OutOfPlace { got: described.name(), wanted: "Describe" });
-    };
     super::check_waiting(&place.client).await?;
     check_machine(place, &guest)?;
+    if !place.vm.blockers.is_empty() {
+        return Err(EngineError::Blocked(place.vm.blockers.clone()));
+    }
     let theirs = RamLayout::new(guest.blocks.clone())?;
     let ram = Arc::new(GuestRam::open(place.vm.pid, &place.vm.regions, true)?);
     ram.layout().check_same(&theirs)?;
     failpoint::hit("destination-describing").await;
-    let journal = Journal::create(
-        &place.journal_dir,
-        Entry {
-            migration: session.migration.to_string(),
-            record: Record::Destination(DestinationRecord::Receiving),
-            qmp: place.qmp.clone(),
-            vm: guest.vm_name.clone(),
-            qemu_pid: place.vm.pid,
-            qemu_start_ticks: procfs::start_time_ticks(place.vm.pid)?,
-            peer: session.peer.addr.to_string(),
-            identity: place.identity_dir.clone(),
-            peer_name: Some(session.peer.name.clone()),
-            was_running: true,
-            keep_source: false,
-            heard: false,
-            paging: None,
-        },
-    )?;
+    let journal = journal(place, session, &guest)?;
     let no_post_copy = guest.post_copy.then(|| no_post_copy(place, &theirs)).flatten();
     match accept(place, session, &ram, no_post_copy).await {
         Ok(()) => Ok((ram, journal)),
@@ -140,6 +152,33 @@ async fn begin(
             Err(error)
         }
     }
+}
+
+/// Creates the journal of a guest that comes in.
+///
+/// # Errors
+/// If it cannot be written.
+pub fn journal(
+    place: &Place,
+    session: &DestinationSession,
+    guest: &Describe,
+) -> Result<Journal, EngineError> {
+    let entry = Entry {
+        migration: session.migration.to_string(),
+        record: Record::Destination(DestinationRecord::Receiving),
+        qmp: place.qmp.clone(),
+        vm: guest.vm_name.clone(),
+        qemu_pid: place.vm.pid,
+        qemu_start_ticks: procfs::start_time_ticks(place.vm.pid)?,
+        peer: session.peer.addr.to_string(),
+        identity: place.identity_dir.clone(),
+        peer_name: Some(session.peer.name.clone()),
+        was_running: true,
+        keep_source: false,
+        heard: false,
+        paging: None,
+    };
+    Ok(Journal::create(&place.journal_dir, entry)?)
 }
 
 /// Empties the place and tells the source that it may begin.
@@ -152,13 +191,18 @@ async fn accept(
     // What an earlier attempt left must not shine through pages that are zero at the source.
     let clean = Arc::clone(ram);
     on_thread(move || empty(&clean)).await??;
-    let version = &place.vm.qemu;
     let accept = Accept {
-        qemu_version: (version.major, version.minor, version.micro),
+        qemu_version: accept_version(place),
         resident_bytes: ram.resident_bytes()?,
         no_post_copy,
     };
     Ok(session.control_sender.send(&Message::Accept(accept)).await?)
+}
+
+/// The version of the QEMU here, as the source is told.
+pub fn accept_version(place: &Place) -> (u32, u32, u32) {
+    let version = &place.vm.qemu;
+    (version.major, version.minor, version.micro)
 }
 
 /// Why a guest cannot run here before its pages are here.
@@ -181,7 +225,11 @@ fn no_post_copy(place: &Place, theirs: &RamLayout) -> Option<String> {
     Some(messages::text(&format!("{}{remedy}", blocker.what)))
 }
 
-fn check_machine(place: &Place, guest: &Describe) -> Result<(), EngineError> {
+/// The QEMU here can load the guest: it has the same machine type and is not older.
+///
+/// # Errors
+/// [`EngineError::Refused`] with the remedy.
+pub fn check_machine(place: &Place, guest: &Describe) -> Result<(), EngineError> {
     let vm = &place.vm;
     let refuse = |code, text| Err(EngineError::Refused { code, text });
     if guest.machine != vm.machine {
@@ -304,24 +352,7 @@ impl Arrival {
         if let Some(loading) = self.loading.take() {
             loading.give_up().await;
         }
-        let mut ready = None;
-        let (input, error) = match loaded {
-            Ok(loaded) => {
-                ready = Some(loaded);
-                (Input::Loaded, None)
-            }
-            Err(error) if error.is_lost_contact() => {
-                if error.bin() == ErrorBin::PeerMisbehaved {
-                    warn_refused(&error);
-                }
-                (Input::Lost, Some(error))
-            }
-            Err(error @ EngineError::PeerAborted { .. }) => (Input::PeerAborted, Some(error)),
-            Err(error) => {
-                self.tell_abort(&error).await;
-                (Input::LoadFailed, Some(error))
-            }
-        };
+        let Concluded { input, ready, error } = conclude(loaded, &self.control).await;
         let mut owner = Owner {
             client: &self.place.client,
             journal,
@@ -333,7 +364,7 @@ impl Arrival {
             migration: self.migration,
             lease: self.place.lease,
             ready,
-            ram: &self.ram,
+            ram: Some(&self.ram),
             commit: None,
             is_lost: false,
             fetches: &self.place.fetches,
@@ -605,13 +636,39 @@ impl Arrival {
         failpoint::hit("destination-loaded").await;
         Ok(Ready { load_us, version_digest, run_state: messages::text(status.state.as_str()) })
     }
+}
 
-    async fn tell_abort(&self, error: &EngineError) {
-        warn_refused(error);
-        let text = messages::text(&error.tell());
-        let abort = Message::Abort(Abort { code: error.abort_code(), text });
-        let _told = tokio::time::timeout(Duration::from_secs(1), self.control.send(&abort)).await;
-    }
+/// What the loading of a guest means for the hand-over.
+#[derive(Debug)]
+pub struct Concluded {
+    /// For the hand-over.
+    pub input: Input,
+    /// To tell the source.
+    pub ready: Option<Ready>,
+    /// What went wrong.
+    pub error: Option<EngineError>,
+}
+
+/// Draws the conclusion; tells a source that can be reached what went wrong here.
+pub async fn conclude(loaded: Result<Ready, EngineError>, control: &ControlSender) -> Concluded {
+    let (input, error) = match loaded {
+        Ok(ready) => return Concluded { input: Input::Loaded, ready: Some(ready), error: None },
+        Err(error) if error.is_lost_contact() => {
+            if error.bin() == ErrorBin::PeerMisbehaved {
+                warn_refused(&error);
+            }
+            (Input::Lost, error)
+        }
+        Err(error @ EngineError::PeerAborted { .. }) => (Input::PeerAborted, error),
+        Err(error) => {
+            warn_refused(&error);
+            let text = messages::text(&error.tell());
+            let abort = Message::Abort(Abort { code: error.abort_code(), text });
+            let _told = tokio::time::timeout(Duration::from_secs(1), control.send(&abort)).await;
+            (Input::LoadFailed, error)
+        }
+    };
+    Concluded { input, ready: None, error: Some(error) }
 }
 
 fn warn_refused(error: &EngineError) {

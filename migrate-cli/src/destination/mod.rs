@@ -35,7 +35,7 @@ use qemu_glue::check::Severity;
 use qemu_glue::qmp::{Client, RunState};
 use qemu_glue::vm::{self, VmInventory};
 use tokio::sync::mpsc;
-use transport::messages::{FEATURE_SPLIT, Intent, RefuseCode};
+use transport::messages::{FEATURE_SPLIT, FEATURE_STREAM, Intent, RefuseCode};
 use transport::{
     DestinationSession, Identity, Listener, MigrationId, Options, TransportError, close_code,
 };
@@ -114,7 +114,7 @@ pub async fn receive_or_another(
         lanes: default.lanes + 1,
         dead_peer: args.common.dead_peer(),
         expected_peer: args.common.peer.clone(),
-        features: FEATURE_SPLIT,
+        features: FEATURE_SPLIT | FEATURE_STREAM,
         ..default
     };
     let socket = qmp_socket::at(&args.common.qmp);
@@ -458,7 +458,10 @@ async fn linger(
 }
 
 /// A guest can come in only while QEMU waits for one.
-async fn check_waiting(client: &Client) -> Result<(), EngineError> {
+///
+/// # Errors
+/// [`EngineError::NotWaiting`], or if QEMU does not answer.
+pub async fn check_waiting(client: &Client) -> Result<(), EngineError> {
     let status = client.query_status().await?;
     if status.state == RunState::InMigrate {
         return Ok(());
@@ -466,6 +469,7 @@ async fn check_waiting(client: &Client) -> Result<(), EngineError> {
     Err(EngineError::NotWaiting { state: status.state.to_string() })
 }
 
+/// What stands against the direct path alone matters when a guest comes by it.
 fn check_vm(vm: &VmInventory) -> Result<(), EngineError> {
     let blockers: Vec<_> =
         vm.blockers.iter().filter(|found| found.severity == Severity::Blocker).cloned().collect();

@@ -96,8 +96,8 @@ pub struct Owner<'a> {
     pub lease: Duration,
     /// What to tell the source when everything is loaded.
     pub ready: Option<Ready>,
-    /// Guest memory.
-    pub ram: &'a Arc<GuestRam>,
+    /// Guest memory, where it is reached directly.
+    pub ram: Option<&'a Arc<GuestRam>>,
     /// The source's commit, once it came.
     pub commit: Option<Committed>,
     /// Whether `voice` has ended.
@@ -211,7 +211,7 @@ impl Owner<'_> {
                 if let Some(mut remote) = self.remote.take() {
                     remote.end(false).await;
                 }
-                discard(self.client, Some(self.ram)).await;
+                discard(self.client, self.ram).await;
                 None
             }
         }

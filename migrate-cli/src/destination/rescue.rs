@@ -97,7 +97,7 @@ impl Rescued<'_> {
             migration: self.migration,
             lease: self.lease,
             ready: None,
-            ram: self.ram,
+            ram: Some(self.ram),
             commit: None,
             is_lost: false,
             fetches: self.fetches,

@@ -157,6 +157,11 @@ impl Drop for Arrival {
 }
 
 impl Beside {
+    /// No others: of a connection that nobody else can open.
+    pub fn none() -> Self {
+        Self { channels: Arc::default(), place: String::new() }
+    }
+
     fn has_stream(&self) -> bool {
         self.channels.lock().get(&self.place).is_some_and(|known| known.streams > 0)
     }

@@ -13,7 +13,6 @@
 //! follow pages in the stream come behind an [`Item::Sync`] with all batches of these pages; pages that follow the
 //! commands of post-copy leave when the other gateway has said that these were written.
 
-use std::io::{self, Read as _};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
@@ -180,7 +179,7 @@ impl StreamIntake {
         let mut reader = Reader::open_ended();
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            let count = read_some(socket, &mut buffer).map_err(EngineError::QemuSocket)?;
+            let count = socket.read_some(&mut buffer).map_err(EngineError::QemuSocket)?;
             let mut input = buffer.get(..count).unwrap_or_default();
             self.taken.stream_bytes += count as u64;
             if count == 0 {
@@ -410,15 +409,4 @@ fn layout(blocks: &BlockList) -> Result<RamLayout, EngineError> {
         page_bytes: PAGE_BYTES as u64,
     });
     Ok(RamLayout::new(blocks.collect())?)
-}
-
-/// Reads what there is, however often a signal comes between.
-fn read_some(socket: &QemuSocket, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut socket = socket;
-    loop {
-        match socket.read(buffer) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            other => return other,
-        }
-    }
 }

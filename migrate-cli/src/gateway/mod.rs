@@ -22,11 +22,13 @@
 pub mod addr;
 pub mod backlog;
 pub mod channels;
+pub mod delivery;
 pub mod destination;
 pub mod encode;
 pub mod intake;
 pub mod listen;
 mod metrics;
+pub mod passage;
 pub mod postcopy;
 pub mod raw;
 pub mod report;
@@ -47,6 +49,7 @@ use self::addr::QemuAddr;
 use self::channels::{Arrival, Channels};
 use self::listen::{Connected, QemuListener};
 use self::metrics::{Passing, Side};
+use self::passage::Packing;
 use self::source::Onward;
 use crate::args::{GatewayArgs, GatewayDestinationArgs, GatewaySourceArgs};
 use crate::blocking::worker_threads;
@@ -77,9 +80,11 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
             expected_peer: args.peer.clone(),
             ..options(&args.common)
         },
-        max_bandwidth: args.max_bandwidth,
-        wanted: args.compression.wanted(),
-        delta_bytes_max: args.delta_cache,
+        packing: Packing {
+            max_bandwidth: args.max_bandwidth,
+            wanted: args.compression.wanted(),
+            delta_bytes_max: args.delta_cache,
+        },
     };
     let passing = Passing::new(Side::Source);
     tell_metrics(&args.common, &passing).await?;
@@ -123,7 +128,7 @@ async fn pass_on(
     json: bool,
 ) {
     let under_way = passing.begin();
-    let report = source::send_among(&onward, connected, arrival).await;
+    let report = source::send(&onward, connected, arrival).await;
     tell!("{}", report.line());
     if json && let Ok(line) = serde_json::to_string(&report) {
         let _nobody_reads_it = writeln!(std::io::stdout(), "{line}");

@@ -4,7 +4,6 @@
 //! at any time.
 
 use std::collections::VecDeque;
-use std::io::{self, Read as _};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 
@@ -34,15 +33,13 @@ pub fn pass_on(
 ) -> Result<(), EngineError> {
     // The session's own error says why it is over.
     let tell = |item| items.blocking_send(item).map_err(|_| EngineError::Cancelled);
-    let (mut socket, mut buffer) = (socket, vec![0; READ_BYTES]);
+    let mut buffer = vec![0; READ_BYTES];
     let mut under_way = VecDeque::new();
     loop {
-        let count = match socket.read(&mut buffer) {
-            Ok(0) => return tell(Item::End),
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(EngineError::QemuSocket(error)),
-        };
+        let count = socket.read_some(&mut buffer).map_err(EngineError::QemuSocket)?;
+        if count == 0 {
+            return tell(Item::End);
+        }
         taken.stream_bytes += count as u64;
         if !gate.pay(count as u64) {
             return Err(EngineError::Cancelled);

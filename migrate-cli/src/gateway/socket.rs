@@ -68,6 +68,20 @@ impl QemuSocket {
         Ok(Some(bytes))
     }
 
+    /// Reads what there is, however often a signal comes between; 0 bytes at the end.
+    ///
+    /// # Errors
+    /// If the connection has failed.
+    pub fn read_some(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut socket = self;
+        loop {
+            match socket.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                other => return other,
+            }
+        }
+    }
+
     /// Nothing more is written; QEMU sees the end of the stream.
     pub fn end_writing(&self) {
         self.shut(std::net::Shutdown::Write);
@@ -123,12 +137,12 @@ impl Write for &QemuSocket {
 /// [`EngineError::Stream`] with the remedy.
 pub fn check_begins(first: &[u8]) -> Result<(), EngineError> {
     let channel = channel::recognise(first).unwrap_or(Channel::Unknown);
-    match channel.refusal() {
-        // The other gateway knows which streams they belong to.
-        _ if matches!(channel, Channel::Resumed | Channel::Preempt) => Ok(()),
-        None => Ok(()),
-        Some(refusal) => Err(EngineError::Stream(StreamError { at_byte: 0, refusal })),
-    }
+    // Of some, the other gateway knows which streams they belong to.
+    let refusal = match channel {
+        Channel::Resumed | Channel::Preempt => None,
+        other => other.refusal(),
+    };
+    refusal.map_or(Ok(()), |refusal| Err(EngineError::Stream(StreamError { at_byte: 0, refusal })))
 }
 
 /// Connects to a QEMU that waits for a guest, or is about to. Cancel-safe.

@@ -19,6 +19,9 @@ const INBOX: usize = 16;
 /// Requests for pages that may wait: a guest has some threads that can fault.
 const REQUESTS: usize = 1024;
 
+/// How long the control stream may take to tell why something has ended.
+const WHY_WITHIN: Duration = Duration::from_secs(2);
+
 /// How far the destination is.
 #[derive(Debug, Default)]
 struct Applied {
@@ -123,8 +126,9 @@ impl Link {
         let _reader_is_gone = over.wait_for(|over| *over).await;
     }
 
-    /// Why the session ended, where something else failed first that may be only its consequence.
-    pub async fn why_over(&mut self, within: Duration) -> Option<EngineError> {
+    /// Why the session ended, where something else failed first that may be only its consequence; nothing if that is
+    /// not told soon.
+    pub async fn why_over(&mut self) -> Option<EngineError> {
         let why = async {
             loop {
                 if let Err(error) = self.recv().await {
@@ -132,7 +136,7 @@ impl Link {
                 }
             }
         };
-        tokio::time::timeout(within, why).await.ok()
+        tokio::time::timeout(WHY_WITHIN, why).await.ok()
     }
 
     /// Waits for a message for at most `within`.

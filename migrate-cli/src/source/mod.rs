@@ -11,6 +11,7 @@
 
 pub mod answering;
 pub mod buffers;
+pub mod conclude;
 pub mod contact;
 pub mod early;
 pub mod feed;
@@ -45,6 +46,7 @@ use transport::messages::FEATURE_SPLIT;
 use transport::{Closer, Identity, LaneSender, MigrationId, SourceSession};
 
 use self::answering::UrgentLane;
+use self::conclude::Ending;
 use self::contact::Contact;
 use self::early::Stopped;
 use self::feed::Feed;
@@ -53,22 +55,19 @@ use self::handover::{Owner, place};
 use self::lanes::LaneTasks;
 use self::link::Link;
 use self::outlet::PumpError;
-use self::prepare::{Accepted, Asked, Guest};
+use self::prepare::{Accepted, Asked, Guest, GuestPath};
 use self::pump::Pump;
 use self::rounds::{Ended, Mover};
 use self::serve::Server;
 use self::split::{Room, Split};
 use self::unused::Unused;
-use crate::args::{Mode, PageOrder, SendArgs, SplitArgs, Switch};
+use crate::args::{Mode, PageOrder, PathChoice, SendArgs, SplitArgs, Switch};
 use crate::blocking::{on_thread, worker_threads};
 use crate::error::EngineError;
 use crate::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{LaneReport, Report, ReportOutcome, VerifyReport};
-use crate::{attaching, cancel, failpoint, random};
-
-/// How long the control stream may take to tell why a lane has ended.
-const WHY_WITHIN: Duration = Duration::from_secs(2);
+use crate::{attaching, cancel, failpoint, random, stream};
 
 /// Migrates a guest as asked; everything that happens is in the report.
 pub async fn send(args: &SendArgs) -> Report {
@@ -105,15 +104,20 @@ async fn run(
     report: &mut Report,
     clock: Instant,
 ) -> Result<(), EngineError> {
-    prepare::check_asked(args)?;
     if let Some(asked) = asked {
         split::check_asked(&asked.send)?;
     }
     let identity = Arc::new(Identity::load(&args.common.identity)?);
     let addr = prepare::resolve_address(&args.to).await?;
     recover::before_sending(args).await?;
-    let guest = prepare::guest(args).await?;
-    report.vm = guest.vm.label();
+    let found = prepare::find(args).await?;
+    report.vm = found.vm.label();
+    let path = if asked.is_some() { PathChoice::Direct } else { args.path };
+    if let (GuestPath::Stream, why) = found.path(path)? {
+        let to = stream::source::To { addr, identity };
+        return stream::source::send(args, found, to, why, report, clock).await;
+    }
+    let guest = found.open().await?;
     let migration = prepare::new_migration()?;
     let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count, args.mode));
     options.lane_kind = args.lanes.kind();
@@ -129,7 +133,7 @@ async fn run(
             None => None,
         };
         let (peer, keep) = (&session.peer.name, args.keep_source);
-        let journal = prepare::journal(&args.common, &args.to, keep, &guest, migration, peer)?;
+        let journal = prepare::journal(&args.common, &args.to, keep, &guest.vm, migration, peer)?;
         Ok::<_, EngineError>((room, journal))
     };
     let (room, journal) = match recorded.await {
@@ -224,12 +228,7 @@ impl Migration<'_> {
             moved => moved,
         };
         failpoint::hit("source-ready").await;
-        let input = match &moved {
-            Ok(_) => Input::Ready { agrees: true },
-            Err(error) if error.is_lost_contact() => Input::Lost,
-            Err(EngineError::PeerAborted { .. }) => Input::PeerAborted,
-            Err(_) => Input::Cancel,
-        };
+        let input = input(&moved);
         let (server, why) = match &mut moved {
             Ok(moved) => (moved.server.as_mut(), None),
             Err(error) => (None, Some(&*error)),
@@ -281,42 +280,10 @@ impl Migration<'_> {
         report.bytes.wire = wire.sent + wire.received;
         self.conclude_split(report, outcome).await;
         report.end_of_lanes(&self.closer);
-        let client = Some(&self.guest.client);
-        match outcome {
-            Outcome::Completed => {
-                report.outcome = ReportOutcome::Completed;
-                self.contact.close("done").await;
-                self.journal.remove();
-            }
-            Outcome::RolledBack => {
-                let error = why.unwrap_or(EngineError::PeerAborted {
-                    code: transport::messages::AbortCode::Internal,
-                    text: "the destination refused the guest after the hand-over".into(),
-                });
-                report.fail(&error, place(client).await, GuestPlace::Incoming);
-                self.contact.abort(&error).await;
-                match stuck {
-                    None => self.journal.remove(),
-                    // `migrate resolve` can try again with it.
-                    Some(stuck) => {
-                        let error = EngineError::Stuck {
-                            qmp: self.args.common.qmp.clone(),
-                            why: error.tell(),
-                            source: Box::new(stuck),
-                        };
-                        report.fail(&error, place(client).await, GuestPlace::Incoming);
-                    }
-                }
-            }
-            Outcome::InDoubt => {
-                let qmp = self.args.common.qmp.clone();
-                let error = match unserved {
-                    Some(pages) => EngineError::Unserved { qmp, pages },
-                    None => EngineError::InDoubt { qmp },
-                };
-                report.fail(&error, place(client).await, GuestPlace::Unknown);
-            }
-        }
+        let Self { guest, contact, journal, .. } = self;
+        Ending { client: &guest.client, contact, journal, why, stuck, unserved }
+            .conclude(report, outcome)
+            .await;
     }
 
     /// The stores go with the guest, or away.
@@ -346,7 +313,7 @@ impl Migration<'_> {
     async fn root_cause(&mut self, error: EngineError) -> EngineError {
         match (&error, &mut self.contact.session) {
             (EngineError::Pump(PumpError::LaneClosed), Some((link, _))) => {
-                link.why_over(WHY_WITHIN).await.unwrap_or(error)
+                link.why_over().await.unwrap_or(error)
             }
             _ => error,
         }
@@ -559,6 +526,16 @@ impl Migration<'_> {
         };
         self.contact.session = session;
         server
+    }
+}
+
+/// What a migration that has come so far means for the hand-over.
+pub fn input<T>(moved: &Result<T, EngineError>) -> Input {
+    match moved {
+        Ok(_) => Input::Ready { agrees: true },
+        Err(error) if error.is_lost_contact() => Input::Lost,
+        Err(EngineError::PeerAborted { .. }) => Input::PeerAborted,
+        Err(_) => Input::Cancel,
     }
 }
 

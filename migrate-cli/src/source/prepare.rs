@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use migrate_core::batch::LANES_MAX;
 use migrate_core::handover::SourceRecord;
-use migrate_core::layout::PAGE_BYTES;
+use migrate_core::layout::{BlockSpec, PAGE_BYTES};
 use qemu_glue::check::{Finding, Severity};
 use qemu_glue::procfs;
 use qemu_glue::qmp::Client;
@@ -28,6 +28,9 @@ const RAM_BLOCKS: &str = "info ramblock";
 const BUSY_RETRIES: u32 = 3;
 const BUSY_WAIT: Duration = Duration::from_secs(1);
 
+/// What waits for guests at a destination.
+pub const RECEIVE: &str = "migrate receive";
+
 /// Longest wait for the destination to look at its place and empty it.
 const ACCEPT_WITHIN: Duration = Duration::from_secs(60);
 
@@ -44,52 +47,88 @@ pub struct Guest {
     pub ram_blocks: String,
 }
 
-/// Refuses what this build cannot do, before anything is touched.
-///
-/// # Errors
-/// [`EngineError::Misuse`] with the remedy.
-pub fn check_asked(args: &SendArgs) -> Result<(), EngineError> {
-    let refuse = |what: &str, remedy: &str| {
-        Err(EngineError::Misuse { what: what.into(), remedy: remedy.into() })
-    };
-    match args.path {
-        PathChoice::Auto | PathChoice::Direct => Ok(()),
-        PathChoice::Stream => refuse(
-            "The stream path is not built yet",
-            "Give the VM shared RAM (memory-backend-file,share=on) and use --path direct",
-        ),
-    }
+/// A VM whose monitor answers.
+#[derive(Debug)]
+pub struct Found {
+    /// QEMU's monitor.
+    pub client: Client,
+    /// The VM.
+    pub vm: VmInventory,
+    /// What stands against attaching to it.
+    attaching: Vec<Finding>,
 }
 
-/// Connects to the VM, describes it and refuses what cannot be migrated.
+/// How a guest is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestPath {
+    /// Through the shared file that holds its RAM.
+    Direct,
+    /// Through its QEMU's stream.
+    Stream,
+}
+
+/// Connects to the VM and looks at it.
 ///
 /// # Errors
-/// [`EngineError::Blocked`] with every reason and remedy, or what failed.
-pub async fn guest(args: &SendArgs) -> Result<Guest, EngineError> {
+/// If QEMU does not answer.
+pub async fn find(args: &SendArgs) -> Result<Found, EngineError> {
     let client = Client::connect(&args.common.qmp).await?;
     let vm = vm::inventory(&client).await?;
-    let mut findings: Vec<Finding> = vm.blockers.clone();
-    findings.extend(attaching::probe(vm.pid, args.preload_socket.as_deref()));
-    refuse_blockers(findings)?;
-    let ram = Arc::new(GuestRam::open(vm.pid, &vm.regions, false)?);
-    let ram_blocks = client.hmp(RAM_BLOCKS).await?;
-    Ok(Guest { client, vm, ram, ram_blocks })
+    let attaching = attaching::probe(vm.pid, args.preload_socket.as_deref());
+    Ok(Found { client, vm, attaching })
+}
+
+impl Found {
+    /// The path that is `asked` for, or the best one that there is; and why that is not the direct one.
+    ///
+    /// # Errors
+    /// [`EngineError::Blocked`] with every reason and remedy.
+    pub fn path(&self, asked: PathChoice) -> Result<(GuestPath, Option<String>), EngineError> {
+        let against = |severity| {
+            let worse = move |finding: &&Finding| finding.severity >= severity;
+            self.vm.blockers.iter().filter(worse).cloned().collect::<Vec<_>>()
+        };
+        let mut indirect = against(Severity::Indirect);
+        let cannot_attach = |finding: &&Finding| finding.severity == Severity::Blocker;
+        indirect.extend(self.attaching.iter().filter(cannot_attach).cloned());
+        let blocked = against(Severity::Blocker);
+        match asked {
+            PathChoice::Auto | PathChoice::Direct if indirect.is_empty() => {
+                Ok((GuestPath::Direct, None))
+            }
+            PathChoice::Stream if blocked.is_empty() => Ok((GuestPath::Stream, None)),
+            PathChoice::Auto if blocked.is_empty() => {
+                let why = indirect.into_iter().next().map(|finding| finding.what);
+                Ok((GuestPath::Stream, why))
+            }
+            PathChoice::Stream => Err(EngineError::Blocked(blocked)),
+            PathChoice::Auto | PathChoice::Direct => Err(EngineError::Blocked(indirect)),
+        }
+    }
+
+    /// Opens the guest's memory, for the direct path.
+    ///
+    /// # Errors
+    /// What failed.
+    pub async fn open(self) -> Result<Guest, EngineError> {
+        let Self { client, vm, .. } = self;
+        let ram = Arc::new(GuestRam::open(vm.pid, &vm.regions, false)?);
+        let ram_blocks = client.hmp(RAM_BLOCKS).await?;
+        Ok(Guest { client, vm, ram, ram_blocks })
+    }
 }
 
 /// The same of a guest that this process has attached to.
 ///
 /// # Errors
-/// As [`guest`].
+/// [`EngineError::Blocked`] with every reason and remedy, or what failed.
 pub async fn paged_guest(client: Client, ram: Arc<GuestRam>) -> Result<Guest, EngineError> {
     let vm = vm::inventory(&client).await?;
-    refuse_blockers(vm.blockers.clone())?;
+    if !vm.blockers.is_empty() {
+        return Err(EngineError::Blocked(vm.blockers));
+    }
     let ram_blocks = client.hmp(RAM_BLOCKS).await?;
     Ok(Guest { client, vm, ram, ram_blocks })
-}
-
-fn refuse_blockers(mut findings: Vec<Finding>) -> Result<(), EngineError> {
-    findings.retain(|finding| finding.severity == Severity::Blocker);
-    if findings.is_empty() { Ok(()) } else { Err(EngineError::Blocked(findings)) }
 }
 
 /// Resolves an address as typed.
@@ -128,10 +167,20 @@ pub async fn accepted(
     guest: &Guest,
     asked: Asked,
 ) -> Result<Accepted, EngineError> {
+    unless_busy(|| accepted_once(addr, identity, options, migration, guest, asked)).await
+}
+
+/// Tries again a few times while a destination is busy.
+///
+/// # Errors
+/// What the last attempt says.
+pub async fn unless_busy<T, F>(attempt: impl Fn() -> F) -> Result<T, EngineError>
+where
+    F: Future<Output = Result<T, EngineError>>,
+{
     let mut tries = 0;
     loop {
-        let accepted = accepted_once(addr, identity, options, migration, guest, asked).await;
-        match accepted {
+        match attempt().await {
             Err(error) if error.is_busy() && tries < BUSY_RETRIES => {
                 tries += 1;
                 tokio::time::sleep(BUSY_WAIT).await;
@@ -159,6 +208,27 @@ pub struct Accepted {
     pub urgent: Option<LaneSender>,
 }
 
+/// Opens the session of a migration with an engine that was started with this `command`.
+///
+/// # Errors
+/// [`EngineError::Unreachable`], or what the transport says.
+pub async fn connect(
+    addr: SocketAddr,
+    identity: &Identity,
+    options: &Options,
+    migration: MigrationId,
+    command: &'static str,
+) -> Result<SourceSession, EngineError> {
+    let offer = Offer::new(ENGINE, migration, Intent::Migrate);
+    let session = transport::connect(addr, identity, options, offer).await;
+    session.map_err(|error| match error {
+        source @ (TransportError::Lost { .. } | TransportError::HandshakeTimeout { .. }) => {
+            EngineError::Unreachable { addr, command, source: Box::new(source) }
+        }
+        other => EngineError::from(other),
+    })
+}
+
 async fn accepted_once(
     addr: SocketAddr,
     identity: &Identity,
@@ -167,14 +237,7 @@ async fn accepted_once(
     guest: &Guest,
     Asked { verify, mode }: Asked,
 ) -> Result<Accepted, EngineError> {
-    let offer = Offer::new(ENGINE, migration, Intent::Migrate);
-    let session = transport::connect(addr, identity, options, offer).await;
-    let mut session = session.map_err(|error| match error {
-        source @ (TransportError::Lost { .. } | TransportError::HandshakeTimeout { .. }) => {
-            EngineError::Unreachable { addr, source: Box::new(source) }
-        }
-        other => EngineError::from(other),
-    })?;
+    let mut session = connect(addr, identity, options, migration, RECEIVE).await?;
     let described = describe(&mut session, guest, verify, mode != Mode::PreCopy).await;
     match described.and_then(|accept| urgent_lane(&mut session, accept, mode)) {
         Ok(urgent) => Ok(Accepted { session, urgent }),
@@ -195,18 +258,32 @@ pub async fn describe(
     verify: bool,
     post_copy: bool,
 ) -> Result<Accept, EngineError> {
-    let version = &guest.vm.qemu;
-    let description = Describe {
-        vm_name: guest.vm.label(),
-        vm_uuid: Some(guest.vm.uuid.clone()),
-        machine: guest.vm.machine.clone(),
+    let blocks = guest.ram.layout().blocks().to_vec();
+    let description = Describe { verify, post_copy, ..description(&guest.vm, blocks) };
+    ask(session, Message::Describe(description)).await
+}
+
+/// A guest with these blocks, of which nothing special is wanted.
+pub fn description(vm: &VmInventory, blocks: Vec<BlockSpec>) -> Describe {
+    let version = &vm.qemu;
+    Describe {
+        vm_name: vm.label(),
+        vm_uuid: Some(vm.uuid.clone()),
+        machine: vm.machine.clone(),
         qemu_version: (version.major, version.minor, version.micro),
         page_bytes: PAGE_BYTES as u32,
-        blocks: guest.ram.layout().blocks().to_vec(),
-        verify,
-        post_copy,
-    };
-    session.control_sender.send(&Message::Describe(description)).await?;
+        blocks,
+        verify: false,
+        post_copy: false,
+    }
+}
+
+/// Asks the destination to take the guest that is described.
+///
+/// # Errors
+/// [`EngineError::Refused`] with the destination's reason.
+pub async fn ask(session: &mut SourceSession, description: Message) -> Result<Accept, EngineError> {
+    session.control_sender.send(&description).await?;
     let wanted = "whether it takes the guest";
     let late = |_| EngineError::TooSlow { wanted, seconds: ACCEPT_WITHIN.as_secs() };
     let answer = tokio::time::timeout(ACCEPT_WITHIN, session.control_receiver.recv()).await;
@@ -255,7 +332,7 @@ pub fn journal(
     common: &CommonArgs,
     to: &str,
     keep_source: bool,
-    guest: &Guest,
+    vm: &VmInventory,
     migration: MigrationId,
     peer_name: &str,
 ) -> Result<Journal, EngineError> {
@@ -264,13 +341,13 @@ pub fn journal(
         migration: migration.to_string(),
         record: Record::Source(SourceRecord::Moving),
         qmp: std::path::absolute(&common.qmp).unwrap_or_else(|_| common.qmp.clone()),
-        vm: guest.vm.label(),
-        qemu_pid: guest.vm.pid,
-        qemu_start_ticks: procfs::start_time_ticks(guest.vm.pid)?,
+        vm: vm.label(),
+        qemu_pid: vm.pid,
+        qemu_start_ticks: procfs::start_time_ticks(vm.pid)?,
         peer: to.to_owned(),
         identity: common.identity.clone(),
         peer_name: Some(peer_name.to_owned()),
-        was_running: guest.vm.status.running,
+        was_running: vm.status.running,
         keep_source,
         heard: false,
         paging: None,

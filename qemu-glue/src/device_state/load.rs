@@ -35,11 +35,11 @@ pub async fn prepare_load(client: &Client) -> Result<Loading, DeviceStateError> 
     let (give, state) = oneshot::channel();
     let (tell, status) = oneshot::channel();
     let client = client.clone();
-    let settling = Settling(tokio::spawn(async move {
+    let settling = Settling::of(async move {
         let loaded = load_task(client, prepared, state, tell).await;
         drop(turn);
         loaded
-    }));
+    });
     match is_prepared.await {
         Ok(()) => Ok(Loading { give, status, settling }),
         Err(_) => Err(settling.error().await),

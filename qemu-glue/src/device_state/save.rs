@@ -74,11 +74,11 @@ pub async fn begin_save(
     let caller = Caller { begun, stopped, give };
     let stream = Stream { shared_bytes, limit_bytes };
     let client = client.clone();
-    let settling = Settling(tokio::spawn(async move {
+    let settling = Settling::of(async move {
         let saved = save_task(client, stream, caller).await;
         drop(turn);
         saved
-    }));
+    });
     match has_begun.await {
         Ok(ahead) => Ok(Saving { go, ahead, state, settling }),
         Err(_) => Err(settling.error().await),
@@ -207,7 +207,7 @@ async fn in_time<T>(
 }
 
 /// Only states that mean "stopped" at the destination as well may travel.
-fn check_savable(status: &Status) -> Result<(), DeviceStateError> {
+pub(super) fn check_savable(status: &Status) -> Result<(), DeviceStateError> {
     let remedy = match &status.state {
         _ if status.running => "stop it first",
         RunState::Paused
@@ -309,7 +309,7 @@ async fn completed(
 }
 
 /// Ends a migration that is of no use any more, as far as QEMU lets us.
-async fn end_migration(client: &Client) {
+pub(super) async fn end_migration(client: &Client) {
     let ended = async {
         let mut events = client.subscribe();
         client.migrate_cancel().await?;
@@ -323,7 +323,7 @@ async fn end_migration(client: &Client) {
 }
 
 /// Waits until QEMU has left the transitional state at the end of a migration and has cleaned up.
-async fn settle(client: &Client) -> Result<Status, DeviceStateError> {
+pub(super) async fn settle(client: &Client) -> Result<Status, DeviceStateError> {
     let until = Instant::now() + SETTLE_TIMEOUT;
     loop {
         let (kept, status) = tokio::try_join!(client.keeps_migration(), client.query_status())?;

@@ -2,37 +2,38 @@
 //!
 //! What is changed is remembered twice: in memory, and in QEMU itself as the value of
 //! `max-bandwidth`, whose low bits say which capabilities were on. So an engine that was killed
-//! leaves enough behind for the next one. Only the bandwidth limit itself is not kept there: the
-//! next engine sets QEMU's default.
+//! leaves enough behind for the next one. Only parameters are not kept there: the next engine sets
+//! QEMU's defaults.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tracing::{debug, info, warn};
 
 use super::{DeviceStateError, refuse_active};
 use crate::qmp::Client;
 
-/// Capabilities that matter, with what saving and loading need; `None` leaves one as it is. The
-/// order is part of [`MARK`]: append only.
-const CAPABILITIES: [(&str, Option<bool>, Option<bool>); 19] = [
-    ("x-ignore-shared", Some(true), Some(true)),
-    ("events", Some(true), Some(true)),
-    ("late-block-activate", None, Some(true)),
-    ("xbzrle", Some(false), Some(false)),
-    ("compress", Some(false), Some(false)),
-    ("postcopy-ram", Some(false), Some(false)),
-    ("postcopy-preempt", Some(false), Some(false)),
-    ("release-ram", Some(false), Some(false)),
-    ("return-path", Some(false), Some(false)),
-    ("switchover-ack", Some(false), Some(false)),
-    ("pause-before-switchover", Some(false), Some(false)),
-    ("multifd", Some(false), Some(false)),
-    ("zero-copy-send", Some(false), Some(false)),
-    ("dirty-bitmaps", Some(false), Some(false)),
-    ("validate-uuid", Some(false), Some(false)),
-    ("background-snapshot", Some(false), Some(false)),
-    ("mapped-ram", Some(false), Some(false)),
-    ("block", Some(false), Some(false)),
-    ("x-colo", Some(false), Some(false)),
+/// Capabilities that matter, with what saving and loading device state need, and what QEMU's whole stream needs at
+/// either end; `None` leaves one as it is. The order is part of [`MARK`]: append only.
+const CAPABILITIES: [(&str, Option<bool>, Option<bool>, Option<bool>); 20] = [
+    ("x-ignore-shared", Some(true), Some(true), Some(false)),
+    ("events", Some(true), Some(true), Some(true)),
+    ("late-block-activate", None, Some(true), Some(true)),
+    ("xbzrle", Some(false), Some(false), Some(false)),
+    ("compress", Some(false), Some(false), Some(false)),
+    ("postcopy-ram", Some(false), Some(false), Some(false)),
+    ("postcopy-preempt", Some(false), Some(false), Some(false)),
+    ("release-ram", Some(false), Some(false), Some(false)),
+    ("return-path", Some(false), Some(false), Some(true)),
+    ("switchover-ack", Some(false), Some(false), Some(false)),
+    ("pause-before-switchover", Some(false), Some(false), Some(false)),
+    ("multifd", Some(false), Some(false), Some(false)),
+    ("zero-copy-send", Some(false), Some(false), Some(false)),
+    ("dirty-bitmaps", Some(false), Some(false), None),
+    ("validate-uuid", Some(false), Some(false), Some(false)),
+    ("background-snapshot", Some(false), Some(false), Some(false)),
+    ("mapped-ram", Some(false), Some(false), Some(false)),
+    ("block", Some(false), Some(false), Some(false)),
+    ("x-colo", Some(false), Some(false), Some(false)),
+    ("auto-converge", None, None, Some(false)),
 ];
 
 /// `max-bandwidth` in bytes per second while a transfer runs, without the bits: far above any
@@ -45,11 +46,34 @@ const MARK_BITS: u64 = (1 << 24) - 1;
 /// QEMU's default of `max-bandwidth` in bytes per second (migration/options.c, `MAX_THROTTLE`).
 const BANDWIDTH_DEFAULT: u64 = 128 << 20;
 
+/// `downtime-limit` in milliseconds while a whole stream leaves: QEMU goes on sending what is written until the guest
+/// is stopped, or writes nothing. With 0 it would hand over without a look at what was written last
+/// (migration/migration.c, `migration_iteration_run`).
+const HOLD_MS: u64 = 1;
+
+/// QEMU's default of `downtime-limit` in milliseconds.
+const DOWNTIME_DEFAULT_MS: u64 = 300;
+
 /// What the settings are needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
     Save,
     Load,
+    StreamOut,
+    StreamIn,
+}
+
+impl Role {
+    fn wants(
+        self,
+        (save, load, stream): (Option<bool>, Option<bool>, Option<bool>),
+    ) -> Option<bool> {
+        match self {
+            Self::Save => save,
+            Self::Load => load,
+            Self::StreamOut | Self::StreamIn => stream,
+        }
+    }
 }
 
 /// Settings as they were. Must be given back.
@@ -57,8 +81,7 @@ pub(super) enum Role {
 #[must_use]
 pub(super) struct Borrowed {
     capabilities: Vec<(String, bool)>,
-    bandwidth: u64,
-    tls_creds: Option<String>,
+    parameters: Map<String, Value>,
 }
 
 impl Borrowed {
@@ -72,33 +95,27 @@ impl Borrowed {
             (known, parameters) = ask().await?;
         }
         let (mut mark, mut wanted, mut before) = (MARK, Vec::new(), Vec::new());
-        for (bit, (name, save, load)) in CAPABILITIES.into_iter().enumerate() {
+        for (bit, (name, save, load, stream)) in CAPABILITIES.into_iter().enumerate() {
             let Some(&on) = known.get(name) else { continue };
             mark |= u64::from(on) << bit;
-            let want = if role == Role::Save { save } else { load };
-            if let Some(want) = want.filter(|want| *want != on) {
+            if let Some(want) = role.wants((save, load, stream)).filter(|want| *want != on) {
                 wanted.push((name, want));
                 before.push((name.to_owned(), on));
             }
         }
-        if !known.contains_key("x-ignore-shared") {
+        let leaves_shared = matches!(role, Role::Save | Role::Load);
+        if leaves_shared && !known.contains_key("x-ignore-shared") {
             let detail = "this QEMU has no capability x-ignore-shared".to_owned();
             return Err(DeviceStateError::Failed { detail });
         }
-        let tls_creds = parameters.get("tls-creds").and_then(Value::as_str);
-        let borrowed = Self {
-            capabilities: before,
-            bandwidth: bandwidth_of(&parameters),
-            tls_creds: tls_creds.filter(|creds| !creds.is_empty()).map(str::to_owned),
-        };
-        let mut changes = json!({ "max-bandwidth": mark });
-        if let (Some(fields), Some(_)) = (changes.as_object_mut(), &borrowed.tls_creds) {
-            fields.insert("tls-creds".to_owned(), json!(""));
-        }
+        let changes = changes(role, mark, &parameters);
+        let kept = |name: &String| parameters.get(name).cloned().unwrap_or_else(|| json!(0));
+        let parameters = changes.keys().map(|name| (name.clone(), kept(name))).collect();
+        let borrowed = Self { capabilities: before, parameters };
         // In this order on the wire: the mark is set before anything else is changed.
         let changed = async {
             tokio::try_join!(
-                client.set_migrate_parameters(changes),
+                client.set_migrate_parameters(Value::Object(changes)),
                 client.set_capabilities(&wanted)
             )
         };
@@ -120,16 +137,25 @@ impl Borrowed {
             // The mark stays: the next engine finds it.
             return Ok(capabilities?);
         }
-        let mut changes = json!({ "max-bandwidth": self.bandwidth });
-        if let (Some(fields), Some(creds)) = (changes.as_object_mut(), self.tls_creds) {
-            fields.insert("tls-creds".to_owned(), json!(creds));
-        }
-        Ok(client.set_migrate_parameters(changes).await?)
+        Ok(client.set_migrate_parameters(Value::Object(self.parameters)).await?)
     }
 }
 
+/// The parameters that a role changes.
+fn changes(role: Role, mark: u64, now: &Map<String, Value>) -> Map<String, Value> {
+    let mut changes = Map::new();
+    changes.insert("max-bandwidth".to_owned(), json!(mark));
+    if now.get("tls-creds").and_then(Value::as_str).is_some_and(|creds| !creds.is_empty()) {
+        changes.insert("tls-creds".to_owned(), json!(""));
+    }
+    if role == Role::StreamOut {
+        changes.insert("downtime-limit".to_owned(), json!(HOLD_MS));
+    }
+    changes
+}
+
 /// `max-bandwidth` in bytes per second; 0 (unlimited) if QEMU does not say.
-fn bandwidth_of(parameters: &serde_json::Map<String, Value>) -> u64 {
+fn bandwidth_of(parameters: &Map<String, Value>) -> u64 {
     parameters.get("max-bandwidth").and_then(Value::as_u64).unwrap_or(0)
 }
 
@@ -146,8 +172,8 @@ fn read_mark(bandwidth: u64) -> Option<Vec<(&'static str, bool)>> {
 /// Puts QEMU's migration settings back after an engine was killed while it used them. Does nothing
 /// to a QEMU in which no transfer of ours was interrupted.
 ///
-/// The capabilities come back as they were; `max-bandwidth` gets QEMU's default; a TLS setting
-/// that the VM's manager had made has to be made again. A transfer of this same client that was
+/// The capabilities come back as they were; `max-bandwidth` and, if it was changed, `downtime-limit` get QEMU's
+/// defaults; a TLS setting that the VM's manager had made has to be made again. A transfer of this same client that was
 /// abandoned and still cleans up is waited for.
 ///
 /// # Errors
@@ -170,7 +196,13 @@ async fn restore(client: &Client) -> Result<(), DeviceStateError> {
         .filter(|(name, on)| known.get(*name).is_some_and(|now| now != on))
         .collect();
     client.set_capabilities(&changes).await?;
-    client.set_migrate_parameters(json!({ "max-bandwidth": BANDWIDTH_DEFAULT })).await?;
+    let mut defaults = json!({ "max-bandwidth": BANDWIDTH_DEFAULT });
+    if let Some(fields) = defaults.as_object_mut()
+        && parameters.get("downtime-limit").and_then(Value::as_u64) == Some(HOLD_MS)
+    {
+        fields.insert("downtime-limit".to_owned(), json!(DOWNTIME_DEFAULT_MS));
+    }
+    client.set_migrate_parameters(defaults).await?;
     info!(?changes, "restored migration settings that an earlier engine had left changed");
     Ok(())
 }

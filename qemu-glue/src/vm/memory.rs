@@ -136,7 +136,7 @@ impl Evidence {
                 Err(doubt) => {
                     let what =
                         format!("RAM block {} cannot be moved directly: {doubt}", block.name);
-                    memory.findings.push(Finding::blocker(what, SHARE));
+                    memory.findings.push(Finding::indirect(what, SHARE));
                 }
                 Ok(false) => self.streamed(block, backend, &mut memory),
                 Ok(true) => match self.region(block) {
@@ -147,7 +147,7 @@ impl Evidence {
                     Err(doubt) => {
                         let what =
                             format!("RAM block {} cannot be moved directly: {doubt}", block.name);
-                        memory.findings.push(Finding::blocker(what, SHARE));
+                        memory.findings.push(Finding::indirect(what, SHARE));
                     }
                 },
             }
@@ -203,7 +203,7 @@ impl Evidence {
             "is private memory".to_owned()
         };
         let mib = block.used_bytes >> 20;
-        memory.findings.push(Finding::blocker(
+        memory.findings.push(Finding::indirect(
             format!("RAM block {} ({mib} MiB) {why}, with the guest stopped", block.name),
             SHARE,
         ));
@@ -247,7 +247,7 @@ impl Evidence {
 
     fn summarise(&self, memory: &mut Memory) {
         if memory.regions.is_empty() {
-            memory.findings.push(Finding::blocker("The VM has no RAM in a shared file", SHARE));
+            memory.findings.push(Finding::indirect("The VM has no RAM in a shared file", SHARE));
         }
         let streamed: u64 = memory.streamed_blocks.iter().map(|(_, bytes)| bytes).sum();
         if streamed > STREAMED_BYTES_WARN {

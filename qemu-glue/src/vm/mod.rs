@@ -73,7 +73,7 @@ pub struct VmInventory {
     /// Whether a balloon may turn pages into holes while the guest runs; see
     /// [`GuestRam::vanished`](crate::ram::GuestRam::vanished).
     pub discards: bool,
-    /// What forbids the direct path.
+    /// What forbids the direct path, or either.
     pub blockers: Vec<Finding>,
     /// What else is worth knowing.
     pub notes: Vec<Finding>,
@@ -117,7 +117,7 @@ pub async fn inventory(client: &Client) -> Result<VmInventory, VmError> {
     findings.extend(writers);
     identity.check()?;
     let (blockers, notes) =
-        findings.into_iter().partition(|finding| finding.severity == Severity::Blocker);
+        findings.into_iter().partition(|finding| finding.severity >= Severity::Indirect);
     Ok(VmInventory {
         name: client.query_name().await?,
         uuid: client.query_uuid().await?,

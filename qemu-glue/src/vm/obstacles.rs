@@ -1,4 +1,4 @@
-//! What stands against moving a VM by the direct path.
+//! What stands against moving a VM, by the direct path or at all.
 
 use migrate_core::error::GuestPlace;
 use serde_json::Value;
@@ -80,7 +80,8 @@ pub(super) fn devices(objects: &[Object]) -> Vec<Finding> {
 fn device(object: &Object) -> Option<Finding> {
     let (_, why, remedy) = BLOCKING_TYPES.iter().find(|(part, ..)| object.kind.contains(part))?;
     let what = format!("{} at {}: {why}", object.kind, object.path);
-    Some(Finding::blocker(what, *remedy))
+    let severity = if *remedy == STREAM { Severity::Indirect } else { Severity::Blocker };
+    Some(Finding::new(severity, what, *remedy))
 }
 
 /// Disks whose SCSI commands go to the host's device.
@@ -102,7 +103,7 @@ pub(super) fn discards(objects: &[Object]) -> bool {
 pub(super) async fn network(client: &Client) -> Result<Vec<Finding>, VmError> {
     match client.hmp("info network").await {
         Ok(text) => Ok(network_text(&text)),
-        Err(QmpError::Command { .. }) => Ok(vec![Finding::blocker(
+        Err(QmpError::Command { .. }) => Ok(vec![Finding::indirect(
             "QEMU does not list its network back ends (info network)",
             STREAM,
         )]),
@@ -117,7 +118,7 @@ fn network_text(text: &str) -> Vec<Finding> {
             if line.contains(mark) {
                 let name = line.trim_start_matches([' ', '\\']).split(':').next();
                 let name = name.unwrap_or_default();
-                findings.push(Finding::blocker(
+                findings.push(Finding::indirect(
                     format!("Network back end {name} is {kind}: it writes guest memory itself"),
                     STREAM,
                 ));
@@ -153,7 +154,7 @@ pub(super) async fn settings(client: &Client, status: &Status) -> Result<Vec<Fin
         }
     }
     if !capabilities.contains_key("x-ignore-shared") {
-        findings.push(Finding::blocker(
+        findings.push(Finding::indirect(
             format!("QEMU {} cannot leave shared RAM out of its stream", client.version()),
             "use QEMU 4.0 or newer, or --path stream",
         ));
@@ -202,17 +203,18 @@ mod tests {
 
     #[test]
     fn devices_that_write_past_qemu_block() {
-        for kind in [
-            "vhost-user-fs-pci",
-            "cryptodev-vhost-user",
-            "vfio-pci",
-            "vhost-vdpa-device-pci",
-            "virtio-mem-pci",
-            "nvdimm",
-            "ivshmem-plain",
+        use Severity::{Blocker, Indirect};
+        for (kind, severity) in [
+            ("vhost-user-fs-pci", Indirect),
+            ("cryptodev-vhost-user", Indirect),
+            ("vfio-pci", Blocker),
+            ("vhost-vdpa-device-pci", Indirect),
+            ("virtio-mem-pci", Indirect),
+            ("nvdimm", Indirect),
+            ("ivshmem-plain", Indirect),
         ] {
             let finding = device(&object(kind)).unwrap();
-            assert_eq!(finding.severity, Severity::Blocker, "{kind}");
+            assert_eq!(finding.severity, severity, "{kind}");
             assert!(finding.what.contains(kind) && finding.remedy.is_some());
         }
         for kind in ["virtio-net-pci", "pc-dimm", "vhost-vsock-pci", "memory-backend-file"] {

@@ -99,7 +99,7 @@ pub(super) fn other_writers(qemu: i32, files: &[BackingFile]) -> Vec<Finding> {
             continue;
         }
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        findings.push(Finding::blocker(
+        findings.push(Finding::indirect(
             format!(
                 "RAM block {block} is also mapped for writing by process {pid} ({})",
                 name.trim()

@@ -1,9 +1,12 @@
-//! The messages of a guest whose QEMUs move it themselves, through a gateway at each end.
+//! The messages of a guest whose QEMUs move it themselves: through a gateway at each end, or with an engine at each end
+//! that tells its QEMU what to do. Then the guest is described, accepted and handed over as any other.
 //!
 //! ```text
-//! source's gateway                              destination's gateway
-//!   StreamOpen --------------------------------->  connects to its QEMU
+//! source                                        destination
+//!   StreamOpen --------------------------------->  a gateway: connects to its QEMU
 //!         <------------------------------------- StreamOpened (or Refuse)
+//!   StreamGuest -------------------------------->  an engine: prepares its QEMU
+//!         <------------------------------------- Accept (or Refuse)
 //!   StreamBytes, StreamBlocks, Sync, ... -------->  in this order to its QEMU; pages come on the lanes
 //!         <------------------------------------- StreamBack: what its QEMU says
 //!   StreamPostcopy, Sync ------------------------>  the guest is about to run there
@@ -12,10 +15,10 @@
 //!         <------------------------------------- StreamEnd
 //! ```
 
-use migrate_core::layout::{BLOCKS_MAX, BlockSpec, RamLayout};
+use migrate_core::layout::{BLOCKS_MAX, BlockSpec};
 use serde::{Deserialize, Serialize};
 
-use super::{Body, SMALL_BYTES, check_text, rule};
+use super::{Body, Describe, SMALL_BYTES, check_blocks, check_text, rule};
 use crate::error::WireError;
 
 /// Most bytes of QEMU's stream in one message.
@@ -34,6 +37,14 @@ pub struct StreamOpen {
     pub name: String,
     /// The port that the QEMU at the destination listens on; 0 for the one that the gateway there was told of.
     pub port: u16,
+}
+
+/// Source: the guest that it wants to bring by its QEMU's stream. Of its blocks it names those that have one length for
+/// ever; the stream may have more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamGuest {
+    /// The guest.
+    pub guest: Describe,
 }
 
 /// Destination, answer to [`StreamOpen`]: the QEMU there is connected.
@@ -89,6 +100,12 @@ impl Body for StreamOpen {
     }
 }
 
+impl Body for StreamGuest {
+    fn validate(&self) -> Result<(), WireError> {
+        self.guest.validate()
+    }
+}
+
 impl Body for StreamOpened {
     fn validate(&self) -> Result<(), WireError> {
         Ok(())
@@ -97,15 +114,7 @@ impl Body for StreamOpened {
 
 impl Body for StreamBlocks {
     fn validate(&self) -> Result<(), WireError> {
-        let what = "StreamBlocks";
-        let blocks = self.blocks.len();
-        rule(blocks <= BLOCKS_MAX, what, "blocks", blocks as u64, "at most 512 are allowed")?;
-        for block in &self.blocks {
-            check_text(what, "blocks.name", &block.name)?;
-        }
-        RamLayout::new(self.blocks.clone())
-            .map(drop)
-            .map_err(|source| WireError::Layout { what, source })
+        check_blocks("StreamBlocks", &self.blocks)
     }
 }
 

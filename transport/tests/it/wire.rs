@@ -17,9 +17,9 @@ use transport::messages::{
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
     RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, StreamBack,
-    StreamBlocks, StreamBytes, StreamEnd, StreamOpen, StreamOpened, StreamPostcopy, Sync, Synced,
-    TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd,
-    VerifyRequest, message_type, text,
+    StreamBlocks, StreamBytes, StreamEnd, StreamGuest, StreamOpen, StreamOpened, StreamPostcopy,
+    Sync, Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk,
+    VerifyEnd, VerifyRequest, message_type, text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
 
@@ -113,6 +113,18 @@ fn samples() -> Vec<Message> {
         Message::StreamBack(StreamBack { bytes: b"\0\x01\0\x04\0\0\0\0".to_vec() }),
         Message::StreamEnd(StreamEnd {}),
         Message::StreamPostcopy(StreamPostcopy {}),
+        Message::StreamGuest(StreamGuest {
+            guest: Describe {
+                vm_name: "guest \u{2014} private".into(),
+                vm_uuid: None,
+                machine: "pc-q35-10.0".into(),
+                qemu_version: (10, 0, 2),
+                page_bytes: 4096,
+                blocks: vec![block("pc.ram", 1 << 30, 4096)],
+                verify: false,
+                post_copy: false,
+            },
+        }),
         Message::Ask(Ask { migration }),
         Message::Verdict(Verdict { state: DestinationState::Owned, text }),
     ]

@@ -74,7 +74,7 @@ pub(super) async fn begin<'a>(
         link.send(Message::Split(told.clone())).await?;
         let prepared = early::prepared(&mut link, "that it is prepared", PREPARED_WITHIN);
         cancel.unless(prepared).await?;
-        let journal = prepare::journal(&common, &asked.to, false, &guest, migration, &peer)?;
+        let journal = prepare::journal(&common, &asked.to, false, &guest.vm, migration, &peer)?;
         Ok((told, journal))
     };
     let (told, journal) = match recorded.await {
