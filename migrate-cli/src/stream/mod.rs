@@ -9,8 +9,8 @@
 //! The stream is taken apart and put together as between gateways ([`crate::gateway`]), the guest is handed over as by
 //! the direct path ([`migrate_core::handover`]): the destination's QEMU loads it and runs it only after the commit.
 //!
-//! Invariants: QEMU at the source sends what is written again and again until [`steer`] stops the guest, or until
-//! nothing is written; it counts as sent only when the QEMU at the destination has loaded all and said so; until the
+//! Invariants: QEMU at the source sends what is written again until [`steer`] stops the guest, or until next to nothing
+//! is left; it counts as sent only when the QEMU at the destination has loaded all and said so; until the
 //! commit the guest can go on at the source.
 
 pub mod destination;

@@ -6,9 +6,12 @@
 //!                                                                      then, at both: settings ──► Settling
 //! ```
 //!
-//! While the guest runs, QEMU sends again what is written, without an end ([`super::settings`]); once it is stopped,
-//! little is left, and QEMU comes to its end by itself. A guest that writes nothing it stops itself. So who begins a
-//! stream has to be ready for its end at any time.
+//! While the guest runs, QEMU sends again what is written, until it expects the rest to take no longer than the limit
+//! that it was given; then it stops the guest itself. So who begins a stream has to be ready for its end at any time.
+//! Where the caller stops the guest earlier, little is left, and QEMU comes to its end soon.
+//!
+//! A limit of next to nothing is no way to hold QEMU back: it would look for written pages all the time, and with a
+//! limit of 0 hand over without a look at what was written last (migration/migration.c, `migration_iteration_run`).
 //!
 //! With its return path, the source's QEMU has completed only when that at the destination said that it loaded all.
 //! Until then it lets the guest run on when its connection ends.
@@ -34,17 +37,21 @@ pub struct Outgoing {
     settling: Settling,
 }
 
-/// Has QEMU begin to send its guest, over the socket that is returned.
+/// Has QEMU begin to send its guest, over the socket that is returned. It stops the guest where it expects a downtime of
+/// at most `downtime_ms`.
 ///
 /// # Errors
 /// A [`DeviceStateError`]; QEMU is then as it was.
-pub async fn begin_stream_out(client: &Client) -> Result<(Outgoing, UnixStream), DeviceStateError> {
+pub async fn begin_stream_out(
+    client: &Client,
+    downtime_ms: u64,
+) -> Result<(Outgoing, UnixStream), DeviceStateError> {
     let turn = client.migration_turn().await;
     let (begun, has_begun) = oneshot::channel();
     let (tell, completed) = oneshot::channel();
     let client = client.clone();
     let settling = Settling::of(async move {
-        let sent = send_task(client, begun, tell).await;
+        let sent = send_task(client, downtime_ms, begun, tell).await;
         drop(turn);
         sent
     });
@@ -69,6 +76,7 @@ impl Outgoing {
 
 async fn send_task(
     client: Client,
+    downtime_ms: u64,
     begun: oneshot::Sender<UnixStream>,
     mut tell: oneshot::Sender<()>,
 ) -> Result<(), DeviceStateError> {
@@ -77,7 +85,7 @@ async fn send_task(
     if !status.running {
         check_savable(&status)?;
     }
-    let borrowed = Borrowed::take(&client, Role::StreamOut).await?;
+    let borrowed = Borrowed::take(&client, Role::StreamOut { downtime_ms }).await?;
     let work = async {
         let mut events = client.subscribe();
         let socket = give_socket(&client).await?;
