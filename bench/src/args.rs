@@ -114,7 +114,7 @@ pub(crate) struct CompareArgs {
     /// Instead of the scenario's: times that every mode is measured.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=200))]
     pub(crate) repeats: Option<u32>,
-    /// Instead of all the scenario's: its modes of these names, or further ones of QEMU.
+    /// Instead of all the scenario's: its modes of these names, or further ones.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub(crate) modes: Vec<String>,
     /// Instead of the scenario's: channels of multifd.

@@ -50,6 +50,7 @@ pub(crate) fn run(args: &AttachArgs) -> Result<()> {
         memory_mib: args.memory,
         smp: args.common.smp(),
         workload: Workload::Resident { mib },
+        is_private: false,
     };
     let name = args.common.name.clone().unwrap_or_else(|| "attach".to_owned());
     let mut log = Log::create(&args.common.out, &name, bed.host.clone())?;

@@ -108,7 +108,7 @@ fn parts(args: &TargetsArgs) -> Result<Vec<Part>> {
 
 /// What will run, in words.
 fn announcement(plan: &[(Part, bool)]) -> String {
-    let line = |part: &Part| format!("  {:<18} {}\n", part.name, part.shown());
+    let line = |part: &Part| format!("  {:<24} {}\n", part.name, part.shown());
     let lines = |left_out: bool| {
         plan.iter()
             .filter(move |(_, out)| *out == left_out)

@@ -76,6 +76,7 @@ fn one(args: &CompareArgs, name: &str, scenario: &Scenario) -> Result<()> {
         memory_mib: scenario.guest.memory_mib,
         smp: scenario.guest.smp,
         workload: scenario.workload.clone(),
+        is_private: scenario.guest.is_private,
     };
     let options = DriveOptions {
         touch_mib: scenario.run.touch_mib,
@@ -127,7 +128,7 @@ fn order(modes: &[ModePlan], turn: u32) -> Vec<&ModePlan> {
 pub(crate) fn say(one: &Migration, turns: u32) {
     let shown = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
     eprintln!(
-        "turn {}/{turns} {:<16} {:<8} outage {:>7} ms, total {:>7} ms, wire {:>7} MiB ({} of the \
+        "turn {}/{turns} {:<17} {:<8} outage {:>7} ms, total {:>7} ms, wire {:>7} MiB ({} of the \
          compulsory), load {}{}",
         one.turn + 1,
         one.mode,

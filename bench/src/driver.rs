@@ -40,7 +40,7 @@ pub(crate) struct Driven {
     pub(crate) from_us: u64,
     /// Host time of its end, microseconds.
     pub(crate) to_us: u64,
-    /// CPU seconds of (`migrate send`, `migrate receive`).
+    /// CPU seconds of (`migrate send`, `migrate receive`), or of both gateways.
     pub(crate) engine_s: (f64, f64),
     /// Memory of both.
     pub(crate) engine_memory: EngineMemory,
@@ -89,7 +89,8 @@ pub(crate) fn measure(
     // Dropped after the guests. Both have their memory in it.
     let ram = options.split.as_ref().map(|_| RamDisk::mount(2 * plan.memory_mib)).transpose()?;
     let own = ram.as_ref().map(|disk| Backend::TmpfsAt(disk.path().to_owned()));
-    let backend = own.filter(|_| mode.by == Mode::Godwit).unwrap_or_else(|| mode.by.backend());
+    let usual = if plan.is_private { Backend::Private } else { mode.by.backend() };
+    let backend = own.filter(|_| mode.by == Mode::Godwit).unwrap_or(usual);
     let mut guests = Guests::boot(bed, link, plan, backend)?;
     host::touch_memory(options.touch_mib);
     std::thread::sleep(if options.touch_mib == 0 { SETTLE } else { WATCH });
@@ -110,9 +111,9 @@ pub(crate) fn measure(
     let machine_before = host::busy_seconds();
     let cpu_before = (guests.source.cpu_seconds()?, guests.destination.cpu_seconds()?);
     let sampler = Sampler::begin(guests.source.pid(), link.devices());
-    let mut driven = match mode.by {
-        Mode::Godwit => godwit::migrate(bed, link, &mut guests, mode, turn, options)?,
-        by => qemu::migrate(bed, link, &mut guests, by, turn, options)?,
+    let mut driven = match mode.by.is_sent() {
+        true => godwit::migrate(bed, link, &mut guests, mode, turn, options)?,
+        false => qemu::migrate(bed, link, &mut guests, mode, turn, options)?,
     };
     let machine_s = host::busy_seconds() - machine_before;
     let used = |vm: &Vm, before: f64| vm.cpu_seconds().map_or(0.0, |now| now - before);
@@ -142,7 +143,7 @@ pub(crate) fn measure(
     Ok(Migration {
         mode: mode.name.clone(),
         by: mode.by,
-        send_args: mode.send.iter().chain(&options.send_args).cloned().collect(),
+        send_args: arguments(mode, options),
         workload: plan.name.clone(),
         memory_mib: plan.memory_mib,
         smp: plan.smp,
@@ -174,6 +175,12 @@ pub(crate) fn measure(
         split: seen.split,
         report: driven.report,
     })
+}
+
+/// What was typed for a mode and this run: QEMU's own modes and gateways have no `migrate send`.
+fn arguments(mode: &ModePlan, options: &DriveOptions) -> Vec<String> {
+    let further = options.send_args.iter().filter(|_| mode.by.is_sent());
+    mode.send.iter().chain(further).cloned().collect()
 }
 
 /// What the heartbeat showed.

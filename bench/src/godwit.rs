@@ -26,7 +26,8 @@ const PAGE_BYTES: f64 = 4096.0;
 /// Lines of stderr that a record of a failure keeps.
 const STDERR_LINES: usize = 12;
 
-fn text(path: &Path) -> String {
+/// A path as an argument.
+pub(crate) fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
@@ -45,7 +46,8 @@ fn command(
 ) -> Result<(Vec<String>, Vec<MemoryServer>)> {
     let words = |command: &str| [command, "--keep-source"].map(str::to_owned);
     if !mode.splits {
-        return Ok((words("send").into(), vec![]));
+        let own = mode.by.words().iter().copied().map(str::to_owned);
+        return Ok((words("send").into_iter().chain(own).collect(), vec![]));
     }
     let part = part.context("A mode splits without hosts for it")?;
     let servers = start_servers(bed, link, part)?;

@@ -20,6 +20,7 @@ mod compare;
 mod compulsory;
 mod document;
 mod driver;
+mod gateway;
 mod godwit;
 mod host;
 mod interrupt;

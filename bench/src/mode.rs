@@ -14,6 +14,14 @@ const XBZRLE_CACHE_BYTES: u64 = 512 << 20;
 pub(crate) enum Mode {
     /// `migrate send`.
     Godwit,
+    /// `migrate send --path stream` of a guest with private memory.
+    Stream,
+    /// QEMU's pre-copy of a guest with private memory through a pair of gateways, bandwidth unlimited.
+    Gateway,
+    /// The same with QEMU's post-copy, begun after the first pass.
+    GatewayPostCopy,
+    /// As [`Mode::Gateway`] through gateways that pack nothing and send no deltas: what they cost.
+    GatewayPlain,
     /// QEMU's pre-copy, bandwidth unlimited.
     PreCopy,
     /// QEMU's pre-copy with all its defaults (128 MiB/s at most, downtime 300 ms).
@@ -33,8 +41,12 @@ pub(crate) enum Mode {
 
 impl Mode {
     /// All, in the order of their turns.
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 12] = [
         Self::Godwit,
+        Self::Stream,
+        Self::Gateway,
+        Self::GatewayPostCopy,
+        Self::GatewayPlain,
         Self::PreCopy,
         Self::PreCopyDefault,
         Self::PreCopyPrivate,
@@ -48,6 +60,10 @@ impl Mode {
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Godwit => "godwit",
+            Self::Stream => "stream",
+            Self::Gateway => "gateway",
+            Self::GatewayPostCopy => "gateway-post-copy",
+            Self::GatewayPlain => "gateway-plain",
             Self::PreCopy => "pre-copy",
             Self::PreCopyDefault => "pre-copy-default",
             Self::PreCopyPrivate => "pre-copy-private",
@@ -58,10 +74,44 @@ impl Mode {
         }
     }
 
-    /// QEMU's capabilities that are switched on at both ends, beside `events`.
+    /// Whether Godwit has a part in it; else it is QEMU's alone.
+    pub(crate) fn is_ours(self) -> bool {
+        self.is_sent() || self.is_by_gateway()
+    }
+
+    /// Whether `migrate send` drives it.
+    pub(crate) fn is_sent(self) -> bool {
+        matches!(self, Self::Godwit | Self::Stream)
+    }
+
+    /// Whether QEMU drives it, through gateways.
+    pub(crate) fn is_by_gateway(self) -> bool {
+        matches!(self, Self::Gateway | Self::GatewayPostCopy | Self::GatewayPlain)
+    }
+
+    /// Whether QEMU is asked for post-copy after the first pass.
+    pub(crate) fn is_post_copy(self) -> bool {
+        matches!(self, Self::PostCopy | Self::GatewayPostCopy)
+    }
+
+    /// What tells it from others on the command line of `migrate send` or of the source's gateway.
+    pub(crate) fn words(self) -> &'static [&'static str] {
+        match self {
+            Self::Stream => &["--path", "stream"],
+            Self::GatewayPlain => &["--compression", "none", "--delta-cache", "0"],
+            _ => &[],
+        }
+    }
+
+    /// QEMU's capabilities that are switched on at both ends, beside `events`. Gateways need the return path:
+    /// with it the source's QEMU says `completed` when that at the destination has the guest, without it when
+    /// all was sent.
     pub(crate) fn capabilities(self) -> &'static [&'static str] {
         match self {
-            Self::Godwit | Self::PreCopy | Self::PreCopyDefault | Self::PreCopyPrivate => &[],
+            Self::Godwit | Self::Stream => &[],
+            Self::Gateway | Self::GatewayPlain => &["return-path"],
+            Self::GatewayPostCopy => &["return-path", "postcopy-ram"],
+            Self::PreCopy | Self::PreCopyDefault | Self::PreCopyPrivate => &[],
             Self::Xbzrle => &["xbzrle"],
             Self::MultifdZstd | Self::MultifdTls => &["multifd"],
             Self::PostCopy => &["postcopy-ram"],
@@ -73,10 +123,11 @@ impl Mode {
         self == Self::MultifdTls
     }
 
-    /// Where the guest's memory lies, at both ends.
+    /// Where the guest's memory lies, at both ends, unless the scenario wants it private for all.
     pub(crate) fn backend(self) -> Backend {
         match self {
-            Self::PreCopyPrivate | Self::MultifdTls => Backend::Private,
+            Self::Stream | Self::PreCopyPrivate | Self::MultifdTls => Backend::Private,
+            gateway if gateway.is_by_gateway() => Backend::Private,
             _ => Backend::Tmpfs,
         }
     }
@@ -128,6 +179,25 @@ mod tests {
         for mode in Mode::ALL {
             let capped = mode.parameters(2).get("max-bandwidth").is_none();
             assert_eq!(capped, mode == Mode::PreCopyDefault);
+        }
+    }
+
+    #[test]
+    fn what_needs_no_shared_memory_has_qemus_ordinary_setup() {
+        for mode in Mode::ALL {
+            let is_by_stream = mode.is_ours() && mode != Mode::Godwit;
+            let is_named = [Mode::PreCopyPrivate, Mode::MultifdTls].contains(&mode);
+            assert_eq!(mode.backend() == Backend::Private, is_by_stream || is_named, "{mode}");
+        }
+    }
+
+    #[test]
+    fn gateways_have_a_return_path_and_post_copy_its_capability() {
+        for mode in Mode::ALL {
+            let has = |name| mode.capabilities().contains(&name);
+            assert_eq!(has("return-path"), mode.is_by_gateway(), "{mode}");
+            assert_eq!(has("postcopy-ram"), mode.is_post_copy(), "{mode}");
+            assert!(!(mode.is_sent() && mode.is_by_gateway()), "{mode}");
         }
     }
 }

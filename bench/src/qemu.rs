@@ -1,4 +1,4 @@
-//! Drives QEMU's own migration over QMP.
+//! Drives QEMU's own migration over QMP, from QEMU to QEMU or through gateways.
 //!
 //! The end is taken from QEMU's events, not by polling: every query costs the main loop time that
 //! a migration needs. What is left to send is asked for when a pass begins, which an event tells,
@@ -12,10 +12,13 @@ use framework::{Qmp, Vm};
 use serde_json::{Value, json};
 
 use crate::driver::{DriveOptions, Driven};
+use crate::gateway::{Gateways, Passed};
 use crate::interrupt;
 use crate::mode::Mode;
 use crate::qemu_tls;
-use crate::record::{Dirty, Outcome};
+use crate::record::{Dirty, EngineMemory, Outcome};
+use crate::relay::Relay;
+use crate::scenario::ModePlan;
 use crate::testbed::{Bed, Guests, Link};
 
 /// Where the destination's QEMU listens; the namespace is ours.
@@ -58,19 +61,44 @@ fn status(event: &Value) -> &str {
     event["data"]["status"].as_str().unwrap_or_default()
 }
 
+/// What lies between the QEMUs.
+#[derive(Debug)]
+struct Way {
+    /// Where the source's QEMU sends to.
+    out: String,
+    gateways: Option<Gateways>,
+    relay: Option<Relay>,
+}
+
+/// Lets the destination's QEMU listen, and prepares the way there.
+fn prepare(bed: &Bed, link: &Link, guests: &mut Guests, plan: &ModePlan, turn: u32) -> Result<Way> {
+    let mut listen = |uri: String| -> Result<()> {
+        guests.destination.qmp().execute("migrate-incoming", json!({ "uri": uri }))?;
+        Ok(())
+    };
+    if plan.by.is_by_gateway() {
+        let (gateways, relay) = Gateways::start(bed, link, plan, turn)?;
+        listen(gateways.uri_in())?;
+        return Ok(Way { out: gateways.uri_out(), gateways: Some(gateways), relay });
+    }
+    listen(format!("tcp:{}:{PORT}", link.address()))?;
+    let (address, relay) = link.reach(PORT, turn)?;
+    Ok(Way { out: format!("tcp:{address}"), gateways: None, relay })
+}
+
 /// Runs one migration.
 ///
 /// # Errors
-/// QEMU refuses the mode, or an interruption.
+/// QEMU refuses the mode, a gateway does not start, or an interruption.
 pub(crate) fn migrate(
     bed: &Bed,
     link: &Link,
     guests: &mut Guests,
-    mode: Mode,
+    plan: &ModePlan,
     turn: u32,
     options: &DriveOptions,
 ) -> Result<Driven> {
-    let listen = format!("tcp:{}:{PORT}", link.address());
+    let mode = plan.by;
     configure(guests.destination.qmp(), mode, options.channels)
         .with_context(|| format!("The destination cannot do {mode}"))?;
     configure(guests.source.qmp(), mode, options.channels)
@@ -78,12 +106,10 @@ pub(crate) fn migrate(
     if mode.is_encrypted() {
         qemu_tls::switch_on(bed, guests)?;
     }
-    guests.destination.qmp().execute("migrate-incoming", json!({ "uri": listen }))?;
-    let (address, relay) = link.reach(PORT, turn)?;
-    let uri = format!("tcp:{address}");
+    let way = prepare(bed, link, guests, plan, turn)?;
     guests.source.qmp().clear_events();
     let from_us = monotonic_us();
-    guests.source.qmp().execute("migrate", json!({ "uri": uri }))?;
+    guests.source.qmp().execute("migrate", json!({ "uri": way.out }))?;
     let mut dirty = vec![];
     let mut passes = Passes { from_us, asked_us: 0, dirty: &mut dirty };
     let end = Instant::now() + options.limit;
@@ -104,19 +130,48 @@ pub(crate) fn migrate(
     if outcome.is_ok() {
         dirty.push(Dirty { ms: to_us.saturating_sub(from_us) as f64 / 1e3, bytes: 0 });
     }
-    let (engine_s, engine_memory) = Default::default();
-    Ok(Driven {
+    let mut driven = Driven {
         from_us,
         to_us,
-        engine_s,
-        engine_memory,
+        engine_s: (0.0, 0.0),
+        engine_memory: EngineMemory::default(),
         outcome,
         reported_ms,
         dirty,
-        relay,
+        relay: way.relay,
         paged: None,
         report,
-    })
+    };
+    if let Some(gateways) = way.gateways {
+        driven.take_gateways(gateways.end());
+    }
+    Ok(driven)
+}
+
+impl Driven {
+    /// Adds what gateways used and reported. Failures are told together.
+    fn take_gateways(&mut self, ended: Result<Passed>) {
+        let passed = match ended {
+            Ok(passed) => passed,
+            Err(error) => return self.fail(&format!("{error:#}")),
+        };
+        (self.engine_s, self.engine_memory) = (passed.engine_s, passed.engine_memory);
+        let checked = passed.check();
+        if let Some(report) = self.report.as_object_mut() {
+            report.insert("gateway".to_owned(), passed.report);
+        }
+        if let Err(error) = checked {
+            self.fail(&format!("{error:#}"));
+        }
+    }
+
+    /// Something went wrong with a gateway, too, or alone.
+    fn fail(&mut self, what: &str) {
+        match &mut self.outcome {
+            Ok(()) => self.outcome = Err((Outcome::Failed, what.to_owned())),
+            Err((_, why)) => *why = format!("{why}\n{what}"),
+        }
+    }
 }
 
 /// Notes what is left when passes begin.
@@ -162,7 +217,7 @@ fn last_word(qmp: &mut Qmp) -> Value {
 
 /// True when it has completed, false at `end`.
 fn follow(source: &mut Vm, mode: Mode, end: Instant, passes: &mut Passes<'_>) -> Result<bool> {
-    let mut asked_post_copy = mode != Mode::PostCopy;
+    let mut asked_post_copy = !mode.is_post_copy();
     while Instant::now() < end {
         interrupt::check()?;
         if let Some(pass) = source.qmp().kept_event("MIGRATION_PASS") {

@@ -44,9 +44,9 @@ pub(crate) enum Outcome {
 /// CPU seconds over the migration's time.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Cpu {
-    /// `migrate send`; 0 for QEMU's modes.
+    /// `migrate send`, or the source's gateway; 0 for QEMU's modes.
     pub(crate) engine_source_s: f64,
-    /// `migrate receive`, since its start.
+    /// `migrate receive`, or the destination's gateway; since its start.
     pub(crate) engine_destination_s: f64,
     /// The source's QEMU, with the guest that it emulates.
     pub(crate) qemu_source_s: f64,
@@ -77,9 +77,9 @@ impl Cpu {
 /// The most memory that Godwit's engines had resident.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct EngineMemory {
-    /// `migrate send`, in bytes; nothing for QEMU's modes.
+    /// `migrate send`, or the source's gateway, in bytes; nothing for QEMU's modes.
     pub(crate) source_bytes: Option<u64>,
-    /// `migrate receive`, in bytes.
+    /// `migrate receive`, or the destination's gateway, in bytes.
     pub(crate) destination_bytes: Option<u64>,
 }
 
@@ -91,7 +91,7 @@ pub(crate) struct Migration {
     /// Who carried it out, and how.
     #[serde(default = "godwit")]
     pub(crate) by: Mode,
-    /// Arguments that `migrate send` was given.
+    /// Arguments that `migrate send`, or the source's gateway, was given.
     #[serde(default)]
     pub(crate) send_args: Vec<String>,
     /// The scenario, or what was measured instead.
@@ -159,7 +159,7 @@ pub(crate) struct Migration {
     /// What a guest did after its arrival, and its pager, in scenarios of split guests.
     #[serde(default)]
     pub(crate) split: Option<Worked>,
-    /// Godwit's report, or QEMU's last `query-migrate`.
+    /// Godwit's report, or QEMU's last `query-migrate`, with the report of the source's gateway as `gateway`.
     pub(crate) report: Value,
 }
 
@@ -169,9 +169,9 @@ fn godwit() -> Mode {
 }
 
 impl Migration {
-    /// Whether Godwit carried it out.
+    /// Whether Godwit had a part in it.
     pub(crate) fn is_ours(&self) -> bool {
-        self.by == Mode::Godwit
+        self.by.is_ours()
     }
 
     /// Whether it completed.

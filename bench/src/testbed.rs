@@ -251,6 +251,8 @@ pub(crate) struct GuestPlan {
     pub(crate) smp: u32,
     /// Programs.
     pub(crate) workload: Workload,
+    /// Whether its memory is private in every mode.
+    pub(crate) is_private: bool,
 }
 
 /// A guest that runs at the source, and a QEMU that waits for it.

@@ -63,6 +63,7 @@ fn turns(bed: &Bed, args: &ThroughputArgs, bulk: &Path, log: &mut Log) -> Result
         memory_mib: (args.resident + SPARE_MIB).next_multiple_of(2),
         smp: args.common.smp(),
         workload: Workload::Resident { mib: args.resident },
+        is_private: false,
     };
     let lanes = args.lanes.to_string();
     let mut send_args = vec!["--lane-count".to_owned(), lanes];

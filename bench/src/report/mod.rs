@@ -190,7 +190,8 @@ fn compose(name: &str, recorded: &Recorded) -> Vec<Block> {
         blocks.extend(tables::throughput(moved, plain));
         blocks.push(plots::throughput(moved, plain));
     } else {
-        blocks.extend(tables::modes(moved));
+        let is_private = scenario.as_ref().is_some_and(|scenario| scenario.guest.is_private);
+        blocks.extend(tables::modes(moved, is_private));
         match &scenario {
             Some(scenario) if scenario.kind == Kind::Ablation => {
                 blocks.extend(tables::ablation(scenario, moved));
@@ -324,6 +325,30 @@ mod tests {
             }
             assert!(text.contains("no run completed") || !text.contains("<svg"));
         }
+    }
+
+    #[test]
+    fn gateways_are_ours_and_told_by_their_own_report() {
+        let mut ours = migration(Mode::GatewayPostCopy, 0, 50.0, 1000.0);
+        ours.report = serde_json::json!({
+            "ram": { "postcopy-bytes": 4096 }, "gateway": { "delta_pages": 321, "wire_bytes": 1 << 20 },
+        });
+        let runs = vec![ours, migration(Mode::PostCopy, 0, 100.0, 2000.0)];
+        let text = |scenario| {
+            document::markdown("x", &compose("x", &recorded(Some(scenario), runs.clone())))
+        };
+        let (private, shared) = (text("stream-writer-pages"), text("writer-pages"));
+        for wanted in [
+            "gateway-post-copy / post-copy",
+            "gateway-post-copy: the guest moved before its memory in 1 of 1",
+            "post-copy: the guest moved before its memory in 0 of 1",
+            "321",
+            "payload between gateways",
+        ] {
+            assert!(private.contains(wanted), "{wanted} in\n{private}");
+        }
+        assert!(private.contains("private in all modes") && !private.contains("populates every"));
+        assert!(shared.contains("populates every"));
     }
 
     #[test]

@@ -30,8 +30,8 @@ const COLUMNS: [(&str, Value); 9] = [
 
 /// CPU columns.
 const CPU_COLUMNS: [(&str, Value); 8] = [
-    ("send s", |one| Some(one.cpu.engine_source_s)),
-    ("receive s", |one| Some(one.cpu.engine_destination_s)),
+    ("source engine s", |one| Some(one.cpu.engine_source_s)),
+    ("destination engine s", |one| Some(one.cpu.engine_destination_s)),
     ("source QEMU s", |one| Some(one.cpu.qemu_source_s)),
     ("destination QEMU s", |one| Some(one.cpu.qemu_destination_s)),
     ("all four s", |one| Some(one.cpu_s())),
@@ -65,20 +65,29 @@ fn columns(moved: &[&Migration], columns: &[(&str, Value)]) -> Block {
     Block::Table(table)
 }
 
+/// Where the guest's memory was.
+fn memory_note(is_private: bool) -> &'static str {
+    if is_private {
+        "The guest's memory is private in all modes, which is QEMU's ordinary setup."
+    } else {
+        "All modes but pre-copy-private, multifd-tls, stream and gateways have the guest's memory on shared \
+         tmpfs, where QEMU's search for zero pages populates every hole at both ends: compare times with \
+         pre-copy-private as well."
+    }
+}
+
 /// What was seen of each mode.
-pub(super) fn modes(moved: &[&Migration]) -> Vec<Block> {
+pub(super) fn modes(moved: &[&Migration], is_private: bool) -> Vec<Block> {
     let mut blocks = vec![
         Block::Heading("Modes: median (min-max) of completed runs".into()),
         columns(moved, &COLUMNS),
-        Block::Text(
+        Block::Text(format!(
             "outage: from the last heartbeat at the source to the first at the destination (it beats \
              every 5 ms). stalled: what all gaps were longer than 20 ms, from the command until 0.5 s \
              after its end. total: until the command, or QEMU's migration, is over; wire: both ways, \
-             with Ethernet headers. All modes but pre-copy-private and multifd-tls have the guest's \
-             memory on shared tmpfs, where QEMU's search for zero pages populates every hole at both \
-             ends: compare times with pre-copy-private as well."
-                .into(),
-        ),
+             with Ethernet headers. {}",
+            memory_note(is_private)
+        )),
         Block::Text(format!(
             "compulsory: the guest's memory as it was at the hand-over, pages that are not zero, each \
              content once, as one stream of Zstandard (level {}, long-distance matching over a window \
@@ -89,12 +98,12 @@ pub(super) fn modes(moved: &[&Migration]) -> Vec<Block> {
         Block::Heading("CPU time of a migration".into()),
         columns(moved, &CPU_COLUMNS),
         Block::Text(
-            "QEMU's includes the guest that it emulates; s/GB is for 10^9 bytes on the wire; \"all \
+            "An engine is `migrate send` or `receive`, or a gateway. QEMU's includes the guest that it emulates; s/GB is for 10^9 bytes on the wire; \"all \
              others\" is the kernel's share outside of these processes and what ran beside them."
                 .into(),
         ),
     ];
-    blocks.extend(post_copy_note(moved));
+    blocks.extend(names(moved).into_iter().filter_map(|mode| post_copy_note(moved, mode)));
     blocks.extend(relay_note(moved));
     blocks
 }
@@ -176,8 +185,9 @@ fn relay_note(moved: &[&Migration]) -> Option<Block> {
 }
 
 /// Whether post-copy came to pass: QEMU stays with pre-copy if little is left after the first pass.
-fn post_copy_note(moved: &[&Migration]) -> Option<Block> {
-    let own: Vec<&&Migration> = moved.iter().filter(|one| one.by == Mode::PostCopy).collect();
+fn post_copy_note(moved: &[&Migration], mode: &str) -> Option<Block> {
+    let is_meant = |one: &&&Migration| one.mode == mode && one.by.is_post_copy();
+    let own: Vec<&&Migration> = moved.iter().filter(is_meant).collect();
     if own.is_empty() {
         return None;
     }
@@ -185,7 +195,7 @@ fn post_copy_note(moved: &[&Migration]) -> Option<Block> {
         .iter()
         .filter(|one| one.report["ram"]["postcopy-bytes"].as_u64().is_some_and(|bytes| bytes > 0));
     Some(Block::Text(format!(
-        "post-copy: the guest moved before its memory in {} of {} runs; in the others QEMU found \
+        "{mode}: the guest moved before its memory in {} of {} runs; in the others QEMU found \
          so little left after the first pass that pre-copy completed.",
         begun.count(),
         own.len()
@@ -303,7 +313,10 @@ pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
     row("total, ms".into(), &|one| one.reported_total_ms);
     row("rounds".into(), &|one| one.report["rounds"].as_array().map(|all| all.len() as f64));
     for name in ["hole", "zero", "raw", "delta", "duplicate", "unchanged", "deferred", "resent"] {
-        row(format!("pages {name}"), &|one| one.report["pages"][name].as_f64());
+        row(format!("pages {name}"), &|one| {
+            let by_gateway = || one.report["gateway"][format!("{name}_pages")].as_f64();
+            one.report["pages"][name].as_f64().or_else(by_gateway)
+        });
     }
     for name in ["missing", "urgent", "prefetched"] {
         row(format!("pages {name}"), &|one| {
@@ -315,6 +328,12 @@ pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
     }
     row("prefetched pages that were used".into(), &|one| one.report["prefetch_hit_rate"].as_f64());
     row("UDP payload, MiB".into(), &|one| Some(one.report["bytes"]["wire"].as_f64()? / MIB));
+    row("payload between gateways, MiB".into(), &|one| {
+        Some(one.report["gateway"]["wire_bytes"].as_f64()? / MIB)
+    });
+    row("QEMU's stream into the gateway, MiB".into(), &|one| {
+        Some(one.report["gateway"]["stream_bytes"].as_f64()? / MIB)
+    });
     row("device state, KiB".into(), &|one| {
         Some(one.report["bytes"]["device_state"].as_f64()? / 1024.0)
     });
@@ -322,10 +341,10 @@ pub(super) fn godwit(moved: &[&Migration]) -> Vec<Block> {
         one.report["attach_stopped_us"].as_f64()
     });
     row("tables, bytes a page".into(), &|one| one.report["table_bytes_per_page"].as_f64());
-    row("memory of `migrate send`, MiB".into(), &|one| {
+    row("memory of the source's engine, MiB".into(), &|one| {
         Some(one.engine_memory.source_bytes? as f64 / MIB)
     });
-    row("memory of `migrate receive`, MiB".into(), &|one| {
+    row("memory of the destination's engine, MiB".into(), &|one| {
         Some(one.engine_memory.destination_bytes? as f64 / MIB)
     });
     vec![Block::Heading("Inside Godwit's migrations: median (min-max)".into()), Block::Table(table)]

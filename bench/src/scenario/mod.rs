@@ -28,6 +28,8 @@ pub(crate) use split::{AccessPhase, SplitPart};
 pub(crate) use target::{Among, BEST_OF_QEMU, Quantity, TargetPart};
 pub(crate) use workload::Workload;
 
+use crate::mode::Mode;
+
 /// Where the scenarios of the repository lie.
 const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios");
 
@@ -66,6 +68,9 @@ pub(crate) struct GuestPart {
     /// QEMU of both ends: `7.2` or `10.0`.
     #[serde(default = "GuestPart::qemu")]
     qemu: String,
+    /// Whether its memory is private in every mode, which is QEMU's ordinary setup; else each mode has its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_private: bool,
 }
 
 impl GuestPart {
@@ -92,7 +97,8 @@ impl GuestPart {
 
 impl Default for GuestPart {
     fn default() -> Self {
-        Self { memory_mib: Self::memory_mib(), smp: Self::smp(), qemu: Self::qemu() }
+        let (memory_mib, smp, qemu) = (Self::memory_mib(), Self::smp(), Self::qemu());
+        Self { memory_mib, smp, qemu, is_private: false }
     }
 }
 
@@ -241,6 +247,10 @@ impl Scenario {
         self.link.check().context("link")?;
         self.modes.check().context("modes")?;
         let plans = self.modes.plans();
+        let direct = plans.iter().find(|plan| self.guest.is_private && plan.by == Mode::Godwit);
+        if let Some(plan) = direct {
+            bail!("guest.is_private: {} needs memory that is shared", plan.name);
+        }
         match &self.split {
             Some(split) => {
                 split.check(&self.workload, &self.modes).context("split")?;
@@ -324,7 +334,7 @@ pub(crate) fn names() -> Result<Vec<String>> {
 pub(crate) fn list() -> Result<()> {
     for name in names()? {
         let scenario = Scenario::load(&name)?;
-        println!("{name:<20} {}", scenario.about);
+        println!("{name:<24} {}", scenario.about);
     }
     Ok(())
 }
@@ -382,6 +392,18 @@ mod tests {
         assert!(
             error(&format!("kind = \"ablation\"\n{WRITER}")).contains("compare with its first")
         );
+    }
+
+    #[test]
+    fn private_memory_is_for_all_modes_but_the_one_that_reads_it_from_outside() {
+        let private = format!("{WRITER}[guest]\nis_private = true\n");
+        assert!(error(&private).contains("godwit needs memory that is shared"));
+        let by_stream =
+            "[modes]\nqemu = [\"xbzrle\"]\n[[modes.godwit]]\nname = \"stream\"\nby = \"stream\"\n";
+        let scenario = Scenario::parse("x", &format!("{private}{by_stream}")).unwrap();
+        assert!(scenario.guest.is_private && !GuestPart::default().is_private);
+        let direct = Overrides { modes: vec!["godwit".into()], ..Overrides::default() };
+        assert!(scenario.with(&direct).is_err());
     }
 
     #[test]

@@ -8,21 +8,39 @@ use serde::{Deserialize, Serialize};
 
 use crate::mode::Mode;
 
-/// A setting of Godwit.
+/// A setting of Godwit: of `migrate send` or of gateways.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct GodwitMode {
     /// As shown.
     pub(crate) name: String,
+    /// Who migrates, and how.
+    #[serde(default = "GodwitMode::godwit", skip_serializing_if = "GodwitMode::is_godwit")]
+    pub(crate) by: Mode,
     /// Whether `migrate split` runs instead of `migrate send`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) split: bool,
-    /// Arguments of `migrate send` or `migrate split`.
+    /// Arguments of `migrate send`, `migrate split` or the source's gateway.
     #[serde(default)]
     pub(crate) send: Vec<String>,
-    /// Arguments of `migrate receive`.
+    /// Arguments of `migrate receive` or the destination's gateway.
     #[serde(default)]
     pub(crate) receive: Vec<String>,
+}
+
+impl GodwitMode {
+    fn godwit() -> Mode {
+        Mode::Godwit
+    }
+
+    fn is_godwit(by: &Mode) -> bool {
+        *by == Mode::Godwit
+    }
+
+    /// Without arguments.
+    fn of(by: Mode) -> Self {
+        Self { name: by.label().to_owned(), by, split: false, send: vec![], receive: vec![] }
+    }
 }
 
 /// A mode that the tables are to name although nothing can measure it yet.
@@ -56,8 +74,7 @@ pub(crate) struct Modes {
 impl Modes {
     /// Godwit as it is without arguments.
     fn defaults() -> Vec<GodwitMode> {
-        let name = Mode::Godwit.label().to_owned();
-        vec![GodwitMode { name, split: false, send: vec![], receive: vec![] }]
+        vec![GodwitMode::of(Mode::Godwit)]
     }
 
     fn channels() -> u32 {
@@ -68,7 +85,7 @@ impl Modes {
     pub(crate) fn plans(&self) -> Vec<ModePlan> {
         let godwit = self.godwit.iter().map(|one| ModePlan {
             name: one.name.clone(),
-            by: Mode::Godwit,
+            by: one.by,
             splits: one.split,
             send: one.send.clone(),
             receive: one.receive.clone(),
@@ -87,7 +104,7 @@ impl Modes {
                 continue;
             }
             match Mode::from_str(name, false) {
-                Ok(Mode::Godwit) => kept.godwit.extend(Self::defaults()),
+                Ok(mode) if mode.is_ours() => kept.godwit.push(GodwitMode::of(mode)),
                 Ok(mode) => kept.qemu.push(mode),
                 Err(_) if self.not_built.iter().any(|one| one.name == *name) => {}
                 Err(_) => {
@@ -107,15 +124,21 @@ impl Modes {
         let plans = self.plans();
         ensure!(!plans.is_empty(), "There is no mode to measure");
         ensure!((1..=16).contains(&self.channels), "channels: multifd has 1 to 16");
-        ensure!(
-            !self.qemu.contains(&Mode::Godwit),
-            "qemu: godwit is no mode of QEMU; its settings are [[modes.godwit]]"
-        );
+        if let Some(other) = self.godwit.iter().find(|one| !one.by.is_ours()) {
+            bail!("godwit: {} is a mode of QEMU; it belongs to `qemu`", other.by);
+        }
+        if let Some(ours) = self.qemu.iter().find(|mode| mode.is_ours()) {
+            bail!("qemu: {ours} is no mode of QEMU; its settings are [[modes.godwit]]");
+        }
         let mut names = BTreeSet::new();
         for plan in &plans {
-            let taken = plan.by == Mode::Godwit
-                && Mode::from_str(&plan.name, false).is_ok_and(|mode| mode != Mode::Godwit);
-            ensure!(!taken, "A setting of Godwit is called {} as QEMU's mode", plan.name);
+            let taken = Mode::from_str(&plan.name, false).is_ok_and(|mode| mode != plan.by);
+            ensure!(!taken, "A setting is called {}, which is another mode", plan.name);
+            ensure!(
+                !plan.splits || plan.by == Mode::Godwit,
+                "split: {} cannot split a guest",
+                plan.by
+            );
             ensure!(!plan.name.trim().is_empty(), "A mode has no name");
             ensure!(names.insert(&plan.name), "Two modes are called {}", plan.name);
         }
@@ -143,9 +166,9 @@ pub(crate) struct ModePlan {
     pub(crate) by: Mode,
     /// Whether it splits the guest.
     pub(crate) splits: bool,
-    /// Arguments of `migrate send` or `migrate split`.
+    /// Arguments of `migrate send`, `migrate split` or the source's gateway.
     pub(crate) send: Vec<String>,
-    /// Arguments of `migrate receive`.
+    /// Arguments of `migrate receive` or the destination's gateway.
     pub(crate) receive: Vec<String>,
 }
 
@@ -190,6 +213,26 @@ mod tests {
         assert!(read("godwit = []").is_err());
         let error = read("qemu = [\"precopy\"]").unwrap_err().to_string();
         assert!(error.contains("precopy") && error.contains("pre-copy-private"), "{error}");
+    }
+
+    #[test]
+    fn streams_and_gateways_are_settings_of_godwit() {
+        let text = "qemu = [\"pre-copy\"]\n[[godwit]]\nname = \"stream\"\nby = \"stream\"\n\
+                    [[godwit]]\nname = \"packed\"\nby = \"gateway\"\nsend = [\"--lanes\", \"tcp\"]\n";
+        let modes = read(text).unwrap();
+        let by: Vec<Mode> = modes.plans().iter().map(|plan| plan.by).collect();
+        assert_eq!(by, [Mode::Stream, Mode::Gateway, Mode::PreCopy]);
+        assert_eq!(modes.plans()[1].send, ["--lanes", "tcp"]);
+        let kept = modes.keep(&["gateway-plain".into(), "packed".into()]).unwrap();
+        assert_eq!(names(&kept), ["gateway-plain", "packed"]);
+        assert_eq!(kept.plans()[0], ModePlan::of(Mode::GatewayPlain));
+        let error = |text: &str| read(text).unwrap_err().to_string();
+        assert!(error("qemu = [\"gateway\"]").contains("gateway is no mode of QEMU"));
+        let one =
+            |by: &str, rest: &str| format!("[[godwit]]\nname = \"stream\"\nby = \"{by}\"\n{rest}");
+        assert!(error(&one("xbzrle", "")).contains("xbzrle is a mode of QEMU"));
+        assert!(error(&one("gateway", "")).contains("another mode"));
+        assert!(error(&one("stream", "split = true\n")).contains("cannot split"));
     }
 
     #[test]

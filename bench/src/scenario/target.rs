@@ -4,7 +4,6 @@ use anyhow::{Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::ModePlan;
-use crate::mode::Mode;
 
 /// Name in `against` that stands for that of QEMU's modes which is hardest to beat.
 pub(crate) const BEST_OF_QEMU: &str = "best-of-qemu";
@@ -36,6 +35,8 @@ pub(crate) enum Quantity {
     ReceiveMemoryMib,
     /// Processor seconds of both engines and both QEMUs for 10^9 bytes on the link.
     CpuSPerGb,
+    /// MiB a second that the source's QEMU sent: its own account of bytes by the time until the command's end.
+    QemuMibPerS,
     /// Bytes that the engine sent to memory servers.
     ToServersBytes,
     /// MiB a second of the worker on its hot area, after the guest's arrival.
@@ -65,6 +66,7 @@ impl Quantity {
             Self::SendMemoryMib => ("memory of `migrate send`", Some("MiB")),
             Self::ReceiveMemoryMib => ("memory of `migrate receive`", Some("MiB")),
             Self::CpuSPerGb => ("processor seconds", Some("s/GB")),
+            Self::QemuMibPerS => ("throughput of QEMU's stream", Some("MiB/s")),
             Self::ToServersBytes => ("bytes to memory servers", None),
             Self::HotMibPerS => ("work on its hot memory", Some("MiB/s")),
             Self::FreshMibPerS => ("work on fresh memory", Some("MiB/s")),
@@ -154,7 +156,7 @@ impl TargetPart {
 
     /// Name of the mode that is judged.
     pub(crate) fn mode<'a>(&'a self, plans: &'a [ModePlan]) -> Option<&'a str> {
-        let first = || plans.iter().find(|plan| plan.by == Mode::Godwit);
+        let first = || plans.iter().find(|plan| plan.by.is_ours());
         self.mode.as_deref().or_else(|| first().map(|plan| plan.name.as_str()))
     }
 
@@ -169,7 +171,7 @@ impl TargetPart {
         let Some(other) = self.against.as_deref() else { return Ok(()) };
         ensure!(self.what != Quantity::Completed, "A share of runs is not compared");
         let there = match other {
-            BEST_OF_QEMU => plans.iter().any(|plan| plan.by != Mode::Godwit),
+            BEST_OF_QEMU => plans.iter().any(|plan| !plan.by.is_ours()),
             name => known(name),
         };
         ensure!(there, "No mode is called {other:?}");
@@ -181,6 +183,7 @@ impl TargetPart {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mode::Mode;
 
     fn read(text: &str) -> TargetPart {
         toml::from_str(text).unwrap()
