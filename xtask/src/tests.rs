@@ -20,8 +20,8 @@ use crate::setup::{self, Environment};
 const GUEST_PACKAGES: [&str; 2] = ["framework", "e2e"];
 
 /// Test programs that take minutes: they begin first, so that no long one is left for the end.
-const LONG: [&str; 7] =
-    ["faults", "split", "disks", "moves", "postcopy", "split_leaves", "libvirt"];
+const LONG: [&str; 8] =
+    ["faults", "split", "disks", "moves", "send_stream", "postcopy", "split_leaves", "libvirt"];
 
 /// Most programs with guests side by side: each takes gigabytes.
 const SIDE_BY_SIDE_MAX: usize = 4;

@@ -2,8 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
-use framework::{Backend, Engine, QemuKind, Vm, VmSpec, wait};
+use anyhow::{Context as _, Result};
+use framework::{Backend, Engine, QemuKind, Vm, VmSpec};
 use serde_json::{Value, json};
 
 use crate::{PATIENCE, Rig, check_alive};
@@ -15,6 +15,15 @@ pub fn private(kind: QemuKind) -> VmSpec {
         .backend(Backend::Private)
         .with("godwit.writer=fill=60,hot=30,rate=4000,bytes=64,seed=7")
         .with("godwit.checker=size=24,seed=5")
+}
+
+/// The same, small so that many moves take little time.
+#[must_use]
+pub fn small(kind: QemuKind) -> VmSpec {
+    VmSpec::new("small", kind)
+        .backend(Backend::Private)
+        .with("godwit.writer=fill=40,hot=20,rate=4000,bytes=64,seed=7")
+        .with("godwit.checker=size=8,seed=5")
 }
 
 /// A pair of gateways.
@@ -104,16 +113,7 @@ impl Gateways {
     /// # Errors
     /// It failed, or takes too long.
     pub fn until(&self, vm: &mut Vm, wanted: &[&str]) -> Result<Value> {
-        let mut last = Value::Null;
-        let reached = wait::until(&format!("{wanted:?} of QEMU's migration"), PATIENCE, || {
-            last = vm.qmp().execute("query-migrate", json!({}))?;
-            let status = last["status"].as_str().unwrap_or_default();
-            let is_there = wanted.contains(&status);
-            ensure!(is_there || !["failed", "cancelled"].contains(&status), "{last}");
-            Ok(is_there.then_some(()))
-        });
-        reached.with_context(|| format!("{last}\n{}", self.said()))?;
-        Ok(last)
+        vm.qmp().wait_migration(wanted, PATIENCE).with_context(|| self.said())
     }
 
     /// Has QEMU move a guest into a fresh QEMU of `kind` by pre-copy.

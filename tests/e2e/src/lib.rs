@@ -5,6 +5,8 @@ pub mod reading;
 pub mod split;
 pub mod stage;
 pub mod untouched;
+pub mod waits;
+pub mod watched;
 
 use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -268,11 +270,19 @@ impl Rig {
     /// # Errors
     /// The first of these that does not hold.
     pub fn migrate(&self, mut source: Vm, kind: QemuKind, extra: &[&str]) -> Result<Moved> {
-        let spec = source.spec().successor("next", kind);
-        let mut destination = Vm::start(&self.env, spec)?;
+        let next = source.spec().successor("next", kind);
+        self.migrate_from(&mut source, next, extra)
+    }
+
+    /// The same into a QEMU that is started as `next` says; what is left of the source can be looked at.
+    ///
+    /// # Errors
+    /// As [`Rig::migrate`].
+    pub fn migrate_from(&self, source: &mut Vm, next: VmSpec, extra: &[&str]) -> Result<Moved> {
+        let mut destination = Vm::start(&self.env, next)?;
         let listen = free_address()?;
         let receive = self.receive(&destination, &listen, &[])?;
-        let sent = self.send(&source, &listen, extra)?.wait(PATIENCE)?;
+        let sent = self.send(source, &listen, extra)?.wait(PATIENCE)?;
         let report = sent.json().cloned()?;
         if sent.code != Some(0) {
             let there = receive.stderr();
@@ -280,14 +290,14 @@ impl Rig {
         }
         let received = receive.wait(PATIENCE)?;
         ensure!(received.code == Some(0), "receive: {}", received.stderr);
-        let pulse = check_alive(&mut source, &mut destination)?;
+        let pulse = check_alive(source, &mut destination)?;
         let outage_ms = pulse.handover(0, 1).map(|gap| gap.outage_ms());
         let outage_ms = outage_ms.context("The heartbeat shows no hand-over")?;
         if extra.contains(&"--verify") {
             ensure!(report["verify"]["mismatches"] == 0, "report: {report}");
             ensure!(report["verify"]["pages"] == report["pages"]["total"], "report: {report}");
         }
-        Ok(Moved { vm: destination, report, outage_ms })
+        Ok(Moved { vm: destination, report, said: sent.stderr, outage_ms })
     }
 }
 
@@ -298,6 +308,8 @@ pub struct Moved {
     pub vm: Vm,
     /// The report of `send`.
     pub report: Value,
+    /// What `send` wrote to stderr.
+    pub said: String,
     /// Outage as the heartbeat showed it from outside.
     pub outage_ms: f64,
 }
@@ -311,7 +323,7 @@ pub fn check_alive(source: &mut Vm, destination: &mut Vm) -> Result<Pulse> {
         destination.heartbeat().beats_within(Duration::from_secs(10)),
         "No heartbeat at the destination: {}\nconsole: {}",
         destination.stderr(),
-        destination.console().tail(10)
+        destination.console().tail(40)
     );
     std::thread::sleep(Duration::from_millis(100));
     let (before, after) = (source.heartbeat().record(), destination.heartbeat().record());

@@ -134,6 +134,33 @@ impl Qmp {
         Ok(answer["status"].as_str().unwrap_or_default().to_owned())
     }
 
+    /// What it says of its latest migration (`query-migrate`).
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub fn migration(&mut self) -> Result<Value> {
+        self.execute("query-migrate", json!({}))
+    }
+
+    /// Waits until a migration is at one of these, and returns what QEMU says of it then.
+    ///
+    /// # Errors
+    /// It failed or was cancelled although that is not wanted, or `timeout` passed.
+    pub fn wait_migration(&mut self, wanted: &[&str], timeout: Duration) -> Result<Value> {
+        let mut last = Value::Null;
+        let reached = wait::until(&format!("{wanted:?} of QEMU's migration"), timeout, || {
+            last = self.migration()?;
+            let status = last["status"].as_str().unwrap_or_default();
+            let is_there = wanted.contains(&status);
+            if !is_there && ["failed", "cancelled"].contains(&status) {
+                bail!("QEMU's migration is over");
+            }
+            Ok(is_there.then_some(()))
+        });
+        reached.with_context(|| last.to_string())?;
+        Ok(last)
+    }
+
     /// The next event of this name, kept or coming.
     ///
     /// # Errors

@@ -206,11 +206,7 @@ fn migrate(source: &mut Vm, destination: &mut Vm) -> Result<()> {
     let limits = json!({ "max-bandwidth": 10_u64 << 30, "downtime-limit": 300 });
     source.qmp().execute("migrate-set-parameters", limits)?;
     source.qmp().execute("migrate", json!({ "uri": uri }))?;
-    until("QEMU's migration", second(120), || {
-        let status = source.qmp().execute("query-migrate", json!({}))?;
-        ensure!(status["status"] != "failed", "QEMU's migration failed: {status}");
-        Ok((status["status"] == "completed").then_some(()))
-    })?;
+    source.qmp().wait_migration(&["completed"], second(120))?;
     until("the guest at the destination", second(20), || {
         Ok((destination.qmp().run_state()? == "running").then_some(()))
     })
