@@ -28,9 +28,8 @@ pub(super) async fn run(args: &CheckArgs) -> ExitCode {
         print(&found);
         findings.extend(found);
     }
-    let count = |is: fn(&Severity) -> bool| {
-        findings.iter().filter(|found| is(&found.severity)).count()
-    };
+    let count =
+        |is: fn(&Severity) -> bool| findings.iter().filter(|found| is(&found.severity)).count();
     let blockers = count(|severity| *severity == Severity::Blocker);
     if blockers > 0 {
         println!("a migration would fail: {blockers} thing(s) to put right");
@@ -42,7 +41,9 @@ pub(super) async fn run(args: &CheckArgs) -> ExitCode {
         (None, _) => println!("this host is ready for QEMU's stream, not for the direct path"),
         (Some(_), 0) => println!("a migration will work, by the direct path"),
         (Some(_), _) => {
-            println!("a migration will work, by QEMU's stream; {indirect} thing(s) stand against the direct path");
+            println!(
+                "a migration will work, by QEMU's stream; {indirect} thing(s) stand against the direct path"
+            );
         }
     }
     ExitCode::SUCCESS

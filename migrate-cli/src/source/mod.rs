@@ -112,7 +112,11 @@ async fn run(
     recover::before_sending(args).await?;
     let found = prepare::find(args).await?;
     report.vm = found.vm.label();
-    let path = if asked.is_some() { PathChoice::Direct } else { args.path };
+    let path = match args.path {
+        // A split needs it, and what is preloaded is there for it alone.
+        PathChoice::Auto if asked.is_some() || args.preload_socket.is_some() => PathChoice::Direct,
+        path => path,
+    };
     if let (GuestPath::Stream, why) = found.path(path)? {
         let to = stream::source::To { addr, identity };
         return stream::source::send(args, found, to, why, report, clock).await;

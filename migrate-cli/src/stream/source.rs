@@ -215,7 +215,8 @@ impl Streaming<'_> {
             parts.ok_or_else(|| EngineError::Internal("there is no session".into()))?;
         failpoint::hit("source-attaching").await;
         let mut steer = Steer::new(&self.client, self.args, self.clock);
-        let (outgoing, socket) = device_state::begin_stream_out(&self.client, steer.limit_ms()).await?;
+        let (outgoing, socket) =
+            device_state::begin_stream_out(&self.client, steer.limit_ms()).await?;
         let packing = Packing {
             max_bandwidth: self.args.max_bandwidth,
             wanted: self.args.compression.wanted(),

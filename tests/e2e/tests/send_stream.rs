@@ -5,8 +5,6 @@
 
 #[path = "send_stream/broken.rs"]
 mod broken;
-#[path = "send_stream/postcopy.rs"]
-mod postcopy;
 #[path = "send_stream/refused.rs"]
 mod refused;
 

@@ -37,7 +37,7 @@ use super::link::Link;
 use super::prepare::{self, Guest};
 use super::pump::Pump;
 use super::unused::Unused;
-use crate::args::{Mode, SendArgs, SplitArgs};
+use crate::args::{Mode, PathChoice, SendArgs, SplitArgs};
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::report::{RemoteReport, SplitReport};
@@ -407,6 +407,9 @@ pub fn check_asked(args: &SendArgs) -> Result<(), EngineError> {
         Err(EngineError::Misuse { what: what.into(), remedy: remedy.into() })
     };
     match args.mode {
+        _ if args.path == PathChoice::Stream => {
+            refuse("A guest is split by the direct path only", "Leave --path out")
+        }
         Mode::PostCopy | Mode::Hybrid => refuse(
             "A guest is split by pre-copy only",
             "Leave --mode out, or give the guest more time by --max-downtime-ms",
