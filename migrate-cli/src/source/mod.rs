@@ -121,6 +121,9 @@ async fn run(
         let to = stream::source::To { addr, identity };
         return stream::source::send(args, found, to, why, report, clock).await;
     }
+    if path == PathChoice::Auto {
+        eprintln!("by the direct path: all of its RAM is in shared files");
+    }
     let guest = found.open().await?;
     let migration = prepare::new_migration()?;
     let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count, args.mode));

@@ -6,13 +6,13 @@ use migrate_core::handover::{Destination, Outcome};
 use qemu_glue::device_state::{self, Incoming, Settling};
 use qemu_glue::qmp::Status;
 use tokio::sync::mpsc;
-use transport::messages::{self, Accept, Describe, Ready, RefuseCode};
-use transport::{ControlReceiver, ControlSender, DestinationSession, LaneReceiver};
+use transport::messages::{self, Accept, Describe, Message, Ready, RefuseCode};
+use transport::{Closer, ControlReceiver, ControlSender, DestinationSession, LaneReceiver};
 
 use super::blocks;
-use crate::destination::Place;
 use crate::destination::arrival::{self, Concluded, accept_version, check_machine};
 use crate::destination::owner::{Owner, Voice};
+use crate::destination::{Place, check_waiting};
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::gateway::delivery::Delivery;
@@ -34,12 +34,10 @@ pub async fn take_guest(
         Err(error) => return (None, arrival::refused(&session, error).await),
     };
     let migration = session.migration;
-    let DestinationSession { lanes, control_sender, mut control_receiver, closer, .. } = session;
-    let (control, closer) = (control_sender, closer);
-    let streamed = {
-        let ends = (control.clone(), &mut control_receiver);
-        take(place, lanes, ends, closer.clone()).await
-    };
+    let DestinationSession { lanes, control_sender: control, closer, .. } = session;
+    let mut receiver = session.control_receiver;
+    let ends = (control.clone(), &mut receiver, closer.clone());
+    let streamed = take(place, lanes, ends).await;
     let (ready, settling) = match streamed {
         Ok((ready, settling)) => (Ok(ready), Some(settling)),
         Err(error) => (Err(error), None),
@@ -48,7 +46,7 @@ pub async fn take_guest(
     let mut owner = Owner {
         client: &place.client,
         journal: &mut journal,
-        voice: Voice { control, receiver: control_receiver, closer },
+        voice: Voice { control, receiver, closer },
         paging: None,
         remote: None,
         faults: None,
@@ -77,14 +75,14 @@ async fn begin(
     session: &DestinationSession,
     guest: &Describe,
 ) -> Result<Journal, EngineError> {
-    crate::destination::check_waiting(&place.client).await?;
+    check_waiting(&place.client).await?;
     check_machine(place, guest)?;
     check_blocks(place, guest)?;
     failpoint::hit("destination-describing").await;
     let journal = arrival::journal(place, session, guest)?;
     let accept =
         Accept { qemu_version: accept_version(place), resident_bytes: 0, no_post_copy: None };
-    match session.control_sender.send(&messages::Message::Accept(accept)).await {
+    match session.control_sender.send(&Message::Accept(accept)).await {
         Ok(()) => Ok(journal),
         Err(error) => {
             // The source never heard that it was accepted, or has gone: nobody will ask.
@@ -118,8 +116,7 @@ fn check_blocks(place: &Place, guest: &Describe) -> Result<(), EngineError> {
 async fn take(
     place: &Place,
     lanes: Vec<LaneReceiver>,
-    (control, receiver): (ControlSender, &mut ControlReceiver),
-    closer: transport::Closer,
+    (control, receiver, closer): (ControlSender, &mut ControlReceiver, Closer),
 ) -> Result<(Ready, Settling), EngineError> {
     let (incoming, socket) = device_state::begin_stream_in(&place.client).await?;
     let mut delivery = Delivery::new(lanes, control, closer, QemuSocket::Unix(socket))?;

@@ -21,7 +21,7 @@ use crate::gateway::passage::{Lanes, Packing, Passage};
 use crate::gateway::socket::QemuSocket;
 use crate::journal::Journal;
 use crate::progress::Progress;
-use crate::report::{LaneReport, Report, ReportOutcome};
+use crate::report::{LaneReport, Report};
 use crate::source::conclude::Ending;
 use crate::source::contact::Contact;
 use crate::source::gate::Gate;
@@ -198,9 +198,6 @@ impl Streaming<'_> {
         Ending { client: &client, contact, journal, why, stuck, unserved: None }
             .conclude(report, outcome)
             .await;
-        if report.outcome != ReportOutcome::Completed {
-            report.downtime_ms = 0.0;
-        }
     }
 
     /// Has QEMU send its guest until the destination's QEMU has loaded it.
@@ -235,6 +232,7 @@ impl Streaming<'_> {
         let settling = completed(outgoing, passed).await?;
         failpoint::hit("source-state-sent").await;
         match link.recv_within("that it is ready", LOAD_WITHIN).await? {
+            // That all pages are in place was confirmed with the last of them.
             Message::Ready(ready) => {
                 report.downtime_parts_ms.insert("load", ready.load_us as f64 / 1e3);
                 Ok(settling)

@@ -159,26 +159,20 @@ impl<'a> Steer<'a> {
 
     /// Waits until there may be something new; notes that QEMU has stopped the guest.
     async fn wait(&mut self, stopped_at: &mut Option<Instant>) {
-        tokio::time::sleep(ASK_AT_MOST_EVERY).await;
-        let until = tokio::time::Instant::now() + ASK_EVERY;
+        let asked_at = tokio::time::Instant::now();
+        let mut next = asked_at + ASK_EVERY;
         loop {
-            match tokio::time::timeout_at(until, self.events.recv()).await {
+            match tokio::time::timeout_at(next, self.events.recv()).await {
                 Ok(Ok(event)) if event.name == "STOP" => {
                     *stopped_at = Some(Instant::now());
                     return;
                 }
                 Ok(Ok(event)) if event.name == "MIGRATION_PASS" => {
-                    // Later ones say the same; a stop among them is looked for.
-                    if !self.events.is_empty() {
-                        continue;
-                    }
-                    return;
+                    next = asked_at + ASK_AT_MOST_EVERY;
                 }
                 Ok(Ok(_) | Err(broadcast::error::RecvError::Lagged(_))) => {}
-                Ok(Err(broadcast::error::RecvError::Closed)) => {
-                    // QEMU is gone, which its connection tells.
-                    std::future::pending::<()>().await;
-                }
+                // QEMU is gone, which its connection tells.
+                Ok(Err(broadcast::error::RecvError::Closed)) => std::future::pending().await,
                 Err(_elapsed) => return,
             }
         }

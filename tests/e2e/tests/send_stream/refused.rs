@@ -51,7 +51,8 @@ fn who_is_not_the_right_receiver_gets_no_guest() -> Result<()> {
         drop(gateways);
 
         let destination = Vm::start(&watched.rig.env, watched.next(QemuKind::V10_0))?;
-        let stranger = Pki::init(&watched.rig.migrate)?.issue("host-b")?;
+        let others = Pki::init(&watched.rig.migrate)?;
+        let stranger = others.issue("host-b")?;
         let at = free_address()?;
         let mut receive = watched.rig.receive_as(&stranger, &destination, &at, &[])?;
         watched.refused("of another authority", &["certificate", "authority"], |rig, vm| {
