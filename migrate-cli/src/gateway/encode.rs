@@ -66,6 +66,20 @@ impl Chunk {
     }
 }
 
+impl Shared {
+    /// An empty chunk, with the room of one that was sent if there is one.
+    fn spare(&self) -> Chunk {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// Takes a chunk back that was sent.
+    fn reuse(&self, mut chunk: Chunk) {
+        chunk.runs.clear();
+        chunk.contents.clear();
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(chunk);
+    }
+}
+
 /// What a worker is to do.
 enum Task {
     /// Pages of this lane.
@@ -85,6 +99,8 @@ struct Worker {
 struct Shared {
     pages: SourcePages,
     outlets: Outlets,
+    /// Chunks that were sent, to be filled again.
+    spare: Mutex<Vec<Chunk>>,
     counts: Mutex<PageCounts>,
     failure: Mutex<Option<PumpError>>,
 }
@@ -116,6 +132,7 @@ impl Encoder {
         let shared = Arc::new(Shared {
             pages,
             outlets: Outlets::new(gate, count),
+            spare: Mutex::default(),
             counts: Mutex::default(),
             failure: Mutex::default(),
         });
@@ -143,7 +160,7 @@ impl Encoder {
         let Some(chunk) = self.chunks.get_mut(lane) else { return Err(PumpError::WorkerGone) };
         chunk.push(page.0, content);
         if chunk.is_full() {
-            let chunk = std::mem::take(chunk);
+            let chunk = std::mem::replace(chunk, self.shared.spare());
             self.give(lane, Task::Pages(lane, chunk))?;
         }
         Ok(())
@@ -255,6 +272,7 @@ fn work(
                 let sent = outlet.map_or(Err(PumpError::WorkerGone), |outlet| {
                     send(shared, outlet, &chunk, &mut choice, &mut counts)
                 });
+                shared.reuse(chunk);
                 sent.map(|()| None)
             }
             Task::Flush(done) => {

@@ -53,6 +53,8 @@ pub struct StreamSink {
     out: Arc<QemuOut>,
     /// The guest is handed over by post-copy.
     is_handed_over: AtomicBool,
+    /// Room for the bytes of a batch that was written.
+    spare: Mutex<Vec<Vec<u8>>>,
 }
 
 impl fmt::Debug for StreamSink {
@@ -65,7 +67,7 @@ impl StreamSink {
     /// For the stream's section of RAM with this number, whose blocks those of the layout are.
     pub fn new(layout: RamLayout, blocks: BlockList, section: u32, out: Arc<QemuOut>) -> Self {
         let (blocks, is_handed_over) = (Arc::new(blocks), AtomicBool::new(false));
-        Self { layout, blocks, section, out, is_handed_over }
+        Self { layout, blocks, section, out, is_handed_over, spare: Mutex::default() }
     }
 
     /// From now on, QEMU takes pages only as wholes: it holds nothing of those that come.
@@ -84,7 +86,7 @@ impl PageSink for StreamSink {
             sink: self,
             writer: Writer::resumed(Arc::clone(&self.blocks)),
             parts: RamParts::new(self.section),
-            bytes: vec![],
+            bytes: self.spare.lock().pop().unwrap_or_default(),
         })
     }
 }
@@ -185,6 +187,8 @@ impl PageWriter for BatchWriter<'_> {
     }
 
     fn end(mut self: Box<Self>) -> Result<(), ApplyError> {
-        self.write_out()
+        self.write_out()?;
+        self.sink.spare.lock().push(self.bytes);
+        Ok(())
     }
 }
