@@ -11,9 +11,12 @@ use tracing::{debug, info, warn};
 use super::{DeviceStateError, refuse_active};
 use crate::qmp::Client;
 
+/// A capability's name, and what it has to be in the roles named with [`CAPABILITIES`].
+type Capability = (&'static str, Option<bool>, Option<bool>, Option<bool>);
+
 /// Capabilities that matter, with what saving and loading device state need, and what QEMU's whole stream needs at
 /// either end; `None` leaves one as it is. The order is part of [`MARK`]: append only.
-const CAPABILITIES: [(&str, Option<bool>, Option<bool>, Option<bool>); 20] = [
+const CAPABILITIES: [Capability; 20] = [
     ("x-ignore-shared", Some(true), Some(true), Some(false)),
     ("events", Some(true), Some(true), Some(true)),
     ("late-block-activate", None, Some(true), Some(true)),
@@ -65,10 +68,7 @@ pub(super) enum Role {
 }
 
 impl Role {
-    fn wants(
-        self,
-        (save, load, stream): (Option<bool>, Option<bool>, Option<bool>),
-    ) -> Option<bool> {
+    fn wants(self, (_, save, load, stream): Capability) -> Option<bool> {
         match self {
             Self::Save => save,
             Self::Load => load,
@@ -96,10 +96,11 @@ impl Borrowed {
             (known, parameters) = ask().await?;
         }
         let (mut mark, mut wanted, mut before) = (MARK, Vec::new(), Vec::new());
-        for (bit, (name, save, load, stream)) in CAPABILITIES.into_iter().enumerate() {
+        for (bit, capability) in CAPABILITIES.into_iter().enumerate() {
+            let name = capability.0;
             let Some(&on) = known.get(name) else { continue };
             mark |= u64::from(on) << bit;
-            if let Some(want) = role.wants((save, load, stream)).filter(|want| *want != on) {
+            if let Some(want) = role.wants(capability).filter(|want| *want != on) {
                 wanted.push((name, want));
                 before.push((name.to_owned(), on));
             }
