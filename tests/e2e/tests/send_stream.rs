@@ -197,8 +197,8 @@ fn any_kind_of_memory_moves_into_any_other() -> Result<()> {
             (QemuKind::V7_2, Backend::Tmpfs, "pre-copy"),
             (QemuKind::V7_2, Backend::Tmpfs, "pre-copy"),
             (QemuKind::V10_0, Backend::Memfd, "auto"),
-            (QemuKind::V10_0, Backend::Tmpfs, "post-copy"),
-            (QemuKind::V10_0, Backend::Private, "hybrid"),
+            (QemuKind::V10_0, Backend::Tmpfs, "pre-copy"),
+            (QemuKind::V10_0, Backend::Private, "auto"),
         ];
         for (kind, backend, mode) in steps {
             let what = format!("{:?} to {backend:?} on {kind:?} by {mode}", vm.spec().backend);

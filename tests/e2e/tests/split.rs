@@ -276,7 +276,7 @@ fn freed_memory_goes_nowhere() -> Result<()> {
         worker::check(&mut split.vm, WORK_WITHIN)?;
         let mut vm = merge(split, &rig, &servers)?;
         // It is the look into the guest that saves this.
-        vm.ask("freed again")?;
+        vm.guest().ask("freed again", WORK_WITHIN)?;
         let mut split = rig.split(vm, kind, &servers, RESIDENT_MIB, &["--skip-unused", "off"])?;
         let report = split.report.clone();
         ensure!(number(&report, "/split/to_servers_bytes")? > 1000 * MIB, "{report}");

@@ -29,8 +29,8 @@ use crate::console::{COMMANDS, monotonic_us, open_raw, tell};
 
 /// Longest wait for a program to be ready: it fills its memory first, up to 12 GiB of it under emulation.
 const READY_TIMEOUT: Duration = Duration::from_secs(900);
-/// Longest wait for a program's answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait for a program's answer: it may fill a gigabyte first, beside other guests.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 const MODULE_LIST: &str = "/lib/modules.list";
 
 struct Program {
