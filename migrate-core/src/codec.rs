@@ -22,6 +22,10 @@ pub const ZSTD_WINDOW_LOG: u32 = 23;
 /// Level of the Zstandard stream.
 const ZSTD_LEVEL: i32 = 1;
 
+/// Binary logarithm of how many earlier places with the same hash are compared: where memory repeats itself
+/// often, more of them cost time and find nothing better.
+const ZSTD_LDM_BUCKET_LOG: u32 = 1;
+
 /// How a batch's contents are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -138,6 +142,7 @@ fn new_encoder() -> io::Result<Encoder<'static>> {
     let mut encoder = Encoder::new(ZSTD_LEVEL)?;
     encoder.set_parameter(CParameter::WindowLog(ZSTD_WINDOW_LOG))?;
     encoder.set_parameter(CParameter::EnableLongDistanceMatching(true))?;
+    encoder.set_parameter(CParameter::LdmBucketSizeLog(ZSTD_LDM_BUCKET_LOG))?;
     // The transport's encryption already proves that nothing was changed.
     encoder.set_parameter(CParameter::ChecksumFlag(false))?;
     Ok(encoder)

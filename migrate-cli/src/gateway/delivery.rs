@@ -127,9 +127,25 @@ impl Delivery {
                 error = failed => return Err(error.into()),
                 lost = closer.closed() => EngineError::from(lost),
             };
-            return Err(last_word(control).await.unwrap_or(over));
+            self.hear_rest(control).await?;
+            if !(self.is_sent && self.is_answered) {
+                return Err(over);
+            }
         }
         Ok(())
+    }
+
+    /// Hears what the source said before the session ended: that the stream is over, or why it gave up.
+    async fn hear_rest(&mut self, control: &mut ControlReceiver) -> Result<(), EngineError> {
+        let heard = async {
+            while let Ok(message) = control.recv().await {
+                if matches!(message, Message::StreamEnd(_) | Message::Abort(_)) {
+                    self.hear(message).await?;
+                }
+            }
+            Ok(())
+        };
+        tokio::time::timeout(LAST_WORD_WITHIN, heard).await.unwrap_or(Ok(()))
     }
 
     async fn step(
@@ -236,22 +252,6 @@ impl Drop for Delivery {
     fn drop(&mut self) {
         self.socket.cut();
     }
-}
-
-/// Why the source gave up, if it said so before the session ended.
-async fn last_word(control: &mut ControlReceiver) -> Option<EngineError> {
-    let aborted = async {
-        loop {
-            match control.recv().await {
-                Ok(Message::Abort(abort)) => {
-                    return Some(EngineError::PeerAborted { code: abort.code, text: abort.text });
-                }
-                Ok(_) => {}
-                Err(_) => return None,
-            }
-        }
-    };
-    tokio::time::timeout(LAST_WORD_WITHIN, aborted).await.ok().flatten()
 }
 
 /// Reads what a QEMU says until it ends the connection.

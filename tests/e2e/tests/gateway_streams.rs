@@ -12,14 +12,21 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::Gateways;
 use e2e::{PATIENCE, Rig, in_turn};
-use framework::wait;
+use framework::{Engine, wait};
 use migrate_core::layout::PAGE_BYTES;
 use migrate_core::xbzrle;
+use nix::sys::signal::Signal;
 use qemu_glue::stream::{Event, PageContent, PageRecord, Reader};
 use serde_json::Value;
 
 /// Longest silence of a gateway at either end.
 const SILENCE: Duration = Duration::from_secs(20);
+
+/// Guests whose QEMUs end their connections one after the other.
+const ENDINGS: usize = 6;
+
+/// Silence after which a taker has what there is.
+const LOADED_AFTER: Duration = Duration::from_millis(150);
 
 fn recorded(name: &str) -> Result<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../qemu-glue/tests/data/stream");
@@ -138,6 +145,48 @@ fn whole_streams_arrive_as_they_left() -> Result<()> {
             ensure!(left.pages == arrived.pages, "{name}: other pages arrived");
             ensure!(!left.state.is_empty(), "{name} has no device state");
         }
+        Ok(())
+    })
+}
+
+/// Waits until a gateway has said of so many guests how they ended.
+fn ended(gateway: &Engine, how: &str, guests: usize) -> Result<()> {
+    let all = || Ok((gateway.stderr().matches(how).count() == guests).then_some(()));
+    wait::until("a guest's end", PATIENCE, all).with_context(|| gateway.stderr())
+}
+
+/// As a QEMU with a return path does: it ends its connection when it has the guest, and the source's QEMU follows.
+#[test]
+fn who_ends_last_is_heard_at_both_ends() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let mut gateways = Gateways::start(&rig)?;
+        let stream = recorded("7.2-return-path")?;
+        for number in 1..=ENDINGS {
+            let _left_from_before = std::fs::remove_file(&gateways.into);
+            let listener = UnixListener::bind(&gateways.into)?;
+            let mut left = UnixStream::connect(&gateways.out)?;
+            left.write_all(&stream)?;
+            let (mut arrived, _) = listener.accept()?;
+            arrived.set_read_timeout(Some(LOADED_AFTER))?;
+            let mut taken = vec![];
+            let more = arrived.read_to_end(&mut taken);
+            ensure!(more.is_err(), "{} bytes came, and the end: {}", taken.len(), gateways.said());
+            drop(arrived);
+            left.set_read_timeout(Some(SILENCE))?;
+            ensure!(left.read(&mut [0])? == 0, "The QEMU said nothing, and something came");
+            // What the source says last and that it goes are seen at once.
+            gateways.destination.signal(Signal::SIGSTOP)?;
+            drop(left);
+            ended(&gateways.source, "passed on", number)?;
+            gateways.destination.signal(Signal::SIGCONT)?;
+            ended(&gateways.destination, "a guest from ", number)?;
+        }
+        let count = |engine: &Engine, how: &str| engine.stderr().matches(how).count();
+        let handed = count(&gateways.destination, "was handed to its QEMU");
+        ensure!(handed == ENDINGS, "{handed} of {ENDINGS}: {}", gateways.said());
+        let lost = count(&gateways.source, "not passed on");
+        ensure!(lost == 0, "{lost} of {ENDINGS}: {}", gateways.said());
         Ok(())
     })
 }
