@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use qemu_glue::attach::{self, CloseRemote, Way};
-use qemu_glue::check::Finding;
+use qemu_glue::check::{Finding, Severity};
 
 use crate::blocking::on_thread;
 use crate::error::EngineError;
@@ -18,9 +18,10 @@ pub struct Attached {
     pub stopped_us: Option<u64>,
 }
 
-/// Whether attaching will work, without touching QEMU.
+/// Whether attaching will work, without touching QEMU. The direct path alone needs it, so nothing here is worse than
+/// [`Severity::Indirect`].
 pub fn probe(pid: i32, preload_socket: Option<&Path>) -> Vec<Finding> {
-    match preload_socket {
+    let mut findings = match preload_socket {
         Some(socket) if !socket.exists() => vec![Finding::blocker(
             format!("There is no socket of the preloaded library at {}", socket.display()),
             "start QEMU with LD_PRELOAD=libgodwit_preload.so and GODWIT_PRELOAD_SOCKET set, or \
@@ -28,7 +29,11 @@ pub fn probe(pid: i32, preload_socket: Option<&Path>) -> Vec<Finding> {
         )],
         Some(_) => vec![],
         None => attach::probe(pid),
+    };
+    for finding in &mut findings {
+        finding.severity = finding.severity.min(Severity::Indirect);
     }
+    findings
 }
 
 /// Attaches for paging: QEMU keeps a copy, whose number is returned, so that its threads wait for

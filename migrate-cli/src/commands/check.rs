@@ -63,7 +63,7 @@ async fn look_at(qmp: &Path, preload: Option<&Path>) -> Result<Vec<Finding>, Eng
     );
     let mut findings = vm.blockers.clone();
     findings.extend(vm.notes.iter().cloned());
-    findings.extend(attaching::probe(vm.pid, preload).into_iter().map(for_the_direct_path));
+    findings.extend(attaching::probe(vm.pid, preload));
     findings.extend(direct_io(&vm));
     if !vm.regions.is_empty() {
         match GuestRam::open(vm.pid, &vm.regions, false) {
@@ -75,14 +75,6 @@ async fn look_at(qmp: &Path, preload: Option<&Path>) -> Result<Vec<Finding>, Eng
         }
     }
     Ok(findings)
-}
-
-/// QEMU's stream needs no way into its process.
-fn for_the_direct_path(finding: Finding) -> Finding {
-    match finding.severity {
-        Severity::Blocker => Finding { severity: Severity::Indirect, ..finding },
-        _ => finding,
-    }
 }
 
 fn direct_io(vm: &VmInventory) -> Option<Finding> {

@@ -192,17 +192,11 @@ async fn accept(
     let clean = Arc::clone(ram);
     on_thread(move || empty(&clean)).await??;
     let accept = Accept {
-        qemu_version: accept_version(place),
+        qemu_version: place.vm.qemu.numbers(),
         resident_bytes: ram.resident_bytes()?,
         no_post_copy,
     };
     Ok(session.control_sender.send(&Message::Accept(accept)).await?)
-}
-
-/// The version of the QEMU here, as the source is told.
-pub fn accept_version(place: &Place) -> (u32, u32, u32) {
-    let version = &place.vm.qemu;
-    (version.major, version.minor, version.micro)
 }
 
 /// Why a guest cannot run here before its pages are here.
@@ -220,7 +214,7 @@ fn no_post_copy(place: &Place, theirs: &RamLayout) -> Option<String> {
         }
     }
     let findings = attaching::probe(place.vm.pid, None);
-    let blocker = findings.into_iter().find(|found| found.severity == Severity::Blocker)?;
+    let blocker = findings.into_iter().find(|found| found.severity >= Severity::Indirect)?;
     let remedy = blocker.remedy.map(|remedy| format!(" ({remedy})")).unwrap_or_default();
     Some(messages::text(&format!("{}{remedy}", blocker.what)))
 }

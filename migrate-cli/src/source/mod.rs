@@ -117,7 +117,7 @@ async fn run(
         PathChoice::Auto if asked.is_some() || args.preload_socket.is_some() => PathChoice::Direct,
         path => path,
     };
-    if let (GuestPath::Stream, why) = found.path(path)? {
+    if let (GuestPath::Stream, why) = found.path(path, args.preload_socket.as_deref())? {
         let to = stream::source::To { addr, identity };
         return stream::source::send(args, found, to, why, report, clock).await;
     }

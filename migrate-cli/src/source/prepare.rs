@@ -1,6 +1,7 @@
 //! Everything that can be found out before the guest is touched: the VM, the destination, the journal.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,8 +55,6 @@ pub struct Found {
     pub client: Client,
     /// The VM.
     pub vm: VmInventory,
-    /// What stands against attaching to it.
-    attaching: Vec<Finding>,
 }
 
 /// How a guest is reached.
@@ -74,8 +73,7 @@ pub enum GuestPath {
 pub async fn find(args: &SendArgs) -> Result<Found, EngineError> {
     let client = Client::connect(&args.common.qmp).await?;
     let vm = vm::inventory(&client).await?;
-    let attaching = attaching::probe(vm.pid, args.preload_socket.as_deref());
-    Ok(Found { client, vm, attaching })
+    Ok(Found { client, vm })
 }
 
 impl Found {
@@ -83,26 +81,29 @@ impl Found {
     ///
     /// # Errors
     /// [`EngineError::Blocked`] with every reason and remedy.
-    pub fn path(&self, asked: PathChoice) -> Result<(GuestPath, Option<String>), EngineError> {
-        let against = |severity| {
-            let worse = move |finding: &&Finding| finding.severity >= severity;
-            self.vm.blockers.iter().filter(worse).cloned().collect::<Vec<_>>()
-        };
-        let mut indirect = against(Severity::Indirect);
-        let cannot_attach = |finding: &&Finding| finding.severity == Severity::Blocker;
-        indirect.extend(self.attaching.iter().filter(cannot_attach).cloned());
-        let blocked = against(Severity::Blocker);
-        match asked {
-            PathChoice::Auto | PathChoice::Direct if indirect.is_empty() => {
-                Ok((GuestPath::Direct, None))
+    pub fn path(
+        &self,
+        asked: PathChoice,
+        preload_socket: Option<&Path>,
+    ) -> Result<(GuestPath, Option<String>), EngineError> {
+        let worse = |severity| move |finding: &Finding| finding.severity >= severity;
+        let found = self.vm.blockers.iter().cloned();
+        let blocked: Vec<_> = found.clone().filter(worse(Severity::Blocker)).collect();
+        if asked == PathChoice::Stream {
+            return match blocked.is_empty() {
+                true => Ok((GuestPath::Stream, None)),
+                false => Err(EngineError::Blocked(blocked)),
+            };
+        }
+        let attaching = attaching::probe(self.vm.pid, preload_socket);
+        let mut indirect: Vec<_> =
+            found.chain(attaching).filter(worse(Severity::Indirect)).collect();
+        match indirect.first() {
+            None => Ok((GuestPath::Direct, None)),
+            Some(_) if asked == PathChoice::Auto && blocked.is_empty() => {
+                Ok((GuestPath::Stream, Some(indirect.swap_remove(0).what)))
             }
-            PathChoice::Stream if blocked.is_empty() => Ok((GuestPath::Stream, None)),
-            PathChoice::Auto if blocked.is_empty() => {
-                let why = indirect.into_iter().next().map(|finding| finding.what);
-                Ok((GuestPath::Stream, why))
-            }
-            PathChoice::Stream => Err(EngineError::Blocked(blocked)),
-            PathChoice::Auto | PathChoice::Direct => Err(EngineError::Blocked(indirect)),
+            Some(_) => Err(EngineError::Blocked(indirect)),
         }
     }
 
@@ -265,12 +266,11 @@ pub async fn describe(
 
 /// A guest with these blocks, of which nothing special is wanted.
 pub fn description(vm: &VmInventory, blocks: Vec<BlockSpec>) -> Describe {
-    let version = &vm.qemu;
     Describe {
         vm_name: vm.label(),
         vm_uuid: Some(vm.uuid.clone()),
         machine: vm.machine.clone(),
-        qemu_version: (version.major, version.minor, version.micro),
+        qemu_version: vm.qemu.numbers(),
         page_bytes: PAGE_BYTES as u32,
         blocks,
         verify: false,

@@ -10,7 +10,7 @@ use transport::messages::{self, Accept, Describe, Message, Ready, RefuseCode};
 use transport::{Closer, ControlReceiver, ControlSender, DestinationSession, LaneReceiver};
 
 use super::blocks;
-use crate::destination::arrival::{self, Concluded, accept_version, check_machine};
+use crate::destination::arrival::{self, Concluded, check_machine};
 use crate::destination::owner::{Owner, Voice};
 use crate::destination::{Place, check_waiting};
 use crate::error::EngineError;
@@ -80,8 +80,8 @@ async fn begin(
     check_blocks(place, guest)?;
     failpoint::hit("destination-describing").await;
     let journal = arrival::journal(place, session, guest)?;
-    let accept =
-        Accept { qemu_version: accept_version(place), resident_bytes: 0, no_post_copy: None };
+    let qemu_version = place.vm.qemu.numbers();
+    let accept = Accept { qemu_version, resident_bytes: 0, no_post_copy: None };
     match session.control_sender.send(&Message::Accept(accept)).await {
         Ok(()) => Ok(journal),
         Err(error) => {

@@ -140,6 +140,11 @@ impl QemuVersion {
         })
     }
 
+    /// Major, minor and micro.
+    pub fn numbers(&self) -> (u32, u32, u32) {
+        (self.major, self.minor, self.micro)
+    }
+
     /// Whether this is at least `major.minor`.
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         (self.major, self.minor) >= (major, minor)
