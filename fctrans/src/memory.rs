@@ -12,9 +12,9 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use migrate_core::layout::{PAGE_BYTES, PageIndex};
+use migrate_core::layout::{PAGE_BYTES, PageIndex, RamLayout};
 use migrate_core::pageset::PageSet;
-use qemu_glue::ram::GuestRam;
+use qemu_glue::ram::ReadRam;
 use qemu_glue::vm::GpaRange;
 
 use crate::error::IntrospectError;
@@ -108,15 +108,15 @@ pub fn range_of(ranges: &[RamRange], at: Gpa, bytes: u64) -> Option<&RamRange> {
 /// The RAM of a QEMU process.
 #[derive(Debug, Clone)]
 pub struct LiveMemory {
-    ram: Arc<GuestRam>,
+    ram: Arc<dyn ReadRam>,
     ranges: Vec<RamRange>,
 }
 
 impl LiveMemory {
     /// The memory of `ram` where the guest sees it: [`guest_physical`](qemu_glue::vm::VmInventory::guest_physical).
-    pub fn new(ram: Arc<GuestRam>, guest_physical: &[GpaRange]) -> Self {
+    pub fn new<R: ReadRam + 'static>(ram: Arc<R>, guest_physical: &[GpaRange]) -> Self {
         let mut ranges: Vec<RamRange> =
-            guest_physical.iter().filter_map(|part| ram_range(&ram, part)).collect();
+            guest_physical.iter().filter_map(|part| ram_range(ram.layout(), part)).collect();
         ranges.sort_by_key(|range| range.gpa.start);
         // Where two blocks claim one address, neither is known to be what the guest sees.
         let overlaps =
@@ -128,9 +128,9 @@ impl LiveMemory {
     }
 }
 
-fn ram_range(ram: &GuestRam, part: &GpaRange) -> Option<RamRange> {
-    let block = ram.layout().blocks().iter().position(|block| block.name == part.block)?;
-    let pages = ram.layout().block_pages(block);
+fn ram_range(layout: &RamLayout, part: &GpaRange) -> Option<RamRange> {
+    let block = layout.blocks().iter().position(|block| block.name == part.block)?;
+    let pages = layout.block_pages(block);
     let whole = [part.gpa, part.bytes, part.offset].iter().all(|value| value.is_multiple_of(PAGE));
     let first = pages.start.checked_add(part.offset / PAGE)?;
     let end = first.checked_add(part.bytes / PAGE)?;

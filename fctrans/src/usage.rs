@@ -20,7 +20,7 @@ use migrate_core::pageset::PageSet;
 
 use crate::error::IntrospectError;
 use crate::kernel::{Kernel, PageLayout, Section};
-use crate::memory::PhysicalMemory;
+use crate::memory::{PhysicalMemory, RamRange};
 
 /// Descriptions that are read at a time, unless the largest free block has more: 64 KiB of 64 bytes each.
 const PIECE_FRAMES: u64 = 1024;
@@ -56,27 +56,26 @@ impl Usage {
     }
 
     fn note(&mut self, layout: &PageLayout, piece: &Piece<'_>) {
-        let mut index = 0;
-        while let Some(described) = piece.described(layout, index) {
-            let mut step = 1;
-            let page = piece.first_page + index;
-            match described.mapcount(layout) {
-                Some(mark) if mark == layout.buddy => {
-                    if let Some(order) = piece.free_order(layout, index, &described) {
-                        step = 1 << order;
-                        self.free.insert_range(page..page + step);
-                        if let Some(blocks) = self.free_blocks.get_mut(order as usize) {
-                            *blocks += 1;
-                        }
-                    }
+        piece.unused(layout, |block| match block {
+            Block::Free { first, order } => {
+                self.free.insert_range(first..first + (1 << order));
+                if let Some(blocks) = self.free_blocks.get_mut(order as usize) {
+                    *blocks += 1;
                 }
-                Some(mark) if Some(mark) == layout.offline => self.offline.insert(page),
-                _ => {}
             }
-            index += step;
-        }
+            Block::Offline { page } => self.offline.insert(page),
+        });
         self.described_pages += piece.frames();
     }
+}
+
+/// Pages that the guest does not use.
+#[derive(Debug, Clone, Copy)]
+enum Block {
+    /// Two to the power of `order` of them, free.
+    Free { first: u64, order: u32 },
+    /// Given away.
+    Offline { page: u64 },
 }
 
 /// Consecutive descriptions.
@@ -97,6 +96,26 @@ impl<'a> Piece<'a> {
     pub(crate) fn described(&self, layout: &PageLayout, index: u64) -> Option<Described<'a>> {
         let at = (index * layout.bytes) as usize;
         self.bytes.get(at..at + layout.bytes as usize).map(Described)
+    }
+
+    /// Calls `see` with what is unused, in ascending order.
+    fn unused(&self, layout: &PageLayout, mut see: impl FnMut(Block)) {
+        let mut index = 0;
+        while let Some(described) = self.described(layout, index) {
+            let mut step = 1;
+            let page = self.first_page + index;
+            match described.mapcount(layout) {
+                Some(mark) if mark == layout.buddy => {
+                    if let Some(order) = self.free_order(layout, index, &described) {
+                        step = 1 << order;
+                        see(Block::Free { first: page, order });
+                    }
+                }
+                Some(mark) if Some(mark) == layout.offline => see(Block::Offline { page }),
+                _ => {}
+            }
+            index += step;
+        }
     }
 
     /// The order of the free block that begins here, if it can be one.
@@ -152,6 +171,51 @@ impl Kernel {
         Ok(unused)
     }
 
+    /// Parts of `pages`, which follow one another, that are unused now, in ascending order. Costs the same in a guest of
+    /// any size.
+    ///
+    /// # Errors
+    /// [`IntrospectError::Ram`].
+    pub fn unused_in(
+        &self,
+        memory: &impl PhysicalMemory,
+        pages: Range<u64>,
+    ) -> Result<Vec<Range<u64>>, IntrospectError> {
+        let step = self.piece_frames();
+        let mut unused = vec![];
+        for range in memory.ranges() {
+            let frames = range.frames();
+            let numbers = range.first.0..range.first.0 + (frames.end - frames.start);
+            let (first, last) = (pages.start.max(numbers.start), pages.end.min(numbers.end));
+            if first >= last {
+                continue;
+            }
+            let frame = frames.start + (first - numbers.start);
+            // A block that begins before the pages may reach into them.
+            let begin = (frame / step * step).max(frames.start);
+            let wanted = begin..frame + (last - first);
+            self.describe_frames(
+                memory,
+                range,
+                wanted,
+                |_| true,
+                |piece| {
+                    piece.unused(self.layout(), |block| {
+                        let block = match block {
+                            Block::Free { first, order } => first..first + (1 << order),
+                            Block::Offline { page } => page..page + 1,
+                        };
+                        let part = block.start.max(first)..block.end.min(last);
+                        if !part.is_empty() {
+                            unused.push(part);
+                        }
+                    });
+                },
+            )?;
+        }
+        Ok(unused)
+    }
+
     /// Calls `see` with the descriptions of all RAM, piece by piece, where `is_wanted` says so of its page numbers.
     pub(crate) fn describe(
         &self,
@@ -159,31 +223,47 @@ impl Kernel {
         is_wanted: impl Fn(Range<u64>) -> bool,
         mut see: impl FnMut(&Piece<'_>),
     ) -> Result<(), IntrospectError> {
-        let layout = self.layout();
-        let step = PIECE_FRAMES.max(1 << layout.orders.saturating_sub(1));
+        memory.ranges().iter().try_for_each(|range| {
+            self.describe_frames(memory, range, range.frames(), &is_wanted, &mut see)
+        })
+    }
+
+    /// Frames that are described at a time.
+    fn piece_frames(&self) -> u64 {
+        PIECE_FRAMES.max(1 << self.layout().orders.saturating_sub(1))
+    }
+
+    /// The same of one range, of the pieces that hold some of `frames`, the first of which begins one.
+    fn describe_frames(
+        &self,
+        memory: &impl PhysicalMemory,
+        range: &RamRange,
+        frames: Range<u64>,
+        is_wanted: impl Fn(Range<u64>) -> bool,
+        mut see: impl FnMut(&Piece<'_>),
+    ) -> Result<(), IntrospectError> {
+        let step = self.piece_frames();
         let mut bytes = vec![];
-        for range in memory.ranges() {
-            let mut frame = range.frames().start;
-            while frame < range.frames().end {
-                let section = self.section(memory, frame)?;
-                let end = self.section_end(frame).min(range.frames().end);
-                while frame < end {
-                    // Pieces begin where the largest block can.
-                    let next = ((frame / step + 1) * step).min(end);
-                    let pages = range.page(frame)..range.page(frame) + (next - frame);
-                    if let Some(section) = section.filter(|_| is_wanted(pages)) {
-                        let piece = frame..next;
-                        if self.read_piece(memory, section, piece.clone(), &mut bytes)? {
-                            see(&Piece {
-                                first_frame: piece.start,
-                                first_page: range.page(piece.start),
-                                bytes: &bytes,
-                                frame_bytes: layout.bytes,
-                            });
-                        }
+        let mut frame = frames.start;
+        while frame < frames.end {
+            let section = self.section(memory, frame)?;
+            let end = self.section_end(frame).min(range.frames().end);
+            while frame < end.min(frames.end) {
+                // Pieces begin where the largest block can.
+                let next = ((frame / step + 1) * step).min(end);
+                let pages = range.page(frame)..range.page(frame) + (next - frame);
+                if let Some(section) = section.filter(|_| is_wanted(pages)) {
+                    let piece = frame..next;
+                    if self.read_piece(memory, section, piece.clone(), &mut bytes)? {
+                        see(&Piece {
+                            first_frame: piece.start,
+                            first_page: range.page(piece.start),
+                            bytes: &bytes,
+                            frame_bytes: self.layout().bytes,
+                        });
                     }
-                    frame = next;
                 }
+                frame = next;
             }
         }
         Ok(())

@@ -200,8 +200,8 @@ pub enum PathChoice {
     Auto,
     /// Through the shared file that holds its RAM.
     Direct,
-    /// Through QEMU's own stream: any VM, by pre-copy. QEMU sends, this engine packs; the order of pages, skipping of
-    /// unused memory and --verify are the direct path's.
+    /// Through QEMU's own stream: any VM, by pre-copy. QEMU sends, this engine packs; the order of pages and
+    /// --verify are the direct path's.
     Stream,
 }
 

@@ -165,6 +165,12 @@ pub enum EngineError {
     /// No round will reach the target.
     #[error("{}", stall(.0))]
     NotConverging(Stall),
+    /// What was said of the guest's memory does not hold any more.
+    #[error(
+        "The guest was reset meanwhile, or runs another kernel or guests of its own: memory was left out that it may use; \
+         try again, or with --skip-unused off"
+    )]
+    OtherKernel,
     /// Ctrl-C.
     #[error("Cancelled")]
     Cancelled,
@@ -303,6 +309,7 @@ impl Classify for EngineError {
             Self::Blocked(_)
             | Self::NotTaken(_)
             | Self::NotConverging(_)
+            | Self::OtherKernel
             | Self::Cancelled
             | Self::Misuse { .. }
             | Self::NotWaiting { .. }

@@ -291,6 +291,17 @@ pub enum RamError {
         #[source]
         source: ProcError,
     },
+    /// The memory of the process may not be read.
+    #[error(
+        "The memory of process {pid} cannot be opened; run as the user that runs QEMU, or as root"
+    )]
+    Trace {
+        /// The process.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The list of blocks makes no layout.
     #[error("The RAM blocks of process {pid} cannot be used")]
     Layout {
@@ -414,9 +425,11 @@ impl Classify for RamError {
     fn bin(&self) -> ErrorBin {
         match self {
             Self::Proc { source, .. } => source.bin(),
-            Self::NotMapped { .. } | Self::Open { .. } | Self::Short { .. } | Self::Io { .. } => {
-                ErrorBin::System
-            }
+            Self::Trace { .. }
+            | Self::NotMapped { .. }
+            | Self::Open { .. }
+            | Self::Short { .. }
+            | Self::Io { .. } => ErrorBin::System,
             _ => ErrorBin::CallerMisuse,
         }
     }

@@ -16,6 +16,8 @@
 //!   copied to.
 #![expect(unsafe_code, reason = "copies into a mapping of hugetlbfs, which has no write(2)")]
 
+mod process;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -33,6 +35,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::ProcError;
 pub use crate::error::RamError;
 use crate::procfs::{self, Identity, Mapping};
+
+pub use self::process::{ProcessRam, ReadRam};
 
 /// `f_type` of tmpfs and memfd (include/uapi/linux/magic.h: TMPFS_MAGIC).
 const TMPFS_MAGIC: u64 = 0x0102_1994;

@@ -125,7 +125,12 @@ fn change() -> impl Strategy<Value = Change> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
-    fn found_is_what_was_marked(changes in prop::collection::vec(change(), 0..40), version in 0..VERSIONS.len()) {
+    fn found_is_what_was_marked(
+        changes in prop::collection::vec(change(), 0..40),
+        version in 0..VERSIONS.len(),
+        first in 0..SLOTS * 1024,
+        count in 1..3000u64,
+    ) {
         let version = VERSIONS[version];
         let mut guest = Guest::new(version, false, 0x0400_0000);
         let (mut slots, mut expected) = (BTreeSet::new(), BTreeSet::new());
@@ -154,6 +159,11 @@ proptest! {
             }
         }
         let found = usage(&guest).unused();
+        let within = first..first + count;
+        let kernel = guest.kernel().expect("a kernel");
+        let parts = kernel.unused_in(&guest.memory, within.clone()).expect("memory");
+        let parts: Vec<u64> = parts.into_iter().flatten().collect();
+        prop_assert_eq!(parts, expected.range(within).copied().collect::<Vec<_>>());
         prop_assert_eq!(pages(&found), expected.into_iter().collect::<Vec<_>>());
     }
 }

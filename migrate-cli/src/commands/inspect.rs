@@ -6,7 +6,7 @@ use std::sync::Arc;
 use fctrans::inspect::{Inspection, inspect};
 use fctrans::memory::LiveMemory;
 use qemu_glue::qmp::Client;
-use qemu_glue::ram::GuestRam;
+use qemu_glue::ram::{GuestRam, ProcessRam};
 use qemu_glue::vm;
 
 use super::print_json;
@@ -34,12 +34,13 @@ pub(super) async fn run(args: &InspectArgs) -> ExitCode {
 async fn look(args: &InspectArgs) -> Result<Inspection, EngineError> {
     let client = Client::connect(&args.qmp).await?;
     let vm = vm::inventory(&client).await?;
-    if vm.regions.is_empty() {
-        return Err(EngineError::Blocked(vm.blockers));
-    }
     let processors = vm::processors(&client).await?;
-    let ram = GuestRam::open(vm.pid, &vm.regions, false)?;
-    let memory = LiveMemory::new(Arc::new(ram), &vm.guest_physical);
+    let memory = if vm.regions.is_empty() {
+        LiveMemory::new(Arc::new(ProcessRam::open(vm.pid, &vm.placed)?), &vm.guest_physical)
+    } else {
+        let ram = GuestRam::open(vm.pid, &vm.regions, false)?;
+        LiveMemory::new(Arc::new(ram), &vm.guest_physical)
+    };
     Ok(on_thread(move || inspect(&memory, &processors)).await??)
 }
 

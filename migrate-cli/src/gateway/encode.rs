@@ -20,7 +20,9 @@ use migrate_core::layout::{PAGE_BYTES, PageIndex};
 use migrate_core::page_table::SourcePages;
 
 use crate::blocking::worker_threads;
+use crate::error::EngineError;
 use crate::source::outlet::{self, LaneQueue, Outlet, Outlets, PumpError};
+use crate::source::unused::streamed::Streamed;
 
 /// Contents from which on a chunk goes to its worker.
 const CHUNK_BYTES: usize = 128 << 10;
@@ -99,6 +101,8 @@ struct Worker {
 struct Shared {
     pages: SourcePages,
     outlets: Outlets,
+    /// Tells what need not be sent.
+    unused: Option<Arc<Streamed>>,
     /// Chunks that were sent, to be filled again.
     spare: Mutex<Vec<Chunk>>,
     counts: Mutex<PageCounts>,
@@ -120,18 +124,21 @@ impl std::fmt::Debug for Encoder {
 }
 
 impl Encoder {
-    /// Starts the workers over the lanes' queues; they pack with the codec that is `wanted`.
+    /// Starts the workers over the lanes' queues; they pack with the codec that is `wanted`, and send zeros for what is
+    /// `unused`.
     pub fn start(
         pages: SourcePages,
         gate: Arc<crate::source::gate::Gate>,
         lanes: Vec<LaneQueue>,
         wanted: Wanted,
+        unused: Option<Arc<Streamed>>,
     ) -> Self {
         let count = lanes.len();
         let threads = worker_threads().clamp(1, count.max(1));
         let shared = Arc::new(Shared {
             pages,
             outlets: Outlets::new(gate, count),
+            unused,
             spare: Mutex::default(),
             counts: Mutex::default(),
             failure: Mutex::default(),
@@ -198,6 +205,25 @@ impl Encoder {
             is_done.recv().map_err(|_| self.failure())?;
         }
         Ok(self.shared.outlets.batches())
+    }
+
+    /// The guest is stopped: takes pages once more of which zeros were sent and that are used now. Says whether there were
+    /// any.
+    ///
+    /// # Errors
+    /// As [`Self::push`], or if memory cannot be read.
+    pub fn look_again(&mut self) -> Result<bool, EngineError> {
+        let Some(unused) = self.shared.unused.clone() else { return Ok(false) };
+        // All pages are judged then.
+        self.flush()?;
+        let again = unused.used_again()?;
+        let mut content = [0; PAGE_BYTES];
+        for page in again.iter().map(PageIndex) {
+            unused.read(page, &mut content)?;
+            self.push(page, Some(&content))?;
+        }
+        tracing::debug!(pages = again.len(), "used again");
+        Ok(!again.is_empty())
     }
 
     /// Ends the workers, and gives back what they had.
@@ -310,26 +336,31 @@ fn send(
 ) -> Result<(), PumpError> {
     let mut left = chunk.contents.as_slice();
     for run in &chunk.runs {
-        let (mut first, mut pages) = (run.first, run.pages);
-        while pages > 0 {
-            let room = outlet.builder.room_pages();
-            if room == 0 || outlet.builder.is_full(1) {
-                outlet.flush(&shared.outlets, choice, 0, counts)?;
-                continue;
-            }
-            let part = pages.min(room);
-            let bytes = if run.is_zero { 0 } else { part * PAGE_BYTES };
-            let (contents, rest) = left.split_at(bytes.min(left.len()));
-            left = rest;
-            let read = |_: PageIndex, buffer: &mut [u8]| {
-                match contents.len() == buffer.len() {
-                    true => buffer.copy_from_slice(contents),
-                    false => buffer.fill(0),
+        let parts = match &shared.unused {
+            Some(unused) if !run.is_zero => unused.split(run.first, run.pages),
+            _ => vec![(run.first, run.pages, false)],
+        };
+        for (mut first, mut pages, is_unused) in parts {
+            while pages > 0 {
+                let room = outlet.builder.room_pages();
+                if room == 0 || outlet.builder.is_full(1) {
+                    outlet.flush(&shared.outlets, choice, 0, counts)?;
+                    continue;
                 }
-                Ok::<_, PumpError>(())
-            };
-            outlet.builder.push(&shared.pages, PageIndex(first), part, Reason::Dirty, read)?;
-            (first, pages) = (first + part as u64, pages - part);
+                let part = pages.min(room);
+                let bytes = if run.is_zero { 0 } else { part * PAGE_BYTES };
+                let (contents, rest) = left.split_at(bytes.min(left.len()));
+                left = rest;
+                let read = |_: PageIndex, buffer: &mut [u8]| {
+                    match contents.len() == buffer.len() && !is_unused {
+                        true => buffer.copy_from_slice(contents),
+                        false => buffer.fill(0),
+                    }
+                    Ok::<_, PumpError>(())
+                };
+                outlet.builder.push(&shared.pages, PageIndex(first), part, Reason::Dirty, read)?;
+                (first, pages) = (first + part as u64, pages - part);
+            }
         }
     }
     Ok(())

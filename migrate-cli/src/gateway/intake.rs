@@ -34,6 +34,7 @@ use crate::error::EngineError;
 use crate::random;
 use crate::source::gate::Gate;
 use crate::source::outlet::LaneQueue;
+use crate::source::unused::streamed::Streamed;
 
 /// How long nothing comes until what was taken is sent at once.
 const QUIET: Duration = Duration::from_millis(1);
@@ -79,6 +80,8 @@ pub struct Way {
     pub wanted: Wanted,
     /// Memory for deltas in bytes; none are made without.
     pub delta_bytes_max: u64,
+    /// Tells what need not be sent.
+    pub unused: Option<Arc<Streamed>>,
     /// What the destination asks for.
     pub requests: Arc<Requests>,
     /// Other connections of the same guest.
@@ -230,6 +233,7 @@ impl StreamIntake {
             // It begins where its pages have all been sent.
             (Event::SectionEnd(section), _) => self.within = Within::End(*section),
             (Event::EndOfRecords, Within::End(section)) => {
+                self.look_again()?;
                 self.sync(true, None)?;
                 self.write(&Event::SectionEnd(section))?;
                 self.write(event)?;
@@ -274,12 +278,21 @@ impl StreamIntake {
             | Command::PostcopyRun
             | Command::Packaged { .. } => {
                 if !std::mem::replace(&mut self.is_handed_over, true) {
+                    self.look_again()?;
                     self.beside.settle();
                 }
                 Ok(())
             }
             _ => Ok(()),
         }
+    }
+
+    /// The guest is stopped: pages that were left out and are used now.
+    fn look_again(&mut self) -> Result<(), EngineError> {
+        if let Pages::Before(encoder) = &mut self.pages {
+            self.has_pages |= encoder.look_again()?;
+        }
+        Ok(())
     }
 
     /// Keeps what is to follow all pages that were taken.
@@ -330,6 +343,9 @@ impl StreamIntake {
         let (pages, blocks) = (layout.pages(), layout.blocks().to_vec());
         self.taken.ram_bytes = layout.bytes();
         self.requests.begin(layout.clone());
+        if let Some(unused) = &way.unused {
+            unused.begin(layout);
+        }
         self.send_bytes()?;
         self.tell(Item::Blocks { section, blocks })?;
         let table = SourcePages::new(pages, false, random::number()?).with_zeros();
@@ -337,7 +353,8 @@ impl StreamIntake {
             0 => table,
             bytes => table.with_deltas(way.lanes.len(), bytes),
         };
-        self.pages = Pages::Before(Encoder::start(table, way.gate, way.lanes, way.wanted));
+        self.pages =
+            Pages::Before(Encoder::start(table, way.gate, way.lanes, way.wanted, way.unused));
         Ok(())
     }
 

@@ -84,6 +84,7 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
             max_bandwidth: args.max_bandwidth,
             wanted: args.compression.wanted(),
             delta_bytes_max: args.delta_cache,
+            unused: None,
         },
     };
     let passing = Passing::new(Side::Source);

@@ -28,6 +28,7 @@ use crate::error::EngineError;
 use crate::source::gate::Gate;
 use crate::source::lanes::LaneTasks;
 use crate::source::link::Link;
+use crate::source::unused::streamed::Streamed;
 
 /// Messages that may wait to be sent.
 const ITEMS: usize = 4;
@@ -44,6 +45,8 @@ pub struct Packing {
     pub wanted: Wanted,
     /// Memory for deltas, in bytes a guest.
     pub delta_bytes_max: u64,
+    /// Tells what need not be sent.
+    pub unused: Option<Arc<Streamed>>,
 }
 
 /// A session that pages leave by.
@@ -88,6 +91,7 @@ impl Passage {
             gate: Arc::clone(&gate),
             wanted: packing.wanted,
             delta_bytes_max: packing.delta_bytes_max,
+            unused: packing.unused.clone(),
             requests: Arc::clone(&requests),
             beside,
             round_trip,

@@ -553,11 +553,20 @@ async fn unused(
     progress: &Progress,
     report: &mut Report,
 ) -> Option<Arc<Unused>> {
-    if args.skip_unused == Switch::Off {
-        return None;
+    match args.skip_unused {
+        Switch::Off => None,
+        Switch::On => skipped_or_told(Unused::find(guest).await, progress, report),
     }
-    let error = match Unused::find(guest).await {
-        Ok(unused) => return Some(Arc::new(unused)),
+}
+
+/// What tells of unused memory; if there is nothing, says once why not.
+pub(crate) fn skipped_or_told<T>(
+    found: Result<T, EngineError>,
+    progress: &Progress,
+    report: &mut Report,
+) -> Option<Arc<T>> {
+    let error = match found {
+        Ok(found) => return Some(Arc::new(found)),
         Err(error) => error.tell(),
     };
     progress.say(&format!("memory that the guest does not use is sent as well: {error}"));

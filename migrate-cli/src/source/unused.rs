@@ -13,6 +13,8 @@
 //! - With the guest stopped, every page that was skipped is looked at again; if another kernel runs by then, all of
 //!   them are sent.
 
+pub mod streamed;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,6 +33,20 @@ use super::prepare::Guest;
 use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::resets::Resets;
+
+/// The kernel that a guest with this memory runs, if what it says of its pages can be relied upon.
+async fn running_kernel(client: &Client, memory: LiveMemory) -> Result<Kernel, EngineError> {
+    let processors = vm::processors(client).await?;
+    let found = on_thread(move || {
+        let kernel = Kernel::find(&memory, &processors)?;
+        // Guests that fill what they free rely on that content.
+        kernel.check_unfilled(&memory)?;
+        Ok::<_, IntrospectError>(kernel)
+    });
+    let kernel = found.await??;
+    tracing::info!(kernel = kernel.release(), "unused memory is skipped");
+    Ok(kernel)
+}
 
 /// The guest's kernel, and what is skipped by what it says.
 #[derive(Debug)]
@@ -54,17 +70,9 @@ impl Unused {
     /// Why nothing is skipped.
     pub async fn find(guest: &Guest) -> Result<Self, EngineError> {
         let resets = Resets::watch(&guest.client);
-        let processors = vm::processors(&guest.client).await?;
         let memory = LiveMemory::new(Arc::clone(&guest.ram), &guest.vm.guest_physical);
         let pages = guest.ram.layout().pages();
-        let found = on_thread(move || {
-            let kernel = Kernel::find(&memory, &processors)?;
-            // Guests that fill what they free rely on that content.
-            kernel.check_unfilled(&memory)?;
-            Ok::<_, IntrospectError>((kernel, memory))
-        });
-        let (kernel, memory) = found.await??;
-        tracing::info!(kernel = kernel.release(), "unused memory is skipped");
+        let kernel = running_kernel(&guest.client, memory.clone()).await?;
         Ok(Self {
             client: guest.client.clone(),
             resets,

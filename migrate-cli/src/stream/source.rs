@@ -13,7 +13,7 @@ use transport::{Closer, Identity, Options, SourceSession, close_code};
 
 use super::blocks;
 use super::steer::Steer;
-use crate::args::{Mode, SendArgs};
+use crate::args::{Mode, SendArgs, Switch};
 use crate::error::EngineError;
 use crate::gateway::channels::{Beside, Kind};
 use crate::gateway::intake::Taken;
@@ -26,11 +26,12 @@ use crate::source::conclude::Ending;
 use crate::source::contact::Contact;
 use crate::source::gate::Gate;
 use crate::source::handover::Owner;
-use crate::source::input;
 use crate::source::lanes::LaneTasks;
 use crate::source::link::Link;
 use crate::source::prepare::{self, Found};
 use crate::source::switch::LOAD_WITHIN;
+use crate::source::unused::streamed::Streamed;
+use crate::source::{input, skipped_or_told};
 use crate::{cancel, failpoint};
 
 /// Longest wait for QEMU to say how its migration ended, once its stream has.
@@ -98,7 +99,7 @@ pub async fn send(
         running_at: None,
     };
     let lanes = Some(Lanes { tasks: LaneTasks::start(lanes), gate, round_trip });
-    let migration = Streaming { args, client, contact, journal, closer, clock, lanes };
+    let migration = Streaming { args, client, vm, contact, journal, closer, clock, lanes };
     migration.run(report).await;
     Ok(())
 }
@@ -151,6 +152,7 @@ async fn accepted(
 struct Streaming<'a> {
     args: &'a SendArgs,
     client: Client,
+    vm: VmInventory,
     contact: Contact,
     journal: Journal,
     closer: Closer,
@@ -211,6 +213,13 @@ impl Streaming<'_> {
         let ((link, _), lanes) =
             parts.ok_or_else(|| EngineError::Internal("there is no session".into()))?;
         failpoint::hit("source-attaching").await;
+        let unused = match self.args.skip_unused {
+            Switch::Off => None,
+            Switch::On => {
+                let found = Streamed::find(&self.client, &self.vm).await;
+                skipped_or_told(found, progress, report)
+            }
+        };
         let mut steer = Steer::new(&self.client, self.args, self.clock);
         let (outgoing, socket) =
             device_state::begin_stream_out(&self.client, steer.limit_ms()).await?;
@@ -218,6 +227,7 @@ impl Streaming<'_> {
             max_bandwidth: self.args.max_bandwidth,
             wanted: self.args.compression.wanted(),
             delta_bytes_max: self.args.delta_cache,
+            unused: unused.clone(),
         };
         let socket = QemuSocket::Unix(socket);
         let mut passage = Passage::new(&packing, lanes, socket, Beside::none());
@@ -230,6 +240,10 @@ impl Streaming<'_> {
         drop(passage);
         note(report, &taken);
         let settling = completed(outgoing, passed).await?;
+        if let Some(unused) = unused {
+            report.pages.unused = unused.skipped_pages();
+            unused.confirm().await?;
+        }
         failpoint::hit("source-state-sent").await;
         match link.recv_within("that it is ready", LOAD_WITHIN).await? {
             // That all pages are in place was confirmed with the last of them.

@@ -32,6 +32,7 @@ const SHARE: &str = "start QEMU with -object memory-backend-file,share=on,mem-pa
 pub(super) struct Memory {
     pub regions: Vec<RamRegion>,
     pub streamed_blocks: Vec<(String, u64)>,
+    pub placed: Vec<RamRegion>,
     pub guest_physical: Vec<GpaRange>,
     pub files: Vec<BackingFile>,
     pub findings: Vec<Finding>,
@@ -153,8 +154,19 @@ impl Evidence {
             }
         }
         self.summarise(&mut memory);
-        memory.guest_physical = guest_physical(&self.ranges, &memory.regions);
+        memory.placed = self.placed();
+        memory.guest_physical = guest_physical(&self.ranges, &memory.placed);
         memory
+    }
+
+    /// The blocks of whole pages whose address is known.
+    fn placed(&self) -> Vec<RamRegion> {
+        let blocks = self.blocks.iter().filter_map(|block| {
+            let hva = *self.addresses.get(&block.name)?.as_ref().ok()?;
+            let whole = block.used_bytes > 0 && block.used_bytes.is_multiple_of(block.page_bytes);
+            whole.then(|| block.at(hva))
+        });
+        blocks.collect()
     }
 
     /// The back end of a block: blocks have the id of theirs, or its path on old machine types.
@@ -235,12 +247,7 @@ impl Evidence {
             }
             at = mapping.end;
         }
-        let region = RamRegion {
-            name: block.name.clone(),
-            length_bytes: block.used_bytes,
-            page_bytes: block.page_bytes,
-            hva,
-        };
+        let region = block.at(hva);
         let (device, inode) = (first.device, first.inode);
         Ok((region, BackingFile { device, inode, block: block.name.clone() }))
     }
@@ -271,6 +278,17 @@ impl Evidence {
                 format!("Memory backend {id} is used by no device and is not migrated"),
                 "none is needed",
             ));
+        }
+    }
+}
+
+impl RamBlock {
+    fn at(&self, hva: u64) -> RamRegion {
+        RamRegion {
+            name: self.name.clone(),
+            length_bytes: self.used_bytes,
+            page_bytes: self.page_bytes,
+            hva,
         }
     }
 }

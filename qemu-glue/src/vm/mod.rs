@@ -66,7 +66,9 @@ pub struct VmInventory {
     pub regions: Vec<RamRegion>,
     /// Names and lengths in bytes of the blocks that QEMU streams with the device state.
     pub streamed_blocks: Vec<(String, u64)>,
-    /// Where the guest sees the regions, in ascending order.
+    /// All RAM of which QEMU's address is known, the regions among it.
+    pub placed: Vec<RamRegion>,
+    /// Where the guest sees it, in ascending order.
     pub guest_physical: Vec<GpaRange>,
     /// Disks whose data reaches guest memory past the page cache, and why; see design rule 6.
     pub direct_io: Vec<String>,
@@ -127,6 +129,7 @@ pub async fn inventory(client: &Client) -> Result<VmInventory, VmError> {
         status,
         regions: memory.regions,
         streamed_blocks: memory.streamed_blocks,
+        placed: memory.placed,
         guest_physical: memory.guest_physical,
         direct_io,
         discards: obstacles::discards(&devices),

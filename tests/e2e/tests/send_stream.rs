@@ -7,6 +7,8 @@
 mod broken;
 #[path = "send_stream/refused.rs"]
 mod refused;
+#[path = "send_stream/unused.rs"]
+mod unused;
 
 use std::time::Duration;
 
