@@ -61,8 +61,10 @@ fn memory_that_comes_and_goes_is_never_wrong() -> Result<()> {
             let mut times = 0;
             for _ in 0..4 {
                 let moved = rig.migrate(vm, kind, &stream(&["--max-downtime-ms", "3000"]))?;
-                println!("{option}: {} pages unused", moved.report["pages"]["unused"]);
-                ensure!(number(&moved.report, "/pages/unused")? > 0, "{}", moved.report);
+                let unused = number(&moved.report, "/pages/unused")?;
+                println!("{option}: {unused} pages unused");
+                // What was filled with zeros travels as zeros anyway.
+                ensure!(unused > 0 || option == "init_on_free=1", "{}", moved.report);
                 vm = moved.vm;
                 // Two rounds of it begin and end here.
                 let before = guest::number(&vm.ask("freed report")?, "times")?;
