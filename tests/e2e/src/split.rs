@@ -406,8 +406,16 @@ impl Split {
     /// # Errors
     /// It does not go on with the guest.
     pub fn start_pager(&mut self, rig: &Rig) -> Result<()> {
+        self.start_pager_with(rig, &[])
+    }
+
+    /// The same with further options.
+    ///
+    /// # Errors
+    /// It does not go on with the guest.
+    pub fn start_pager_with(&mut self, rig: &Rig, extra: &[&str]) -> Result<()> {
         self.metrics = metrics::free_port()?;
-        let extra = ["--metrics", &self.metrics];
+        let extra = [extra, &["--metrics", &self.metrics]].concat();
         self.receive = rig.receive_as(&self.identity, &self.vm, &free_address()?, &extra)?;
         self.check_status(rig)
     }
