@@ -41,8 +41,8 @@ pub const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
 /// Longest time for that.
 const WORK_WITHIN: Duration = Duration::from_secs(200);
 
-/// Longest wait for servers to be empty after their guest was merged, or after its source told them.
-const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+/// Longest wait for servers to be empty after their guest was merged, or after its source told them: less than a lease.
+pub const EMPTY_WITHIN: Duration = Duration::from_secs(30);
 
 /// What a server offers and how.
 #[derive(Debug, Clone, Copy)]
