@@ -128,16 +128,15 @@ impl Remote {
         self.fetches(again)
     }
 
-    /// Whether no page would be lost with a server: each that is not here is on another as well. Linear in what the
-    /// servers have.
-    pub fn can_lose(&self, server: usize) -> bool {
+    /// Whether no page would be lost with a server: each that is not here is on one of these `others` as well. Linear in
+    /// what they have.
+    pub fn can_lose(&self, server: usize, others: &[usize]) -> bool {
         let Some(found) = self.servers.list.get(server) else { return true };
         let mut only = found.held.clone();
         only.subtract(self.pages.resident());
-        for (number, other) in self.servers.list.iter().enumerate() {
-            if number != server && other.phase != ServerPhase::Gone {
-                only.subtract(&other.held);
-            }
+        let others = others.iter().filter(|other| **other != server);
+        for other in others.filter_map(|other| self.servers.list.get(*other)) {
+            only.subtract(&other.held);
         }
         only.is_empty()
     }

@@ -22,6 +22,9 @@ use tempfile::TempDir;
 /// Longest time that any command of a test may take.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Longest wait for a beat of a guest that runs, which has to share the processors.
+pub const BEATS_WITHIN: Duration = Duration::from_secs(60);
+
 /// Held by the one test of a process that runs: two cores carry the QEMUs and engines of one.
 static TURN: Mutex<()> = Mutex::new(());
 
@@ -320,7 +323,7 @@ pub struct Moved {
 /// What does not hold.
 pub fn check_alive(source: &mut Vm, destination: &mut Vm) -> Result<Pulse> {
     ensure!(
-        destination.heartbeat().beats_within(Duration::from_secs(10)),
+        destination.heartbeat().beats_within(BEATS_WITHIN),
         "No heartbeat at the destination: {}\nconsole: {}",
         destination.stderr(),
         destination.console().tail(40)

@@ -41,8 +41,8 @@ pub const WORK_PAGES: u64 = HOT_MIB * PAGES_PER_MIB / 2;
 /// Longest time for that.
 const WORK_WITHIN: Duration = Duration::from_secs(200);
 
-/// Longest wait for servers to be empty after their guest was merged, or after its source told them.
-const EMPTY_WITHIN: Duration = Duration::from_secs(10);
+/// Longest wait for servers to be empty after their guest was merged, or after its source told them: less than a lease.
+pub const EMPTY_WITHIN: Duration = Duration::from_secs(30);
 
 /// What a server offers and how.
 #[derive(Debug, Clone, Copy)]
@@ -406,8 +406,16 @@ impl Split {
     /// # Errors
     /// It does not go on with the guest.
     pub fn start_pager(&mut self, rig: &Rig) -> Result<()> {
+        self.start_pager_with(rig, &[])
+    }
+
+    /// The same with further options.
+    ///
+    /// # Errors
+    /// It does not go on with the guest.
+    pub fn start_pager_with(&mut self, rig: &Rig, extra: &[&str]) -> Result<()> {
         self.metrics = metrics::free_port()?;
-        let extra = ["--metrics", &self.metrics];
+        let extra = [extra, &["--metrics", &self.metrics]].concat();
         self.receive = rig.receive_as(&self.identity, &self.vm, &free_address()?, &extra)?;
         self.check_status(rig)
     }

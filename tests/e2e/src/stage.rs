@@ -7,7 +7,6 @@
 //! long as it survives.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use framework::{Engine, EngineOutput, MemoryServer, NetnsPair, Pulse, QemuKind, Vm, VmSpec};
@@ -15,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use crate::split::Offer;
 use crate::untouched::{Before, assert_detached};
-use crate::{PATIENCE, Rig};
+use crate::{BEATS_WITHIN, PATIENCE, Rig};
 
 const LISTEN: &str = "10.77.0.2:7700";
 
@@ -232,7 +231,7 @@ impl Stage {
     /// Waits for what still runs, restarts what does not, resolves what is in doubt.
     fn bring_to_an_end(&self, case: &mut Case, source: &mut Vm, end: End) -> Result<()> {
         if let Some(send) = case.send.take() {
-            let sent = send.wait(Duration::from_secs(40))?;
+            let sent = send.wait(PATIENCE)?;
             ensure!(sent.code.is_some(), "`send` was killed");
             case.sent = Some(sent);
         }
@@ -276,7 +275,7 @@ impl Stage {
         let netns = Some(self.net.destination.name());
         let mut receive = self.rig.receive_unchecked(&case.destination, LISTEN, &extra, netns)?;
         // One whose source never asked for a commit has nothing to answer, and ends.
-        if let Err(error) = receive.wait_stderr("listening on", Duration::from_secs(10)) {
+        if let Err(error) = receive.wait_stderr("listening on", PATIENCE) {
             ensure!(!receive.running()?, "{error:#}");
         }
         case.receive = Some(receive);
@@ -315,7 +314,7 @@ impl Stage {
                 }
                 drop(source);
                 ensure!(
-                    case.destination.heartbeat().beats_within(Duration::from_secs(5)),
+                    case.destination.heartbeat().beats_within(BEATS_WITHIN),
                     "No heartbeat at the destination"
                 );
                 self.move_on(case.destination)

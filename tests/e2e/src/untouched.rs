@@ -1,11 +1,12 @@
 //! What a QEMU looks like before a migration, and proof that one that was undone left no trace.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use framework::Vm;
 use serde_json::{Value, json};
+
+use crate::BEATS_WITHIN;
 
 /// What a migration may change in a source's QEMU and must put back.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ impl Before {
         ensure!(now.parameters == self.parameters, "Parameters: {}", now.parameters);
         let state = vm.qmp().run_state()?;
         ensure!(state == "running", "The source's QEMU is {state}");
-        ensure!(vm.heartbeat().beats_within(Duration::from_secs(5)), "No heartbeat at the source");
+        ensure!(vm.heartbeat().beats_within(BEATS_WITHIN), "No heartbeat at the source");
         assert_detached(vm.pid())?;
         let left = source_journals(journals);
         ensure!(left.is_empty(), "Journals are left: {left:?}");

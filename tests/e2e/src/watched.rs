@@ -100,7 +100,7 @@ impl Watched {
         let listen = free_address()?;
         let mut receive = self.rig.receive(&destination, &listen, &[])?;
         self.refused(&what, words, |rig, vm| rig.send(vm, &listen, extra)?.wait(PATIENCE))?;
-        receive.wait_stderr("refused:", Duration::from_secs(5))?;
+        receive.wait_stderr("refused:", PATIENCE)?;
         ensure!(receive.running()?, "The destination ended: {}", receive.stderr());
         Ok(())
     }

@@ -1,10 +1,9 @@
 //! `migrate agent`: a host's memory server and receivers in one process.
 
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::split::{OFFER, WORK_PAGES, WORKING_RESIDENT_MIB, at_work};
+use e2e::split::{EMPTY_WITHIN, OFFER, WORK_PAGES, WORKING_RESIDENT_MIB, at_work};
 use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn};
 use framework::worker::{self, Phase};
 use framework::{Engine, QemuKind, Vm, VmSpec, metrics, wait};
@@ -67,7 +66,7 @@ impl Agent {
     /// Tells it to end, and that no guest needs it any more.
     fn end(mut self) -> Result<()> {
         self.engine.signal(Signal::SIGTERM)?;
-        self.engine.wait(Duration::from_secs(20))?.success().map(drop)
+        self.engine.wait(PATIENCE)?.success().map(drop)
     }
 }
 
@@ -142,7 +141,7 @@ fn a_split_guest_is_kept_and_paged_by_agents() -> Result<()> {
         worker::set_phase(&mut vm, Phase::Idle)?;
         worker::check(&mut vm, PATIENCE)?;
         vm.verify_checker(PATIENCE)?;
-        servers.iter().try_for_each(|server| server.wait_empty(Duration::from_secs(10)))?;
+        servers.iter().try_for_each(|server| server.wait_empty(EMPTY_WITHIN))?;
         agent.end()?;
         keeper.end()
     })

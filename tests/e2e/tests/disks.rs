@@ -5,11 +5,9 @@
 //! pins the guest's pages: what arrives after a page was armed again is not reported by the kernel.
 //! What makes that likely is in [`e2e::reading`].
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use e2e::reading::{reading, slow_disk};
-use e2e::{PATIENCE, Rig, free_address};
+use e2e::{BEATS_WITHIN, PATIENCE, Rig, free_address};
 use framework::{QemuKind, Vm};
 
 const MOVES: usize = 20;
@@ -91,7 +89,7 @@ fn without_the_second_look_pages_differ() -> Result<()> {
             println!("attempt {attempt}: {mismatches} pages differ without the second look");
             ensure!(sent.code == Some(1), "a difference must not be handed over: {report}");
             ensure!(
-                source.heartbeat().beats_within(Duration::from_secs(5)),
+                source.heartbeat().beats_within(BEATS_WITHIN),
                 "the guest must run on at the source"
             );
             return Ok(());

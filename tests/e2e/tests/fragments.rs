@@ -1,13 +1,9 @@
 //! Split guests whose memory moves from one server to others.
 
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
+use e2e::split::EMPTY_WITHIN;
 use e2e::{PATIENCE, Rig, in_turn};
 use framework::worker::{self, Phase};
-
-/// Longest wait for a server to be empty once its fragment has moved.
-const EMPTY_WITHIN: Duration = Duration::from_secs(10);
 
 #[test]
 fn a_fragment_moves_to_another_server_while_the_guest_works() -> Result<()> {

@@ -1,10 +1,8 @@
 //! Guests that their QEMUs move themselves, through a pair of gateways.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::{Gateways, private};
-use e2e::{PATIENCE, Rig, in_turn};
+use e2e::{BEATS_WITHIN, PATIENCE, Rig, in_turn};
 use framework::{QemuKind, Vm, VmSpec};
 
 fn back_and_forth(kinds: &[QemuKind]) -> Result<()> {
@@ -20,7 +18,7 @@ fn moved(kinds: &[QemuKind], guest: fn(QemuKind) -> VmSpec) -> Result<()> {
         let mut vm = Vm::boot(&rig.env, guest(*first))?;
         for kind in others {
             vm = gateways.migrate(&rig, vm, *kind)?;
-            ensure!(vm.heartbeat().beats_within(Duration::from_secs(5)), "It must run on");
+            ensure!(vm.heartbeat().beats_within(BEATS_WITHIN), "It must run on");
         }
         vm.verify_checker(PATIENCE).with_context(|| gateways.said())?;
         println!("{}", gateways.said());

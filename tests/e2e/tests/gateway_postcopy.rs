@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::{Gateways, small, uri};
 use e2e::waits::{self, Waits};
-use e2e::{PATIENCE, Rig, check_alive, in_turn, with_larger_pages};
+use e2e::{BEATS_WITHIN, PATIENCE, Rig, check_alive, in_turn, with_larger_pages};
 use framework::{NetnsPair, QemuKind, Qmp, Vm, VmSpec, wait};
 use serde_json::json;
 
@@ -54,7 +54,7 @@ fn back_and_forth(kinds: &[QemuKind], capabilities: &[&str], words: &[&str]) -> 
         let mut vm = Vm::boot(&rig.env, small(*first))?;
         for (turn, kind) in others.iter().enumerate() {
             (vm, _) = migrate(&gateways, &rig, vm, *kind, (capabilities, turn as u64 % 3))?;
-            ensure!(vm.heartbeat().beats_within(Duration::from_secs(5)), "It must run on");
+            ensure!(vm.heartbeat().beats_within(BEATS_WITHIN), "It must run on");
         }
         vm.verify_checker(PATIENCE).with_context(|| gateways.said())?;
         println!("{}", gateways.said());
@@ -170,7 +170,7 @@ fn huge_pages_are_refused_before_the_guest_leaves() -> Result<()> {
                 let now = vm.qmp().execute("query-migrate", json!({}))?;
                 Ok((now["status"] == "failed").then_some(()))
             })?;
-            ensure!(vm.heartbeat().beats_within(Duration::from_secs(5)), "It must run on");
+            ensure!(vm.heartbeat().beats_within(BEATS_WITHIN), "It must run on");
             println!("{}", gateways.said());
         }
         Ok(())

@@ -7,7 +7,7 @@ mod gateways;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{PATIENCE, in_turn};
+use e2e::{BEATS_WITHIN, PATIENCE, in_turn};
 use framework::heartbeat::Record;
 use framework::libvirt::{Domain, Job, LibvirtPair, Libvirtd, Migration, Moved, Way};
 use framework::vm::READY_TIMEOUT;
@@ -36,7 +36,7 @@ fn busy(name: &str) -> VmSpec {
 /// The guest beats where it is now, and in all the places that it has been it never ran in two at
 /// once. Returns the outage of its last move in milliseconds.
 fn check_one_runs(stays: &mut Vec<Record>, moved: &Moved<'_>) -> Result<f64> {
-    let beats = moved.domain.heartbeat().beats_within(Duration::from_secs(10));
+    let beats = moved.domain.heartbeat().beats_within(BEATS_WITHIN);
     ensure!(beats, "No heartbeat at the destination: {}", moved.domain.console().tail(10));
     std::thread::sleep(Duration::from_millis(100));
     stays.push(moved.left.heartbeat().record());
@@ -71,7 +71,7 @@ fn undone<'a>(migration: Migration<'a>, to: &Libvirtd) -> Result<(Domain<'a>, St
     ensure!(said.starts_with("error: "), "{said}");
     ensure!(domain.state()? == "running", "{:?}", domain.state());
     ensure!(domain.job()?.is_none(), "The job goes on: {:?}", domain.job());
-    ensure!(domain.heartbeat().beats_within(Duration::from_secs(10)), "The guest is stopped");
+    ensure!(domain.heartbeat().beats_within(BEATS_WITHIN), "The guest is stopped");
     domain.assert_clean()?;
     let gone = || Ok(to.domains()?.is_empty().then_some(()));
     wait::until("the destination's end of it to go", PATIENCE, gone)?;
@@ -241,7 +241,7 @@ fn watch(migration: &mut Migration<'_>) -> Result<Vec<Job>> {
         std::thread::sleep(Duration::from_millis(800));
         jobs.push(migration.job()?.context("No job any more")?);
     }
-    let beats = migration.source().heartbeat().beats_within(Duration::from_secs(10));
+    let beats = migration.source().heartbeat().beats_within(BEATS_WITHIN);
     ensure!(beats, "The guest does not run meanwhile");
     Ok(jobs)
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::{PATIENCE, Rig, busy, free_address, preload_library, with_larger_pages};
+use e2e::{BEATS_WITHIN, PATIENCE, Rig, busy, free_address, preload_library, with_larger_pages};
 use framework::{Backend, QemuKind, Vm, VmSpec};
 
 /// Moves a guest `times` times from one QEMU to another, by the modes given in turn.
@@ -157,7 +157,7 @@ fn a_paused_guest_stays_paused() -> Result<()> {
     receive.wait(PATIENCE)?.success()?;
     ensure!(destination.qmp().run_state()? == "paused", "it must not run");
     destination.qmp().execute("cont", serde_json::json!({}))?;
-    ensure!(destination.heartbeat().beats_within(Duration::from_secs(10)), "it must run on");
+    ensure!(destination.heartbeat().beats_within(BEATS_WITHIN), "it must run on");
     destination.verify_checker(PATIENCE)?;
     Ok(())
 }
@@ -244,7 +244,7 @@ fn a_guest_that_does_not_converge_stays() -> Result<()> {
     for word in ["does not converge", "MB/s", "--max-downtime-ms"] {
         ensure!(sent.stderr.contains(word), "{}", sent.stderr);
     }
-    ensure!(source.heartbeat().beats_within(Duration::from_secs(5)), "it must run on");
+    ensure!(source.heartbeat().beats_within(BEATS_WITHIN), "it must run on");
     source.assert_clean()
 }
 

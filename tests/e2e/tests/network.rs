@@ -51,7 +51,7 @@ fn the_destination_announces_the_guest() -> Result<()> {
         let receive = rig.receive(&destination, &listen, &[])?;
         let sent = rig.send(&source, &listen, &["--verify"])?.wait(PATIENCE)?;
         ensure!(sent.code == Some(0), "{}", sent.stderr);
-        announced(&wires[1], Duration::from_secs(10))?;
+        announced(&wires[1], PATIENCE)?;
         receive.wait(PATIENCE)?.success()?;
     }
     Ok(())

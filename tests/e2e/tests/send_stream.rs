@@ -10,13 +10,11 @@ mod refused;
 #[path = "send_stream/unused.rs"]
 mod unused;
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::small;
 use e2e::stage::runs;
 use e2e::waits::slow;
-use e2e::{Moved, PATIENCE, Rig, check_alive, free_address, in_turn};
+use e2e::{BEATS_WITHIN, Moved, PATIENCE, Rig, check_alive, free_address, in_turn};
 use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -139,7 +137,7 @@ fn the_report_says_what_happened_and_the_source_is_quit_unless_it_is_kept() -> R
         let mut second = moved.vm;
         let next = second.spec().successor("last", QemuKind::V7_2);
         let mut last = rig.migrate_from(&mut second, next, STREAM)?;
-        second.wait_exit(Duration::from_secs(20)).context("The source is not quit")?;
+        second.wait_exit(PATIENCE).context("The source is not quit")?;
         last.vm.verify_checker(PATIENCE).map(drop)
     })
 }
@@ -241,7 +239,7 @@ fn a_paused_guest_stays_paused() -> Result<()> {
         let mut send = rig.send(&vm, &listen, &words)?;
         under_way(&mut vm, &mut send)?;
         send.signal(Signal::SIGINT)?;
-        let sent = send.wait(Duration::from_secs(20))?;
+        let sent = send.wait(PATIENCE)?;
         ensure!(sent.code == Some(1), "{sent:?}");
         check_report(sent.json()?, "failed")?;
         ensure!(sent.json()?["error"]["source_vm"] == "paused", "{sent:?}");
@@ -250,7 +248,7 @@ fn a_paused_guest_stays_paused() -> Result<()> {
         let mut vm = moved_paused(&rig, &vm, QemuKind::V10_0)?;
         ensure!(vm.heartbeat().count() == 0, "It ran meanwhile");
         vm.qmp().execute("cont", json!({}))?;
-        ensure!(vm.heartbeat().beats_within(Duration::from_secs(10)), "It must run on");
+        ensure!(vm.heartbeat().beats_within(BEATS_WITHIN), "It must run on");
         vm.verify_checker(PATIENCE).map(drop)
     })
 }
@@ -271,7 +269,7 @@ fn a_destination_at_which_a_guest_arrives_refuses_others() -> Result<()> {
             let what = format!("{backend:?}");
             let spec = VmSpec::new("other", QemuKind::V10_0).backend(backend);
             let mut other = Vm::start(&rig.env, spec)?;
-            let sent = rig.send_in(&other, LISTEN, &[], here)?.wait(Duration::from_secs(30))?;
+            let sent = rig.send_in(&other, LISTEN, &[], here)?.wait(PATIENCE)?;
             ensure!(sent.code == Some(1), "{what}: {sent:?}");
             let message = sent.json()?["error"]["message"].as_str().unwrap_or_default();
             ensure!(message.contains("another guest is arriving"), "{what}: {message}");

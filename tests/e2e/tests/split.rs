@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::reading::{reading, slow_disk, wait_blocks};
-use e2e::split::{Merged, OFFER, Offer, PAGES_PER_MIB, Split, number};
+use e2e::split::{EMPTY_WITHIN, Merged, OFFER, Offer, PAGES_PER_MIB, Split, number};
 use e2e::untouched::Before;
 use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::split::SplitState;
@@ -187,7 +187,7 @@ fn servers_without_room_are_refused_before_anything_moves() -> Result<()> {
         watched.failed(attempt, &["--capacity"])?;
         watched.never_stopped()?;
         for server in &servers {
-            server.wait_empty(Duration::from_secs(10))?;
+            server.wait_empty(EMPTY_WITHIN)?;
         }
         Ok(())
     })
@@ -215,7 +215,7 @@ fn servers_that_die_in_a_split_leave_the_guest_where_it_is() -> Result<()> {
             watched.failed(attempt, &[named])?;
             watched.never_stopped()?;
             for survivor in &servers {
-                survivor.wait_empty(Duration::from_secs(30))?;
+                survivor.wait_empty(EMPTY_WITHIN)?;
             }
         }
         // It can still be split.
@@ -241,7 +241,7 @@ fn ctrl_c_in_a_split_leaves_the_guest_where_it_is() -> Result<()> {
         watched.never_stopped()?;
         // Told by the source: their lease is longer.
         for server in &servers {
-            server.wait_empty(Duration::from_secs(10))?;
+            server.wait_empty(EMPTY_WITHIN)?;
         }
         Ok(())
     })

@@ -9,9 +9,19 @@ use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn};
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
 use framework::{NetnsPair, QemuKind, Vm, wait};
+use nix::sys::signal::Signal;
 
 /// How long a thread that waits for memory is looked at.
 const WAITS: Duration = Duration::from_secs(2);
+
+/// How long servers that say nothing are looked at: several attempts to reach each.
+const AWAY: Duration = Duration::from_secs(25);
+
+/// A kernel that does not complain if it stands still for so long.
+const PATIENT: [&str; 2] = ["nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1"];
+
+/// A pager that takes servers for dead soon.
+const BRIEF: [&str; 2] = ["--dead-peer-s", "1"];
 
 /// Pages to work on over a slow link.
 const PAGES_SLOWLY: u64 = 256;
@@ -67,6 +77,45 @@ fn with_two_copies_a_server_may_die_and_copies_are_made_again() -> Result<()> {
     })
 }
 
+/// While none answers, none is given up for the copies on another, which may be gone.
+#[test]
+fn of_servers_that_are_all_away_none_is_given_up() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let mut servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
+        let kind = QemuKind::V10_0;
+        let spec = PATIENT.iter().fold(at_work(kind), |spec, word| spec.with(word));
+        let source = Vm::boot(&rig.env, spec)?;
+        let copies = ["--copies", "2"];
+        let mut split = rig.split(source, kind, &servers, WORKING_RESIDENT_MIB, &copies)?;
+        split.kill_pager()?;
+        split.start_pager_with(&rig, &BRIEF)?;
+        worker::set_phase(&mut split.vm, Phase::Hot)?;
+        split.work()?;
+        for server in &mut servers {
+            server.engine().signal(Signal::SIGSTOP)?;
+        }
+        let pager = rig.pager(&split.vm);
+        let states = |status: &framework::Status| {
+            status.remote_pages.iter().map(|one| one.state.clone()).collect::<Vec<_>>()
+        };
+        let are_away = |status: &framework::Status| states(status) == ["away", "away"];
+        pager.wait_status("that both are away", PATIENCE, are_away)?;
+        std::thread::sleep(AWAY);
+        let status = pager.status()?;
+        ensure!(are_away(&status), "{status:?}");
+        // Now one has answered, and the other is given up.
+        servers.remove(0).kill()?;
+        for server in &mut servers {
+            server.engine().signal(Signal::SIGCONT)?;
+        }
+        let is_one_left = |status: &framework::Status| states(status) == ["lost", "connected"];
+        pager.wait_status("that one is left", PATIENCE, is_one_left)?;
+        split.works_on()?;
+        split.merge(&rig, &servers).map(drop)
+    })
+}
+
 #[test]
 fn a_server_that_is_away_is_waited_for() -> Result<()> {
     in_turn(|| {
@@ -74,10 +123,10 @@ fn a_server_that_is_away_is_waited_for() -> Result<()> {
         let mut servers = rig.memory_servers(&rig.server_identities(2)?, &OFFER)?;
         let mut split = rig.split_at_work(&servers, &[])?;
         let server = servers.first_mut().expect("there are two");
-        server.engine().signal(nix::sys::signal::Signal::SIGSTOP)?;
+        server.engine().signal(Signal::SIGSTOP)?;
         std::thread::sleep(3 * WAITS);
         let server = servers.first_mut().expect("there are two");
-        server.engine().signal(nix::sys::signal::Signal::SIGCONT)?;
+        server.engine().signal(Signal::SIGCONT)?;
         split.works_on()?;
         split.merge(&rig, &servers).map(drop)
     })
@@ -127,8 +176,7 @@ fn a_main_host_that_is_cut_off_from_its_servers_goes_on_later() -> Result<()> {
         let mut source = Vm::boot(&rig.env, at_work(QemuKind::V10_0))?;
         let mut vm = Vm::start(&rig.env, source.spec().successor("main", QemuKind::V10_0))?;
         let listen = format!("{}:7700", NetnsPair::DESTINATION);
-        let brief = ["--dead-peer-s", "1"];
-        let receive = rig.receive_in(&vm, &listen, &brief, Some(net.destination.name()))?;
+        let receive = rig.receive_in(&vm, &listen, &BRIEF, Some(net.destination.name()))?;
         let over = (&servers[..], WORKING_RESIDENT_MIB);
         let split = rig.start_split_in(&source, &listen, over, &[], net.source.name())?;
         split.wait(PATIENCE)?.success()?;

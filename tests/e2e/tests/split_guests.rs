@@ -1,10 +1,8 @@
 //! Guests of all kinds while part of their memory is elsewhere, and what may happen to them then.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, ensure};
 use e2e::split::{OFFER, PAGES_PER_MIB, Split, WORKING_RESIDENT_MIB, at_work, number};
-use e2e::{PATIENCE, Rig, free_address, in_turn, with_larger_pages};
+use e2e::{BEATS_WITHIN, PATIENCE, Rig, free_address, in_turn, with_larger_pages};
 use framework::ram_disk::RamDisk;
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
@@ -69,7 +67,7 @@ fn a_guest_with_larger_pages_is_not_split() -> Result<()> {
         let split = rig.start_split(&source, &listen, &servers, WORKING_RESIDENT_MIB, &[])?;
         let split = split.wait(PATIENCE)?;
         ensure!(split.code != Some(0) && split.stderr.contains("4096"), "{split:?}");
-        ensure!(source.heartbeat().beats_within(Duration::from_secs(5)), "It must run on");
+        ensure!(source.heartbeat().beats_within(BEATS_WITHIN), "It must run on");
         for server in &servers {
             server.wait_empty(PATIENCE)?;
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::reading::{reading, slow_disk, wait_blocks};
-use e2e::split::{NextHost, OFFER, Split, WORKING_RESIDENT_MIB};
+use e2e::split::{EMPTY_WITHIN, NextHost, OFFER, Split, WORKING_RESIDENT_MIB};
 use e2e::{PATIENCE, Rig, in_turn};
 use framework::split::SplitState;
 use framework::worker::{self, Phase};
@@ -17,11 +17,9 @@ const NEVER: [&str; 2] = ["--max-downtime-ms", "1"];
 /// Blocks of the disk to read at a new host: more than the guest's buffers.
 const READ_BLOCKS: u64 = 32_768;
 
-/// Silence that counts as death, ten times the downtime that is allowed, and a little.
-const GIVEN_UP_WITHIN: Duration = Duration::from_secs(10);
-
-/// Longest wait for a server to be empty once the guest has no more there.
-const EMPTY_WITHIN: Duration = Duration::from_secs(30);
+/// Silence that counts as death, ten times the downtime that is allowed, and what busy processors take; less than an answer
+/// is waited for otherwise.
+const GIVEN_UP_WITHIN: Duration = Duration::from_secs(20);
 
 /// Starts `migrate split` on the main host of a guest that is split.
 fn start(

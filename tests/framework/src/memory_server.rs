@@ -9,7 +9,7 @@ use crate::engine::{Engine, EngineOutput};
 use crate::{metrics, wait};
 
 /// Longest wait for it to listen.
-const TIMEOUT: Duration = Duration::from_secs(20);
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Pages that a server holds, one sample a VM.
 const STORED_PAGES: &str = "godwit_memory_stored_pages";

@@ -16,6 +16,9 @@ use crate::guest::{Guest, number};
 use crate::heartbeat::Heartbeat;
 use crate::wait;
 
+/// Longest wait for an answer: some of it is work for the guest.
+const ANSWER: Duration = Duration::from_secs(120);
+
 /// The guest's console, within the folder of its ports.
 pub(crate) const CONSOLE: &str = "console.log";
 /// The socket of its heartbeat.
@@ -80,12 +83,12 @@ impl Ports {
         ready.with_context(|| format!("Its console ends with:\n{}", console.tail(15)))
     }
 
-    /// Asks the guest, waiting up to 30 s.
+    /// Asks the guest, waiting up to two minutes.
     ///
     /// # Errors
     /// As [`Guest::ask`].
     pub fn ask(&mut self, command: &str) -> Result<String> {
-        self.guest.ask(command, Duration::from_secs(30))
+        self.guest.ask(command, ANSWER)
     }
 
     /// Waits until the checker has verified all its memory from now on, and fails if it found

@@ -33,7 +33,8 @@ fn starter() -> &'static Mutex<Sender<Order>> {
 }
 
 /// `program` as a command that is killed with us, inside network namespace `netns` if one is named.
-/// The process id is the program's own: every step in between replaces itself.
+/// The process id is the program's own: every step in between replaces itself. SIGINT ends it unless it
+/// does otherwise by itself: who runs tests in the background of a script has it ignored.
 #[must_use]
 pub fn bound(program: &std::path::Path, netns: Option<&str>) -> Command {
     let mut command = match netns {
@@ -44,7 +45,7 @@ pub fn bound(program: &std::path::Path, netns: Option<&str>) -> Command {
             command
         }
     };
-    command.args(["--pdeathsig", "KILL"]).arg(program);
+    command.args(["--pdeathsig", "KILL", "env", "--default-signal=INT"]).arg(program);
     command
 }
 
@@ -145,6 +146,7 @@ impl Drop for Process {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::process::ExitStatusExt;
     use std::path::Path;
 
     fn sleeper() -> Process {
@@ -171,6 +173,18 @@ mod tests {
         assert_eq!(process.wait(Duration::from_secs(10)).unwrap().code(), Some(7));
         process.signal(Signal::SIGTERM).unwrap();
         assert!(sleeper().wait(Duration::from_millis(50)).is_err());
+    }
+
+    #[test]
+    fn ends_by_an_interrupt_where_that_is_ignored() {
+        let mut interrupted = bound(Path::new("sh"), None);
+        interrupted.args(["-c", "kill -INT $$; exit 7"]);
+        let mut command = Command::new("sh");
+        command.args(["-c", "trap '' INT; exec \"$@\"", "sh"]);
+        command.arg(interrupted.get_program()).args(interrupted.get_args());
+        let mut process = Process::start("sh", command).unwrap();
+        let status = process.wait(Duration::from_secs(10)).unwrap();
+        assert_eq!(status.signal(), Some(Signal::SIGINT as i32));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::vm::Vm;
 use crate::wait;
 
 /// Longest time for an answer of the pager.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(60);
 
 /// Version of the status that is understood.
 const VERSION: u32 = 1;

@@ -23,7 +23,7 @@ use crate::wait;
 /// Files of ours in /dev/shm begin with this, then the id of the test's process.
 const STEM: &str = "godwit-vm";
 /// QEMU opens its sockets within a fraction of a second; a loaded machine needs more.
-const START_TIMEOUT: Duration = Duration::from_secs(20);
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// A guest boots in 5 to 10 s; with a loaded machine and much memory to fill it takes longer.
 pub const READY_TIMEOUT: Duration = Duration::from_secs(180);
 

@@ -348,6 +348,35 @@ fn a_lost_page_is_never_read_as_zeros() {
 }
 
 #[test]
+fn a_server_can_be_done_without_if_these_others_have_all_that_is_not_here() {
+    let config = RemoteConfig {
+        resident_pages_max: 40,
+        copies: 2,
+        servers: vec![ROOM; 3],
+        read_ahead_pages_max: 1,
+        direct_io_window: None,
+    };
+    let held = vec![set(0..20), set(0..10), set(10..20)];
+    let mut remote = Remote::new(PAGES, config, &set([]), held).unwrap();
+    assert!(remote.can_lose(0, &[1, 2]) && remote.can_lose(1, &[0]));
+    assert!(!remote.can_lose(0, &[]), "nobody else is known to have them");
+    assert!(!remote.can_lose(0, &[1]), "the other half may be nowhere else");
+    assert!(!remote.can_lose(0, &[0, 1]), "what is on it alone goes with it");
+    assert_eq!(remote.server_lost(2), []);
+    assert!(!remote.can_lose(0, &[1, 2]), "one that is gone has nothing");
+    let asked = fetched(&remote.missing_fault(10, false, ms(0)));
+    assert!(!remote.can_lose(0, &[1]), "what was asked for has not come");
+    arrive(&mut remote, &asked);
+    for page in 11..20 {
+        assert!(remote.is_here(page) || !remote.can_lose(0, &[1]), "{page} is on it alone");
+        if !remote.is_here(page) {
+            bring(&mut remote, page);
+        }
+    }
+    assert!(remote.can_lose(0, &[1]));
+}
+
+#[test]
 fn what_is_to_be_read_comes_as_far_as_there_is_room() {
     let mut remote = split(6, [0, 1], 2..40);
     // One fault waits: its page comes first.

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::stage::{Victim, runs};
 use e2e::untouched::Before;
 use e2e::waits::slow;
-use e2e::{PATIENCE, Rig, free_address, in_turn};
+use e2e::{BEATS_WITHIN, PATIENCE, Rig, free_address, in_turn};
 use framework::{Engine, EngineOutput, NetnsPair, Pulse, QemuKind, Vm};
 use nix::sys::signal::Signal;
 
@@ -122,7 +122,7 @@ impl Site {
     fn wound_up(&self, vm: &mut Vm) -> Result<()> {
         vm.qmp().wait_migration(&["failed", "cancelled"], ENDS_WITHIN)?;
         ensure!(runs(vm)?, "The guest does not run on without the engine");
-        ensure!(vm.heartbeat().beats_within(Duration::from_secs(5)), "No heartbeat");
+        ensure!(vm.heartbeat().beats_within(BEATS_WITHIN), "No heartbeat");
         let words = stream(&[]);
         let again = self.rig.send(vm, &free_address()?, &words)?.wait(PATIENCE)?;
         failed(&again)?;

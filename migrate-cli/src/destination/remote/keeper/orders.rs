@@ -123,7 +123,7 @@ impl Keeper {
     }
 
     /// The servers that the guest has.
-    fn there(&self) -> Vec<usize> {
+    pub(super) fn there(&self) -> Vec<usize> {
         let gone = self.shared.traffic.gone.lock();
         (0..self.clients.len()).filter(|server| !gone.contains(server)).collect()
     }

@@ -28,7 +28,7 @@ pub(super) struct Reaching {
 
 impl Keeper {
     /// Reaches servers again whose connections have ended. One that has forgotten the guest is lost; so is one that
-    /// stays away while another has all of its pages.
+    /// stays away while others that answer have all of its pages.
     pub(super) fn reconnect(&mut self) {
         match self.reaching.take_if(|reaching| reaching.attempt.is_finished()) {
             Some(Reaching { server, attempt }) => match attempt.join() {
@@ -84,9 +84,23 @@ impl Keeper {
         tracing::debug!(error = %error.tell(), "a memory server is away");
         let since = self.shared.traffic.lost.lock().get(&server).map(Instant::elapsed);
         let is_long = since.is_some_and(|since| since > AWAY_MAX);
-        if is_long && self.shared.split.copies > 1 && self.shared.remote.lock().can_lose(server) {
+        if is_long && self.shared.split.copies > 1 && self.can_do_without(server) {
             self.forget(server, &error.tell());
         }
+    }
+
+    /// Whether other servers have all that this one has, and answer: a host that is cut off from several must not give up
+    /// one for the copies on another.
+    fn can_do_without(&mut self, server: usize) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut others = self.there();
+        others.retain(|other| *other != server && shared.traffic.is_reached(*other));
+        if !shared.remote.lock().can_lose(server, &others) {
+            return false;
+        }
+        // Of one that nothing was asked of lately nobody knows.
+        others.retain(|other| self.call(*other, &PageRequest::Stat).is_ok());
+        shared.remote.lock().can_lose(server, &others)
     }
 
     fn forget(&mut self, server: usize, why: &dyn std::fmt::Display) {
