@@ -159,6 +159,15 @@ pub enum EngineError {
         /// How long was waited.
         seconds: u64,
     },
+    /// A lost session was not replaced.
+    #[error("The connection was lost, and not made again within {seconds} s")]
+    ContactLost {
+        /// How long was waited.
+        seconds: u64,
+        /// What was noticed last.
+        #[source]
+        source: Box<Self>,
+    },
     /// A message that contradicts what is known.
     #[error("The peer says {0}")]
     Contradiction(String),
@@ -321,6 +330,7 @@ impl Classify for EngineError {
             Self::OutOfTurn(_)
             | Self::Pump(_)
             | Self::TooSlow { .. }
+            | Self::ContactLost { .. }
             | Self::RunState { .. }
             | Self::RamChanged
             | Self::Mismatch { .. }
@@ -377,7 +387,7 @@ impl EngineError {
         matches!(
             self,
             Self::Transport(error) if !matches!(error, TransportError::Rejected { .. })
-        )
+        ) || matches!(self, Self::ContactLost { .. })
     }
 
     /// Whether another attempt at the same may succeed without a change.
