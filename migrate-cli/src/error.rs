@@ -159,6 +159,12 @@ pub enum EngineError {
         /// How long was waited.
         seconds: u64,
     },
+    /// There is nobody to replace a lost session with.
+    #[error("Nobody listens at {addr} any more; what was known there of the guest is gone")]
+    PeerGone {
+        /// Where.
+        addr: SocketAddr,
+    },
     /// A lost session was not replaced.
     #[error("The connection was lost, and not made again within {seconds} s")]
     ContactLost {
@@ -331,6 +337,7 @@ impl Classify for EngineError {
             | Self::Pump(_)
             | Self::TooSlow { .. }
             | Self::ContactLost { .. }
+            | Self::PeerGone { .. }
             | Self::RunState { .. }
             | Self::RamChanged
             | Self::Mismatch { .. }
@@ -387,7 +394,7 @@ impl EngineError {
         matches!(
             self,
             Self::Transport(error) if !matches!(error, TransportError::Rejected { .. })
-        ) || matches!(self, Self::ContactLost { .. })
+        ) || matches!(self, Self::ContactLost { .. } | Self::PeerGone { .. })
     }
 
     /// Whether another attempt at the same may succeed without a change.

@@ -114,7 +114,6 @@ fn begin(
             addr: onward.addr,
             identity: Arc::clone(&onward.identity),
             options: onward.options.clone(),
-            command: THERE,
             migration: session.migration,
             within: onward.reconnect,
         };

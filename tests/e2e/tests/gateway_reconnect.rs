@@ -64,8 +64,8 @@ impl Site {
         engine.stderr().matches(what).count()
     }
 
-    /// Cuts the link until both gateways have noticed, and so long after it; waits until they have found each other for
-    /// each of so many connections.
+    /// Cuts the link until both gateways have noticed for each of so many connections of the QEMUs, and so long after it;
+    /// waits until all of these go on.
     fn cut(&self, connections: usize, pause: Duration) -> Result<()> {
         let ends = [&self.gateways.source, &self.gateways.destination];
         let before = ends.map(|end| [LOST, AGAIN].map(|what| Self::said(end, what)));
@@ -87,7 +87,7 @@ impl Site {
         Ok(())
     }
 
-    /// The report of the next connection of a QEMU's that ended.
+    /// What was reported of so many connections of QEMUs that ended.
     fn reports(&self, count: usize) -> Result<Vec<Value>> {
         let lines = wait::until("the reports", PATIENCE, || {
             let text = self.gateways.source.stdout();
@@ -205,6 +205,7 @@ fn in_post_copy(kind: QemuKind, capabilities: &[&str]) -> Result<()> {
         vm.qmp().execute("migrate-start-postcopy", json!({}))?;
         site.gateways.until(&mut next, &["postcopy-active"])?;
         site.gateways.until(&mut vm, &["postcopy-active"])?;
+        // `postcopy-preempt` brings one more.
         let connections = capabilities.len();
         for cut in 0..2 {
             site.cut(connections, Duration::from_millis(1500 * cut))?;
@@ -258,6 +259,7 @@ fn too_long(kind: QemuKind) -> Result<()> {
         ensure!(took > Duration::from_secs(3), "Over after {took:.1?}");
         println!("over after {took:.1?}: {error}");
         drop(next);
+        vm.qmp().clear_events();
         let next = site.begin(&mut vm, &[])?;
         finish(&mut vm)?;
         site.moved(vm, next)
@@ -287,7 +289,7 @@ fn a_gateway_that_is_killed_is_not_waited_for() -> Result<()> {
         site.stays(&mut vm, Duration::from_secs(15))?;
         let report = site.reports(1)?.remove(0);
         let error = report["error"].as_str().unwrap_or_default();
-        ensure!(error.contains("Nobody answers"), "{report}");
+        ensure!(error.contains("Nobody listens"), "{report}");
         println!("over after {:.1?}: {error}", began.elapsed());
         Ok(())
     })

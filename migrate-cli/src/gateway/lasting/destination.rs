@@ -109,6 +109,19 @@ impl Arriving {
         self.shared.tally.wire_bytes()
     }
 
+    /// Breaks the session off.
+    #[cfg(test)]
+    pub(super) fn cutter(&self) -> impl Fn() + Send + 'static {
+        let shared = Arc::clone(&self.shared);
+        move || shared.tally.cut()
+    }
+
+    /// What comes on the lanes, instead of [`Self::begin_pages`].
+    #[cfg(test)]
+    pub(super) fn batches(&mut self) -> Vec<mpsc::Receiver<Batch>> {
+        std::mem::take(&mut self.batches)
+    }
+
     /// Ends it: waits until the other end has heard everything and goes, or says why not.
     pub async fn close(&self, error: Option<&EngineError>) {
         if let Some(error) = error {

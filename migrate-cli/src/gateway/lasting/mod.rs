@@ -75,3 +75,6 @@ fn wire_bytes(closer: &Closer) -> u64 {
     let wire = closer.wire_bytes();
     wire.sent.saturating_add(wire.received)
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,7 +75,7 @@ impl<T: Clone> Outgoing<T> {
     pub async fn next(&self) -> T {
         loop {
             let work = self.work.notified();
-            if let Some(item) = self.lock().kept.next() {
+            if let Some(item) = self.lock().kept.send_next() {
                 self.room.notify_waiters();
                 return item;
             }

@@ -68,7 +68,7 @@ impl<T: Clone> Retained<T> {
     }
 
     /// The next item to be sent in this session, which counts as sent from now on.
-    pub fn next(&mut self) -> Option<T> {
+    pub fn send_next(&mut self) -> Option<T> {
         let (item, _) = self.items.get(self.sent)?;
         self.sent += 1;
         self.last_sent = self.last_sent.max(self.confirmed + self.sent as u64);
@@ -169,7 +169,7 @@ mod tests {
                         pushed += 1;
                         kept.push(pushed, pushed % 7);
                     }
-                    Step::Send => under_way.extend(kept.next()),
+                    Step::Send => under_way.extend(kept.send_next()),
                     Step::Arrive => arrived.extend(under_way.pop_front()),
                     Step::Take => taken = (taken + 1).min(arrived.len() as u64),
                     Step::Confirm => {
@@ -187,7 +187,7 @@ mod tests {
                 prop_assert_eq!(kept.unsent(), pushed as usize - ahead);
                 prop_assert_eq!(kept.is_empty(), confirmed == pushed);
             }
-            while let Some(item) = under_way.pop_front().or_else(|| kept.next()) {
+            while let Some(item) = under_way.pop_front().or_else(|| kept.send_next()) {
                 arrived.push(item);
             }
             prop_assert_eq!(arrived, (1..=pushed).collect::<Vec<_>>());
@@ -198,13 +198,13 @@ mod tests {
         fn counts_are_checked(sent in 0u64..9, taken in 0u64..9, came in 0u64..12, again in 0u64..9) {
             let mut kept = Retained::default();
             (0..10).for_each(|item| kept.push(item, 1));
-            (0..sent).for_each(|_| assert!(kept.next().is_some()));
+            (0..sent).for_each(|_| assert!(kept.send_next().is_some()));
             prop_assert_eq!(kept.confirm(taken).is_ok(), taken <= sent);
             let before = if taken <= sent { taken } else { 0 };
             prop_assert_eq!(kept.bytes(), 10 - before);
             prop_assert_eq!(kept.resume(came).is_ok(), (before..=sent).contains(&came));
             if (before..=sent).contains(&came) {
-                (0..again).for_each(|_| { kept.next(); });
+                (0..again).for_each(|_| { kept.send_next(); });
                 let now = (came + again).min(10);
                 let beyond = CountError::Beyond { counted: now + 1, sent: now };
                 prop_assert_eq!(kept.confirm(now + 1), Err(beyond));

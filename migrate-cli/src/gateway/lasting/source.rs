@@ -1,5 +1,6 @@
 //! The end that connects: carries a stream's sessions one after the other.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +12,8 @@ use transport::messages::{
     FEATURE_STREAM_RESUME, Intent, Message, MigrationId, Progress, StreamResume, StreamResumed,
 };
 use transport::{
-    Batch, Identity, LaneSender, Offer, Options, SourceSession, TransportError, close_code,
+    Batch, Identity, LaneKind, LaneSender, Offer, Options, SourceSession, TransportError,
+    close_code,
 };
 
 use super::carry::Control;
@@ -46,8 +48,6 @@ pub struct Again {
     pub identity: Arc<Identity>,
     /// Options of the first session.
     pub options: Options,
-    /// Which program waits there.
-    pub command: &'static str,
     /// The migration.
     pub migration: MigrationId,
     /// How long it is tried.
@@ -65,8 +65,6 @@ struct Shared {
 #[derive(Debug)]
 pub struct Leaving {
     shared: Arc<Shared>,
-    /// How long it may be without a session.
-    within: Duration,
 }
 
 impl Leaving {
@@ -87,12 +85,12 @@ impl Leaving {
             lanes: lanes.collect(),
             tally: Tally::new(session.control_sender.clone(), session.closer.clone()),
         });
-        let (within, pace) = (again.within, Pace::new(gate, clock));
+        let pace = Pace::new(gate, clock);
         let lane_tasks = LaneTasks::lasting(&shared.lanes);
         let again = again.like(&session);
         let task = tokio::spawn(carry(Arc::clone(&shared), session, again, pace.clone()));
         let link = Link::lasting(control, inbox, pace, task);
-        (Self { shared, within }, link, lane_tasks)
+        (Self { shared }, link, lane_tasks)
     }
 
     /// How often a session took another's place.
@@ -105,16 +103,31 @@ impl Leaving {
         self.shared.tally.wire_bytes()
     }
 
+    /// Breaks the session off.
+    #[cfg(test)]
+    pub(super) fn cutter(&self) -> impl Fn() + Send + 'static {
+        let shared = Arc::clone(&self.shared);
+        move || shared.tally.cut()
+    }
+
     /// Ends it: the other end has taken everything, or is told why not. To be called as long as there is the link.
     pub async fn close(&self, error: Option<&EngineError>) {
         if let Some(error) = error {
             return self.shared.tally.abort(error).await;
         }
         let Shared { control, tally, .. } = &*self.shared;
-        let heard = tokio::time::timeout(TOLD_WITHIN, control.is_heard()).await;
-        // Both QEMUs are done. Who is looked for is to know; who is there and silent will hear.
-        if heard.is_err() && tally.is_away() {
-            let _given_up = tokio::time::timeout(self.within, control.is_heard()).await;
+        let heard = || tokio::time::timeout(TOLD_WITHIN, control.is_heard());
+        // Both QEMUs are done. Who is there and silent will hear; who was lost in the last moment is looked for.
+        let _silent = heard().await;
+        if tally.is_away() {
+            let again = async {
+                tally.there().await;
+                let _silent = heard().await;
+            };
+            tokio::select! {
+                () = again => {}
+                () = control.ended() => {}
+            }
         }
         tally.close().await;
     }
@@ -225,7 +238,7 @@ impl Again {
             ..self.options
         };
         if !has_tcp {
-            self.options.lane_kind = transport::LaneKind::Quic;
+            self.options.lane_kind = LaneKind::Quic;
         }
         self
     }
@@ -282,13 +295,12 @@ impl Again {
         loop {
             tokio::time::sleep(ASK_AFTER).await;
             // Where it was not used, TCP may be refused for other reasons.
-            if self.options.lane_kind == transport::LaneKind::Quic {
+            if self.options.lane_kind == LaneKind::Quic {
                 continue;
             }
-            let Err(source) = TcpStream::connect(self.addr).await else { continue };
-            if source.kind() == std::io::ErrorKind::ConnectionRefused {
-                let source = Box::new(TransportError::LaneConnect { peer: self.addr, source });
-                return EngineError::Unreachable { addr: self.addr, command: self.command, source };
+            let connected = TcpStream::connect(self.addr).await;
+            if connected.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused) {
+                return EngineError::PeerGone { addr: self.addr };
             }
         }
     }
@@ -328,7 +340,7 @@ impl Again {
 fn is_final(error: &EngineError) -> bool {
     match error {
         error if error.is_busy() => false,
-        EngineError::Unreachable { .. } | EngineError::PeerAborted { .. } => true,
+        EngineError::PeerGone { .. } | EngineError::PeerAborted { .. } => true,
         error => error.bin() != ErrorBin::System,
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use transport::messages::{self, Abort, Message};
 use transport::{Closer, ControlSender, close_code};
 
@@ -13,6 +14,8 @@ use crate::error::EngineError;
 #[derive(Debug)]
 pub(super) struct Tally {
     current: Mutex<Option<(ControlSender, Closer)>>,
+    /// Whether there is one.
+    is_there: watch::Sender<bool>,
     /// Payload bytes of those before.
     before_bytes: AtomicU64,
     reconnects: AtomicU64,
@@ -23,6 +26,7 @@ impl Tally {
     pub(super) fn new(sender: ControlSender, closer: Closer) -> Self {
         Self {
             current: Mutex::new(Some((sender, closer))),
+            is_there: watch::channel(true).0,
             before_bytes: AtomicU64::new(0),
             reconnects: AtomicU64::new(0),
         }
@@ -31,6 +35,7 @@ impl Tally {
     /// The session is lost. Streams of it that are dropped after this do not look as if they had ended.
     pub(super) fn lose(&self) {
         let Some((_, closer)) = self.current.lock().take() else { return };
+        self.is_there.send_replace(false);
         closer.close_now(close_code::REPLACED, REPLACED);
         self.before_bytes.fetch_add(wire_bytes(&closer), Ordering::Relaxed);
     }
@@ -38,12 +43,27 @@ impl Tally {
     /// Another one takes its place.
     pub(super) fn replace(&self, sender: ControlSender, closer: Closer) {
         *self.current.lock() = Some((sender, closer));
+        self.is_there.send_replace(true);
         self.reconnects.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Breaks the session off, as either end may.
+    #[cfg(test)]
+    pub(super) fn cut(&self) {
+        if let Some((_, closer)) = &*self.current.lock() {
+            closer.close_now(close_code::REPLACED, "a test");
+        }
     }
 
     /// Whether there is none at the moment.
     pub(super) fn is_away(&self) -> bool {
-        self.current.lock().is_none()
+        !*self.is_there.borrow()
+    }
+
+    /// Waits until there is one.
+    pub(super) async fn there(&self) {
+        let mut is_there = self.is_there.subscribe();
+        let _cannot_fail = is_there.wait_for(|is_there| *is_there).await;
     }
 
     /// How often one took another's place.
