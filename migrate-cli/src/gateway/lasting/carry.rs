@@ -127,9 +127,9 @@ impl Control {
 
     /// It is over, for this reason, which comes behind what came.
     pub fn end(&self, why: EngineError) {
+        self.outgoing.close();
         let _nobody_asks = self.inbox.send(Err(why));
         self.over.send_replace(true);
-        self.outgoing.close();
     }
 
     /// Returns when it is over.
