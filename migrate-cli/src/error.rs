@@ -159,6 +159,21 @@ pub enum EngineError {
         /// How long was waited.
         seconds: u64,
     },
+    /// There is nobody to replace a lost session with.
+    #[error("Nobody listens at {addr} any more; what was known there of the guest is gone")]
+    PeerGone {
+        /// Where.
+        addr: SocketAddr,
+    },
+    /// A lost session was not replaced.
+    #[error("The connection was lost, and not made again within {seconds} s")]
+    ContactLost {
+        /// How long was waited.
+        seconds: u64,
+        /// What was noticed last.
+        #[source]
+        source: Box<Self>,
+    },
     /// A message that contradicts what is known.
     #[error("The peer says {0}")]
     Contradiction(String),
@@ -328,6 +343,8 @@ impl Classify for EngineError {
             Self::OutOfTurn(_)
             | Self::Pump(_)
             | Self::TooSlow { .. }
+            | Self::ContactLost { .. }
+            | Self::PeerGone { .. }
             | Self::RunState { .. }
             | Self::RamChanged
             | Self::Mismatch { .. }
@@ -384,7 +401,7 @@ impl EngineError {
         matches!(
             self,
             Self::Transport(error) if !matches!(error, TransportError::Rejected { .. })
-        )
+        ) || matches!(self, Self::ContactLost { .. } | Self::PeerGone { .. })
     }
 
     /// Whether another attempt at the same may succeed without a change.

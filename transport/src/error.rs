@@ -31,6 +31,8 @@ pub mod close_code {
     pub const LANE_REFUSED: u32 = 7;
     /// Something failed at the closing end.
     pub const INTERNAL: u32 = 8;
+    /// What the session is about goes on in another one.
+    pub const REPLACED: u32 = 9;
 }
 
 /// What is wrong with bytes from a peer, or with a message or batch that was to be sent.

@@ -20,7 +20,7 @@ pub use self::split::{RemoteEnd, STORES_MAX, Split, Store, Then};
 use self::stream::{STREAM_BLOCKS_BODY_BYTES, STREAM_CHUNK_BODY_BYTES};
 pub use self::stream::{
     STREAM_CHUNK_BYTES_MAX, StreamBack, StreamBlocks, StreamBytes, StreamEnd, StreamGuest,
-    StreamOpen, StreamOpened, StreamPostcopy,
+    StreamHeard, StreamOpen, StreamOpened, StreamPostcopy, StreamResume, StreamResumed,
 };
 use crate::error::WireError;
 
@@ -74,6 +74,9 @@ pub const FEATURE_SPLIT: u64 = 1;
 /// Feature bit of the engine: guests come as their QEMU's stream.
 pub const FEATURE_STREAM: u64 = 2;
 
+/// Feature bit of the engine: a stream whose session is lost goes on in another one.
+pub const FEATURE_STREAM_RESUME: u64 = 4;
+
 /// Feature bit: lanes are TCP connections. At most one of the two bits of lanes is offered.
 pub const FEATURE_LANES_TCP: u64 = 1 << 8;
 
@@ -125,7 +128,8 @@ pub enum Intent {
     Migrate,
     /// To ask how an earlier migration ended; no lanes, only [`Ask`] and [`Verdict`].
     Ask,
-    /// To go on with the missing pages of a guest that runs at the server already (post-copy).
+    /// To go on with the missing pages of a guest that runs at the server already (post-copy), or with a stream whose
+    /// session was lost.
     Resume,
 }
 
@@ -609,6 +613,12 @@ messages! {
     Ask = 64, SMALL_BYTES;
     /// Server: so it did.
     Verdict = 65, TEXT_BODY_BYTES;
+    /// Either: so much of the stream was taken.
+    StreamHeard = 66, SMALL_BYTES;
+    /// Source: a stream goes on.
+    StreamResume = 67, SMALL_BYTES;
+    /// Destination: from here on.
+    StreamResumed = 68, LANES_BODY_BYTES;
 }
 
 /// Makes any text fit for a message: control characters become spaces, and what exceeds

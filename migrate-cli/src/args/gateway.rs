@@ -26,6 +26,10 @@ pub struct GatewayArgs {
     /// Seconds of silence after which the other gateway counts as dead.
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=300))]
     pub dead_peer_s: u64,
+    /// Seconds for which a lost connection to the other gateway is made again, or waited for, while QEMU waits; 0 for
+    /// not at all. Then QEMU sees its connection end.
+    #[arg(long, value_name = "S", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub reconnect_s: u64,
     /// Address and port for metrics: HTTP, GET /metrics, in Prometheus' text format. Whoever
     /// reaches it can read them.
     #[arg(long, value_name = "ADDR")]

@@ -6,10 +6,12 @@ use std::time::Duration;
 
 use migrate_core::error::{Classify, ErrorBin};
 use migrate_core::page_table::DestinationPages;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use transport::messages::{Message, Progress};
-use transport::{Closer, ControlSender, LaneReceiver, TransportError, UrgentReceiver, close_code};
+use transport::{
+    Batch, Closer, ControlSender, LaneReceiver, TransportError, UrgentReceiver, close_code,
+};
 
 use super::apply::{Applier, LaneInlet};
 use super::sink::PageSink;
@@ -70,6 +72,26 @@ impl Intake {
             }
         }
         Self { applier, tasks, last: given_away }
+    }
+
+    /// Takes batches that somebody else reads off the lanes, and tells how far it is.
+    pub fn begin(
+        sink: Arc<dyn PageSink>,
+        pages: Arc<DestinationPages>,
+        lanes: Vec<mpsc::Receiver<Batch>>,
+    ) -> Self {
+        let (applier, inlets) = Applier::start(sink, pages, lanes.len(), worker_threads());
+        let tasks = lanes.into_iter().zip(inlets).map(|(mut batches, inlet)| {
+            tokio::spawn(async move {
+                while let Some(batch) = batches.recv().await {
+                    if !inlet.push(batch).await {
+                        return;
+                    }
+                }
+            })
+        });
+        let tasks = tasks.collect();
+        Self { applier: Arc::new(applier), tasks, last: None }
     }
 
     /// The lane on which the source is asked, if the session has one; to be called once.
@@ -159,7 +181,8 @@ async fn drain(
     pending::<()>().await;
 }
 
-async fn tell_progress(control: ControlSender, applier: Arc<Applier>) {
+/// Tells the source what was applied, again and again while the session lasts.
+pub async fn tell_progress(control: ControlSender, applier: Arc<Applier>) {
     let mut told = 0;
     loop {
         let every = if applier.is_awaited() { PROGRESS_EVERY_AWAITED } else { PROGRESS_EVERY };

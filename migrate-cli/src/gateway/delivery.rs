@@ -13,8 +13,8 @@ use tokio::sync::mpsc;
 use transport::messages::{
     Message, STREAM_CHUNK_BYTES_MAX, StreamBack, StreamBlocks, StreamEnd, Sync, Synced,
 };
-use transport::{Closer, ControlReceiver, ControlSender, LaneReceiver};
 
+use super::ends::Ends;
 use super::sink::{QemuOut, StreamSink};
 use super::socket::{self, QemuSocket};
 use crate::blocking::on_thread;
@@ -32,11 +32,6 @@ pub struct Delivery {
     /// The QEMU.
     socket: QemuSocket,
     out: Arc<QemuOut>,
-    /// Until pages may come.
-    lanes: Vec<LaneReceiver>,
-    lane_count: usize,
-    sender: ControlSender,
-    closer: Closer,
     intake: Option<Intake>,
     /// Where pages go, once they may come.
     sink: Option<Arc<StreamSink>>,
@@ -60,20 +55,11 @@ impl Delivery {
     ///
     /// # Errors
     /// If there are no descriptors left.
-    pub fn new(
-        lanes: Vec<LaneReceiver>,
-        sender: ControlSender,
-        closer: Closer,
-        socket: QemuSocket,
-    ) -> Result<Self, EngineError> {
+    pub fn new(socket: QemuSocket) -> Result<Self, EngineError> {
         let out = socket.another().map_err(EngineError::QemuSocket)?;
         Ok(Self {
             socket,
             out: Arc::new(QemuOut::new(out)),
-            lane_count: lanes.len(),
-            lanes,
-            sender,
-            closer,
             intake: None,
             sink: None,
             pages: Arc::new(DestinationPages::new(0)),
@@ -87,8 +73,8 @@ impl Delivery {
     ///
     /// # Errors
     /// Why the stream did not come to its end.
-    pub async fn pass(&mut self, control: &mut ControlReceiver) -> Result<(), EngineError> {
-        let passed = self.take(control).await;
+    pub async fn pass(&mut self, mut ends: Ends<'_>) -> Result<(), EngineError> {
+        let passed = self.take(&mut ends).await;
         if let Some(intake) = &mut self.intake {
             if passed.is_err() {
                 // Whoever writes to it is woken.
@@ -104,12 +90,12 @@ impl Delivery {
         self.pages.digest()
     }
 
-    async fn take(&mut self, control: &mut ControlReceiver) -> Result<(), EngineError> {
+    async fn take(&mut self, ends: &mut Ends<'_>) -> Result<(), EngineError> {
         let (backs, mut inbox) = mpsc::channel(BACKS);
         let reading = self.socket.another().map_err(EngineError::QemuSocket)?;
         let _ends_with_the_socket =
             tokio::task::spawn_blocking(move || read_back(&reading, &backs));
-        let closer = self.closer.clone();
+        let over = ends.over();
         while !(self.is_sent && self.is_answered) {
             let applier = self.intake.as_ref().map(|intake| Arc::clone(intake.applier()));
             let failed = async {
@@ -119,49 +105,53 @@ impl Delivery {
                 }
             };
             // What is waited for does not come any more once the session is over.
-            let over = tokio::select! {
-                stepped = self.step(control, &mut inbox) => {
+            let why = tokio::select! {
+                stepped = self.step(ends, &mut inbox) => {
                     stepped?;
                     continue;
                 }
                 error = failed => return Err(error.into()),
-                lost = closer.closed() => EngineError::from(lost),
+                why = over.wait() => why,
             };
-            self.hear_rest(control).await?;
+            let last = self.hear_rest(ends).await?;
             if !(self.is_sent && self.is_answered) {
-                return Err(over);
+                return Err(why.or(last).unwrap_or(EngineError::Cancelled));
             }
         }
         Ok(())
     }
 
-    /// Hears what the source said before the session ended: that the stream is over, or why it gave up.
-    async fn hear_rest(&mut self, control: &mut ControlReceiver) -> Result<(), EngineError> {
+    /// Hears what the source said before the session ended: that the stream is over, or why it gave up. What ends what
+    /// is heard.
+    async fn hear_rest(&mut self, ends: &mut Ends<'_>) -> Result<Option<EngineError>, EngineError> {
         let heard = async {
-            while let Ok(message) = control.recv().await {
-                if matches!(message, Message::StreamEnd(_) | Message::Abort(_)) {
-                    self.hear(message).await?;
+            loop {
+                match ends.recv().await {
+                    Ok(message @ (Message::StreamEnd(_) | Message::Abort(_))) => {
+                        self.hear(message, ends).await?;
+                    }
+                    Ok(_) => {}
+                    Err(error) => return Ok(Some(error)),
                 }
             }
-            Ok(())
         };
-        tokio::time::timeout(LAST_WORD_WITHIN, heard).await.unwrap_or(Ok(()))
+        tokio::time::timeout(LAST_WORD_WITHIN, heard).await.unwrap_or(Ok(None))
     }
 
     async fn step(
         &mut self,
-        control: &mut ControlReceiver,
+        ends: &mut Ends<'_>,
         inbox: &mut mpsc::Receiver<io::Result<Vec<u8>>>,
     ) -> Result<(), EngineError> {
         tokio::select! {
-            message = control.recv(), if !self.is_sent => self.hear(message?).await,
+            message = ends.recv(), if !self.is_sent => self.hear(message?, ends).await,
             back = inbox.recv(), if !self.is_answered => {
-                self.answer(back.transpose().map_err(EngineError::QemuSocket)?).await
+                self.answer(back.transpose().map_err(EngineError::QemuSocket)?, ends).await
             }
         }
     }
 
-    async fn hear(&mut self, message: Message) -> Result<(), EngineError> {
+    async fn hear(&mut self, message: Message, ends: &mut Ends<'_>) -> Result<(), EngineError> {
         match message {
             Message::StreamBytes(part) => {
                 if !std::mem::replace(&mut self.has_begun, true) {
@@ -172,8 +162,8 @@ impl Delivery {
                 let written = on_thread(move || out.write(&part.bytes)).await?;
                 written.map_err(EngineError::QemuSocket)
             }
-            Message::StreamBlocks(blocks) => self.begin_pages(blocks),
-            Message::Sync(sync) => self.sync(sync).await,
+            Message::StreamBlocks(blocks) => self.begin_pages(blocks, ends),
+            Message::Sync(sync) => self.sync(sync, ends).await,
             Message::StreamPostcopy(_) => self.begin_postcopy(),
             Message::StreamEnd(_) => {
                 self.is_sent = true;
@@ -187,7 +177,7 @@ impl Delivery {
         }
     }
 
-    fn begin_pages(&mut self, told: StreamBlocks) -> Result<(), EngineError> {
+    fn begin_pages(&mut self, told: StreamBlocks, ends: &mut Ends<'_>) -> Result<(), EngineError> {
         if self.intake.is_some() {
             return Err(EngineError::OutOfPlace { got: "StreamBlocks", wanted: "StreamBytes" });
         }
@@ -204,9 +194,7 @@ impl Delivery {
         let sink = StreamSink::new(layout, list, told.section, Arc::clone(&self.out));
         let sink = Arc::new(sink);
         self.sink = Some(Arc::clone(&sink));
-        let (pages, lanes) = (Arc::clone(&self.pages), std::mem::take(&mut self.lanes));
-        let sender = self.sender.clone();
-        self.intake = Some(Intake::start(sink, pages, lanes, sender, &self.closer));
+        self.intake = Some(ends.begin_pages(sink, Arc::clone(&self.pages)));
         Ok(())
     }
 
@@ -220,8 +208,8 @@ impl Delivery {
         Ok(())
     }
 
-    async fn sync(&self, sync: Sync) -> Result<(), EngineError> {
-        if sync.batches.len() != self.lane_count {
+    async fn sync(&self, sync: Sync, ends: &Ends<'_>) -> Result<(), EngineError> {
+        if sync.batches.len() != ends.lane_count() {
             let what = format!("how far {} lanes are", sync.batches.len());
             return Err(EngineError::Contradiction(what));
         }
@@ -232,11 +220,11 @@ impl Delivery {
             None => return Err(EngineError::OutOfPlace { got: "Sync", wanted: "StreamBlocks" }),
         }
         let (sequence, version_digest) = (sync.sequence, self.pages.digest());
-        Ok(self.sender.send(&Message::Synced(Synced { sequence, version_digest })).await?)
+        ends.send(Message::Synced(Synced { sequence, version_digest })).await
     }
 
     /// Passes on what the QEMU here said, or that it says nothing more.
-    async fn answer(&mut self, back: Option<Vec<u8>>) -> Result<(), EngineError> {
+    async fn answer(&mut self, back: Option<Vec<u8>>, ends: &Ends<'_>) -> Result<(), EngineError> {
         let message = match back {
             Some(bytes) => Message::StreamBack(StreamBack { bytes }),
             None => {
@@ -244,7 +232,7 @@ impl Delivery {
                 Message::StreamEnd(StreamEnd {})
             }
         };
-        Ok(self.sender.send(&message).await?)
+        ends.send(message).await
     }
 }
 

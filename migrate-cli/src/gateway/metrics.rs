@@ -26,6 +26,7 @@ struct Counts {
     failed: u64,
     stream_bytes: u64,
     wire_bytes: u64,
+    reconnects: u64,
 }
 
 /// What passes through a gateway, all guests together.
@@ -78,6 +79,10 @@ impl Passing {
             family.get_or_create(&[("side", side)]).inc_by(bytes);
             registered.register(name, help, family);
         }
+        let reconnects = Family::<[(&'static str, &'static str); 1], Counter>::default();
+        reconnects.get_or_create(&[("side", side)]).inc_by(counts.reconnects);
+        let help = "Sessions that took the place of a lost one, of guests that ended";
+        registered.register("reconnects", help, reconnects);
         drop(counts);
         http::page(&registry)
     }
@@ -87,12 +92,16 @@ impl UnderWay {
     /// It ended as this says.
     pub(super) fn end(self, report: &GatewayReport) {
         self.counts.lock().stream_bytes += report.stream_bytes;
-        self.end_with(report.wire_bytes, report.outcome == ReportOutcome::Completed);
+        let has_completed = report.outcome == ReportOutcome::Completed;
+        self.end_with(report.wire_bytes, report.reconnects, has_completed);
     }
 
-    /// It ended after so many bytes between the gateways.
-    pub(super) fn end_with(mut self, wire_bytes: u64, has_completed: bool) {
-        self.counts.lock().wire_bytes += wire_bytes;
+    /// It ended after so many bytes between the gateways, whose session was replaced so often.
+    pub(super) fn end_with(mut self, wire_bytes: u64, reconnects: u64, has_completed: bool) {
+        let mut counts = self.counts.lock();
+        counts.wire_bytes += wire_bytes;
+        counts.reconnects += reconnects;
+        drop(counts);
         self.has_completed = has_completed;
     }
 }

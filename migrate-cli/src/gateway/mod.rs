@@ -25,7 +25,9 @@ pub mod channels;
 pub mod delivery;
 pub mod destination;
 pub mod encode;
+pub mod ends;
 pub mod intake;
+pub mod lasting;
 pub mod listen;
 mod metrics;
 pub mod passage;
@@ -42,11 +44,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use transport::messages::{FEATURE_STREAM, Intent};
+use transport::messages::{FEATURE_STREAM, FEATURE_STREAM_RESUME, Intent};
 use transport::{DestinationSession, Identity, Listener, Options, TransportError, close_code};
 
 use self::addr::QemuAddr;
 use self::channels::{Arrival, Channels};
+use self::destination::{Lasting, Received};
+use self::lasting::Awaited;
 use self::listen::{Connected, QemuListener};
 use self::metrics::{Passing, Side};
 use self::passage::Packing;
@@ -86,6 +90,7 @@ pub async fn source(args: &GatewaySourceArgs) -> Result<(), EngineError> {
             delta_bytes_max: args.delta_cache,
             unused: None,
         },
+        reconnect: Duration::from_secs(args.common.reconnect_s),
     };
     let passing = Passing::new(Side::Source);
     tell_metrics(&args.common, &passing).await?;
@@ -152,21 +157,29 @@ pub async fn destination(args: &GatewayDestinationArgs) -> Result<(), EngineErro
     let mut listener = Listener::bind(args.listen, &identity, &options)?;
     // Scripts wait for this line.
     tell!("listening on {}", listener.local_addr());
-    let mut guests = JoinSet::new();
+    let within = Duration::from_secs(args.common.reconnect_s);
+    let lasting = Lasting { awaited: Awaited::default(), within };
+    let (mut guests, mut resuming) = (JoinSet::new(), JoinSet::new());
     let mut requests = cancel::Requests::watch();
     loop {
         let session = tokio::select! {
             session = listener.accept() => session,
             Some(_) = guests.join_next() => continue,
+            Some(()) = async { resuming.join_next().await.map(drop) } => continue,
             () = requests.next() => break,
         };
         match session {
+            Ok(session) if session.intent == Intent::Resume => {
+                let awaited = lasting.awaited.clone();
+                resuming.spawn(async move { awaited.hand_over(session).await });
+            }
             Ok(session) if guests.len() >= usize::from(args.common.guests_max) => {
                 tell!("from {}: {TOO_MANY}", session.peer.name);
                 session.close(close_code::REJECTED, TOO_MANY).await;
             }
             Ok(session) if session.intent == Intent::Migrate => {
-                guests.spawn(take_in(session, args.qemu.clone(), passing.clone()));
+                let (qemu, passing) = (args.qemu.clone(), passing.clone());
+                guests.spawn(take_in(session, qemu, lasting.clone(), passing));
             }
             Ok(session) => session.close(close_code::REJECTED, "this is a gateway").await,
             Err(error @ TransportError::ListenerEnded) => {
@@ -176,15 +189,27 @@ pub async fn destination(args: &GatewayDestinationArgs) -> Result<(), EngineErro
             Err(error) => tell!("refused: {}", EngineError::from(error).tell()),
         }
     }
-    wind_up(guests, requests).await
+    // Guests that are under way may lose their sessions yet.
+    let take_up = async {
+        while let Ok(session) = listener.accept().await {
+            match session.intent {
+                Intent::Resume => lasting.awaited.hand_over(session).await,
+                _ => session.close(close_code::REJECTED, "this gateway is about to end").await,
+            }
+        }
+    };
+    tokio::select! {
+        ended = wind_up(guests, requests) => ended,
+        () = take_up => Err(TransportError::ListenerEnded.into()),
+    }
 }
 
-async fn take_in(session: DestinationSession, qemu: QemuAddr, passing: Passing) {
-    let (from, closer) = (session.peer.name.clone(), session.closer.clone());
+async fn take_in(session: DestinationSession, qemu: QemuAddr, lasting: Lasting, passing: Passing) {
+    let from = session.peer.name.clone();
     let under_way = passing.begin();
-    let taken = destination::receive(session, &qemu).await;
-    let wire = closer.stats().wire;
-    under_way.end_with(wire.sent + wire.received, taken.is_ok());
+    let Received { taken, wire_bytes, reconnects } =
+        destination::receive(session, &qemu, &lasting).await;
+    under_way.end_with(wire_bytes, reconnects, taken.is_ok());
     match taken {
         Ok(()) => tell!("a guest from {from} was handed to its QEMU"),
         Err(error) => tell!("a guest from {from} did not arrive: {}", error.tell()),
@@ -194,7 +219,10 @@ async fn take_in(session: DestinationSession, qemu: QemuAddr, passing: Passing) 
 fn options(args: &GatewayArgs) -> Options {
     Options {
         dead_peer: Duration::from_secs(args.dead_peer_s),
-        features: FEATURE_STREAM,
+        features: match args.reconnect_s {
+            0 => FEATURE_STREAM,
+            _ => FEATURE_STREAM | FEATURE_STREAM_RESUME,
+        },
         ..Options::default()
     }
 }

@@ -181,7 +181,13 @@ impl Passage {
             let (is_sent, is_answered) = (self.is_sent, self.is_answered);
             tokio::select! {
                 item = inbox.recv(), if !is_sent && self.held.is_none() => match item {
-                    Some(item) => self.send(link, item, &mut sequence).await?,
+                    Some(item) => match self.send(link, item, &mut sequence).await {
+                        // What is heard last says why nothing can be said.
+                        Err(error @ EngineError::Cancelled) => {
+                            return Err(link.why_over().await.unwrap_or(error));
+                        }
+                        sent => sent?,
+                    },
                     // The reading has ended, with an error of its own.
                     None => return Err(EngineError::Cancelled),
                 },

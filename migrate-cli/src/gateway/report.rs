@@ -41,6 +41,8 @@ pub struct GatewayReport {
     pub unchanged_pages: u64,
     /// Pages that went before others because the guest, which ran at the destination, waited for them.
     pub urgent_pages: u64,
+    /// How often the connection to the other gateway was lost and made again.
+    pub reconnects: u64,
 }
 
 impl GatewayReport {
@@ -60,11 +62,12 @@ impl GatewayReport {
             zero_pages: 0,
             unchanged_pages: 0,
             urgent_pages: 0,
+            reconnects: 0,
         }
     }
 
     /// Notes what travelled.
-    pub fn note(&mut self, taken: &Taken, wire_bytes: u64) {
+    pub fn note(&mut self, taken: &Taken, wire_bytes: u64, reconnects: u64) {
         self.ram_bytes = taken.ram_bytes;
         self.stream_bytes = taken.stream_bytes;
         self.wire_bytes = wire_bytes;
@@ -73,6 +76,7 @@ impl GatewayReport {
         self.zero_pages = taken.counts.zero;
         self.unchanged_pages = taken.counts.unchanged;
         self.urgent_pages = taken.urgent_pages;
+        self.reconnects = reconnects;
     }
 
     /// Notes how it ended.
@@ -91,8 +95,13 @@ impl GatewayReport {
             None => "passed on".to_owned(),
             Some(error) => format!("not passed on: {error}"),
         };
+        let reconnects = match self.reconnects {
+            0 => String::new(),
+            1 => ", connected again once".to_owned(),
+            times => format!(", connected again {times} times"),
+        };
         format!(
-            "{}: {end}; {:.2} s, {:.1} MiB of stream, {:.1} MiB over the wire",
+            "{}: {end}; {:.2} s, {:.1} MiB of stream, {:.1} MiB over the wire{reconnects}",
             self.name,
             self.total_ms / 1e3,
             mib(self.stream_bytes),

@@ -1,10 +1,13 @@
 //! The lanes' tasks: from the encoder threads to the network.
 
+use std::sync::Arc;
+
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use transport::{Batch, LaneSender};
 
 use super::outlet::{LANE_QUEUE, LaneQueue};
+use crate::gateway::lasting::{Outgoing, weight};
 
 /// One task a lane: from the encoder threads' queue to the network.
 #[derive(Debug)]
@@ -21,6 +24,19 @@ impl LaneTasks {
             .map(|lane| {
                 let (queue, inbox) = mpsc::channel(LANE_QUEUE);
                 (queue, tokio::spawn(feed(lane, inbox)))
+            })
+            .unzip();
+        Self { queues, tasks }
+    }
+
+    /// Starts a task for each lane of a stream that outlives its sessions.
+    pub fn lasting(lanes: &[Arc<Outgoing<Batch>>]) -> Self {
+        let (queues, tasks) = lanes
+            .iter()
+            .map(|lane| {
+                // As many as may wait wait there.
+                let (queue, inbox) = mpsc::channel(1);
+                (queue, tokio::spawn(keep(Arc::clone(lane), inbox)))
             })
             .unzip();
         Self { queues, tasks }
@@ -50,4 +66,13 @@ async fn feed(mut lane: LaneSender, mut inbox: mpsc::Receiver<Batch>) {
     }
     // The lane stays open until the session ends: closing it would look like the end of the pages.
     std::future::pending::<()>().await;
+}
+
+async fn keep(lane: Arc<Outgoing<Batch>>, mut inbox: mpsc::Receiver<Batch>) {
+    while let Some(batch) = inbox.recv().await {
+        let bytes = weight(&batch);
+        if lane.push(batch, bytes).await.is_err() {
+            return;
+        }
+    }
 }

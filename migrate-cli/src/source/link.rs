@@ -12,6 +12,7 @@ use transport::{ControlReceiver, ControlSender};
 
 use super::gate::Gate;
 use crate::error::EngineError;
+use crate::gateway::lasting::{Control, Inbox};
 
 /// Messages that may wait for the engine. It waits for one at a time.
 const INBOX: usize = 16;
@@ -29,11 +30,58 @@ struct Applied {
     goodput: Goodput,
 }
 
-/// The control stream of a migration.
+/// Takes note of how far the destination is.
+#[derive(Debug, Clone)]
+pub struct Pace {
+    applied: Arc<Mutex<Applied>>,
+    gate: Arc<Gate>,
+    clock: Instant,
+}
+
+impl Pace {
+    /// For what passes the gate; `clock` is the migration's origin of time.
+    pub fn new(gate: Arc<Gate>, clock: Instant) -> Self {
+        Self { applied: Arc::default(), gate, clock }
+    }
+
+    /// The destination has applied so many bytes in all.
+    ///
+    /// # Errors
+    /// [`EngineError::Contradiction`] if that cannot be.
+    pub fn note(&self, applied_bytes: u64) -> Result<(), EngineError> {
+        note(&self.applied, &self.gate, applied_bytes, self.clock.elapsed())
+    }
+
+    /// Another session has taken the place of one that was lost: what was measured across the gap tells nothing.
+    pub fn begin_again(&self) {
+        self.applied.lock().unwrap_or_else(PoisonError::into_inner).goodput = Goodput::default();
+    }
+
+    /// Nobody waits for the destination any more.
+    pub fn close(&self) {
+        self.gate.close();
+    }
+}
+
+/// Who says things.
+#[derive(Debug)]
+enum Voice {
+    Session(ControlSender),
+    Lasting(Arc<Control>),
+}
+
+/// What was heard.
+#[derive(Debug)]
+enum Ear {
+    Session(mpsc::Receiver<Result<Message, EngineError>>),
+    Lasting(Inbox),
+}
+
+/// The control stream of a migration: one session's, or one that outlives its sessions.
 #[derive(Debug)]
 pub struct Link {
-    sender: ControlSender,
-    inbox: mpsc::Receiver<Result<Message, EngineError>>,
+    voice: Voice,
+    inbox: Ear,
     applied: Arc<Mutex<Applied>>,
     over: watch::Receiver<bool>,
     requests: Option<mpsc::Receiver<PageIndex>>,
@@ -49,43 +97,47 @@ impl Link {
         clock: Instant,
     ) -> Self {
         let (queue, inbox) = mpsc::channel(INBOX);
-        let applied = Arc::new(Mutex::new(Applied::default()));
+        let pace = Pace::new(Arc::clone(&gate), clock);
+        let applied = Arc::clone(&pace.applied);
         let (ends, over) = watch::channel(false);
         let (wanted, requests) = mpsc::channel(REQUESTS);
-        let task = tokio::spawn({
-            let applied = Arc::clone(&applied);
-            async move {
-                loop {
-                    let message = match receiver.recv().await {
-                        Ok(Message::Progress(progress)) => {
-                            match note(&applied, &gate, progress.applied_bytes, clock.elapsed()) {
-                                Ok(()) => continue,
-                                Err(error) => Err(error),
-                            }
-                        }
-                        Ok(Message::Request(request)) => {
-                            // Nobody takes them where no pages are missing; then they mean nothing.
-                            let _unasked = wanted.send(PageIndex(request.page)).await;
-                            continue;
-                        }
-                        Ok(Message::Abort(abort)) => {
-                            Err(EngineError::PeerAborted { code: abort.code, text: abort.text })
-                        }
-                        Ok(message) => Ok(message),
-                        Err(error) => Err(error.into()),
-                    };
-                    let over = message.is_err();
-                    if over {
-                        gate.close();
-                        ends.send_replace(true);
+        let task = tokio::spawn(async move {
+            loop {
+                let message = match receiver.recv().await {
+                    Ok(Message::Progress(progress)) => match pace.note(progress.applied_bytes) {
+                        Ok(()) => continue,
+                        Err(error) => Err(error),
+                    },
+                    Ok(Message::Request(request)) => {
+                        // Nobody takes them where no pages are missing; then they mean nothing.
+                        let _unasked = wanted.send(PageIndex(request.page)).await;
+                        continue;
                     }
-                    if queue.send(message).await.is_err() || over {
-                        return;
+                    Ok(Message::Abort(abort)) => {
+                        Err(EngineError::PeerAborted { code: abort.code, text: abort.text })
                     }
+                    Ok(message) => Ok(message),
+                    Err(error) => Err(error.into()),
+                };
+                let over = message.is_err();
+                if over {
+                    gate.close();
+                    ends.send_replace(true);
+                }
+                if queue.send(message).await.is_err() || over {
+                    return;
                 }
             }
         });
-        Self { sender, inbox, applied, over, requests: Some(requests), task }
+        let (voice, inbox) = (Voice::Session(sender), Ear::Session(inbox));
+        Self { voice, inbox, applied, over, requests: Some(requests), task }
+    }
+
+    /// Over all sessions of a stream, which the task carries.
+    pub fn lasting(control: Arc<Control>, inbox: Inbox, pace: Pace, task: JoinHandle<()>) -> Self {
+        let over = control.over();
+        let (voice, inbox) = (Voice::Lasting(control), Ear::Lasting(inbox));
+        Self { voice, inbox, applied: pace.applied, over, requests: None, task }
     }
 
     /// The pages that the destination asks for; can be taken once.
@@ -98,7 +150,10 @@ impl Link {
     /// # Errors
     /// If the session is over.
     pub async fn send(&self, message: Message) -> Result<(), EngineError> {
-        Ok(self.sender.send(&message).await?)
+        match &self.voice {
+            Voice::Session(sender) => Ok(sender.send(&message).await?),
+            Voice::Lasting(control) => control.send(message).await,
+        }
     }
 
     /// Says nothing more and waits, at most `within`, until everything that was said is there.
@@ -106,7 +161,20 @@ impl Link {
     /// # Errors
     /// If the session is over, or that takes longer.
     pub async fn finish(&self, within: Duration) -> Result<(), EngineError> {
-        Ok(self.sender.finish(within).await?)
+        match &self.voice {
+            Voice::Session(sender) => Ok(sender.finish(within).await?),
+            Voice::Lasting(control) => {
+                let heard = tokio::time::timeout(within, control.is_heard()).await;
+                let seconds = within.as_secs();
+                match heard {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err(EngineError::Cancelled),
+                    Err(_elapsed) => {
+                        Err(EngineError::TooSlow { wanted: "that it heard everything", seconds })
+                    }
+                }
+            }
+        }
     }
 
     /// Waits for the next message that is no progress. Cancel-safe.
@@ -114,9 +182,12 @@ impl Link {
     /// # Errors
     /// If the session is over or the destination gave up.
     pub async fn recv(&mut self) -> Result<Message, EngineError> {
-        self.inbox.recv().await.unwrap_or_else(|| {
-            Err(EngineError::Internal("the control stream's reader is gone".into()))
-        })
+        match &mut self.inbox {
+            Ear::Session(inbox) => inbox.recv().await.unwrap_or_else(|| {
+                Err(EngineError::Internal("the control stream's reader is gone".into()))
+            }),
+            Ear::Lasting(inbox) => inbox.recv().await,
+        }
     }
 
     /// Returns when the session is over or the destination gave up; [`Self::recv`] then says why.

@@ -16,6 +16,7 @@ use crate::destination::{Place, check_waiting};
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::gateway::delivery::Delivery;
+use crate::gateway::ends::Ends;
 use crate::gateway::socket::QemuSocket;
 use crate::journal::Journal;
 
@@ -119,8 +120,8 @@ async fn take(
     (control, receiver, closer): (ControlSender, &mut ControlReceiver, Closer),
 ) -> Result<(Ready, Settling), EngineError> {
     let (incoming, socket) = device_state::begin_stream_in(&place.client).await?;
-    let mut delivery = Delivery::new(lanes, control, closer, QemuSocket::Unix(socket))?;
-    let passed = delivery.pass(receiver).await;
+    let mut delivery = Delivery::new(QemuSocket::Unix(socket))?;
+    let passed = delivery.pass(Ends::one(lanes, control, receiver, closer)).await;
     let (version_digest, began) = (delivery.version_digest(), Instant::now());
     // A QEMU that still waits for more sees that nothing comes.
     drop(delivery);

@@ -14,11 +14,20 @@
 //!   StreamEnd ---------------------------------->
 //!         <------------------------------------- StreamEnd
 //! ```
+//!
+//! Where both ends can, a stream whose session was lost goes on in another one:
+//!
+//! ```text
+//!   StreamHeard --------------------------------->  both, from time to time: so much need not be kept
+//!         <------------------------------------- StreamHeard
+//!   StreamResume -------------------------------->  first in the other session: so much came here
+//!         <------------------------------------- StreamResumed: so much came there (or Refuse)
+//! ```
 
 use migrate_core::layout::{BLOCKS_MAX, BlockSpec};
 use serde::{Deserialize, Serialize};
 
-use super::{Body, Describe, SMALL_BYTES, check_blocks, check_text, rule};
+use super::{Body, Describe, SMALL_BYTES, check_blocks, check_lanes, check_text, rule};
 use crate::error::WireError;
 
 /// Most bytes of QEMU's stream in one message.
@@ -88,6 +97,29 @@ pub struct StreamPostcopy {}
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamEnd {}
 
+/// Either, where the session can be replaced: how many messages of the stream were taken so far.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamHeard {
+    /// Since the stream's beginning, over all its sessions.
+    pub messages: u64,
+}
+
+/// Source, first in a session with intent [`Resume`](super::Intent::Resume): a stream goes on whose session was lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamResume {
+    /// Messages of the stream that came here: what follows them is to be sent again.
+    pub messages: u64,
+}
+
+/// Destination, answer to [`StreamResume`]: the stream goes on with what follows this.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamResumed {
+    /// Messages of the stream that came here.
+    pub messages: u64,
+    /// Batches that came here, an entry a lane.
+    pub batches: Vec<u64>,
+}
+
 fn check_chunk(what: &'static str, bytes: &[u8]) -> Result<(), WireError> {
     let count = bytes.len();
     let fits = (1..=STREAM_CHUNK_BYTES_MAX).contains(&count);
@@ -139,5 +171,23 @@ impl Body for StreamPostcopy {
 impl Body for StreamEnd {
     fn validate(&self) -> Result<(), WireError> {
         Ok(())
+    }
+}
+
+impl Body for StreamHeard {
+    fn validate(&self) -> Result<(), WireError> {
+        Ok(())
+    }
+}
+
+impl Body for StreamResume {
+    fn validate(&self) -> Result<(), WireError> {
+        Ok(())
+    }
+}
+
+impl Body for StreamResumed {
+    fn validate(&self) -> Result<(), WireError> {
+        check_lanes("StreamResumed", "batches", self.batches.len())
     }
 }

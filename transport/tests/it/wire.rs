@@ -17,9 +17,9 @@ use transport::messages::{
     DestinationState, DeviceState, Done, FaultStats, Intent, Joined, Load, MISSING_WORDS_MAX,
     MigrationId, Missing, MissingEnd, Offer, Prepare, Prepared, Progress, Ready, Refuse,
     RefuseCode, Reject, RejectCode, RemoteEnd, Request, Running, Select, Split, Store, StreamBack,
-    StreamBlocks, StreamBytes, StreamEnd, StreamGuest, StreamOpen, StreamOpened, StreamPostcopy,
-    Sync, Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, Then, VERSIONS_MAX, Verdict, VerifyChunk,
-    VerifyEnd, VerifyRequest, message_type, text,
+    StreamBlocks, StreamBytes, StreamEnd, StreamGuest, StreamHeard, StreamOpen, StreamOpened,
+    StreamPostcopy, StreamResume, StreamResumed, Sync, Synced, TEXT_BYTES_MAX, TYPE_NUMBERS, Then,
+    VERSIONS_MAX, Verdict, VerifyChunk, VerifyEnd, VerifyRequest, message_type, text,
 };
 use transport::{Batch, Message, Payload, WireError, fuzz, wire};
 
@@ -127,6 +127,9 @@ fn samples() -> Vec<Message> {
         }),
         Message::Ask(Ask { migration }),
         Message::Verdict(Verdict { state: DestinationState::Owned, text }),
+        Message::StreamHeard(StreamHeard { messages: 300 }),
+        Message::StreamResume(StreamResume { messages: 1 << 40 }),
+        Message::StreamResumed(StreamResumed { messages: 7, batches: vec![1, 0, 1 << 33] }),
     ]
 }
 
@@ -311,7 +314,8 @@ fn largest() -> Vec<Message> {
             words: vec![u64::MAX; MISSING_WORDS_MAX],
         }),
         Message::Progress(Progress { applied_bytes: u64::MAX, applied_batches: batches.clone() }),
-        Message::Sync(Sync { sequence: u32::MAX, batches }),
+        Message::Sync(Sync { sequence: u32::MAX, batches: batches.clone() }),
+        Message::StreamResumed(StreamResumed { messages: u64::MAX, batches }),
         Message::VerifyChunk(VerifyChunk {
             first_page: (1 << 34) - DIGESTS_MAX as u64,
             digests: vec![u64::MAX; DIGESTS_MAX],
