@@ -219,6 +219,18 @@ async fn wait_over(
     }
 }
 
+/// Waits for the good end of the migration that has been started on this monitor.
+async fn wait_completed(
+    client: &Client,
+    events: &mut broadcast::Receiver<Event>,
+) -> Result<(), DeviceStateError> {
+    let info = wait_over(client, events).await?;
+    match info.status {
+        Some(MigrationStatus::Completed) => Ok(()),
+        _ => Err(failure(&info)),
+    }
+}
+
 /// Returns at an event of that name, or when it is time to ask again.
 async fn wait_event(events: &mut broadcast::Receiver<Event>, name: &str) {
     let until = Instant::now() + ASK_AGAIN;

@@ -27,9 +27,9 @@ use super::ahead::{Ahead, Step};
 use super::settings::{Borrowed, Role};
 use super::{
     DESCRIPTOR_NAME, DeviceState, DeviceStateError, SETTLE_INTERVAL, Settling, TRANSFER_TIMEOUT,
-    drop_descriptor, failure, refuse_active, socket_failed, wait_over,
+    drop_descriptor, refuse_active, socket_failed, wait_completed, wait_over,
 };
-use crate::qmp::{Client, Event, MigrationStatus, RunState, Status};
+use crate::qmp::{Client, Event, RunState, Status};
 
 /// Longest time that QEMU may take to leave a transitional state after a migration has ended.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -145,7 +145,7 @@ async fn save_task(client: Client, stream: Stream, caller: Caller) -> Result<(),
         Ok((state, mut events)) => {
             // Whoever is gone by now does not need it.
             let _given = give.send(state);
-            completed(&client, &mut events).await
+            in_time(wait_completed(&client, &mut events)).await
         }
         Err(error) => Err(error),
     };
@@ -293,18 +293,6 @@ impl Outgoing {
                 return Ok((bytes, events));
             }
         }
-    }
-}
-
-/// Waits until QEMU says that it has written everything.
-async fn completed(
-    client: &Client,
-    events: &mut broadcast::Receiver<Event>,
-) -> Result<(), DeviceStateError> {
-    let info = in_time(wait_over(client, events)).await?;
-    match info.status {
-        Some(MigrationStatus::Completed) => Ok(()),
-        _ => Err(failure(&info)),
     }
 }
 

@@ -21,11 +21,12 @@ use std::os::unix::net::UnixStream;
 
 use tokio::sync::{broadcast, oneshot};
 
+use super::load::{borrow, loaded_paused};
 use super::save::{check_savable, end_migration, settle};
 use super::settings::{Borrowed, Role};
 use super::{
     DESCRIPTOR_NAME, DeviceStateError, Settling, drop_descriptor, failure, refuse_active,
-    socket_failed, wait_event, wait_over,
+    socket_failed, wait_completed, wait_event,
 };
 use crate::qmp::{Client, Event, MigrationStatus, RunState, Status};
 
@@ -94,11 +95,7 @@ async fn send_task(
             return Err(error.into());
         }
         let _told = begun.send(socket);
-        let info = wait_over(&client, &mut events).await?;
-        match info.status {
-            Some(MigrationStatus::Completed) => Ok(()),
-            _ => Err(failure(&info)),
-        }
+        wait_completed(&client, &mut events).await
     };
     let ended = tokio::select! {
         ended = work => ended,
@@ -165,13 +162,7 @@ async fn take_task(
     begun: oneshot::Sender<UnixStream>,
     mut tell: oneshot::Sender<Status>,
 ) -> Result<(), DeviceStateError> {
-    let status = client.query_status().await?;
-    if status.state != RunState::InMigrate {
-        let remedy = "load into a QEMU that was started with -incoming defer";
-        return Err(DeviceStateError::WrongState { state: status.state, remedy });
-    }
-    refuse_active(&client).await?;
-    let borrowed = Borrowed::take(&client, Role::StreamIn).await?;
+    let borrowed = borrow(&client, Role::StreamIn).await?;
     let work = async {
         let mut events = client.subscribe();
         // While a guest is still to come, this says that it is not to run (monitor/qmp-cmds.c, `qmp_stop`).
@@ -188,18 +179,7 @@ async fn take_task(
         taken = work => taken,
         () = tell.closed() => Err(DeviceStateError::Abandoned),
     };
-    let ended = match taken {
-        Ok(status) if status.running => {
-            client.stop().await.map_err(Into::into).and(Err(DeviceStateError::Started))
-        }
-        Ok(status) => {
-            // Whoever is gone by now does not need it.
-            let _told = tell.send(status);
-            Ok(())
-        }
-        Err(DeviceStateError::Qmp(error)) if error.is_closed() => Err(DeviceStateError::QemuExited),
-        Err(error) => Err(error),
-    };
+    let ended = loaded_paused(&client, taken, tell).await;
     let returned = borrowed.give_back(&client).await;
     ended?;
     returned
