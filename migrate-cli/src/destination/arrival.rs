@@ -358,6 +358,7 @@ impl Arrival {
             journal,
             voice: Voice { control: self.control, receiver: self.receiver, closer: self.closer },
             paging: self.paging,
+            rest: None,
             remote: self.remote,
             faults: None,
             asks,

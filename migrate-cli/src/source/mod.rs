@@ -288,7 +288,8 @@ impl Migration<'_> {
         self.conclude_split(report, outcome).await;
         report.end_of_lanes(&self.closer);
         let Self { guest, contact, journal, .. } = self;
-        Ending { client: &guest.client, contact, journal, why, stuck, unserved }
+        let is_stranded = false;
+        Ending { client: &guest.client, contact, journal, why, stuck, unserved, is_stranded }
             .conclude(report, outcome)
             .await;
     }

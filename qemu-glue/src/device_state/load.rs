@@ -99,7 +99,11 @@ async fn load_task(
         loaded = work => loaded,
         () = tell.closed() => Err(DeviceStateError::Abandoned),
     };
-    let ended = loaded_paused(&client, loaded, tell).await;
+    let told = |status| {
+        // Whoever is gone by now does not need it.
+        let _told = tell.send(status);
+    };
+    let ended = loaded_paused(&client, loaded, told).await;
     let returned = borrowed.give_back(&client).await;
     ended?;
     returned
@@ -121,15 +125,14 @@ pub(super) async fn borrow(client: &Client, role: Role) -> Result<Borrowed, Devi
 pub(super) async fn loaded_paused(
     client: &Client,
     loaded: Result<Status, DeviceStateError>,
-    tell: oneshot::Sender<Status>,
+    tell: impl FnOnce(Status),
 ) -> Result<(), DeviceStateError> {
     match loaded {
         Ok(status) if status.running => {
             client.stop().await.map_err(Into::into).and(Err(DeviceStateError::Started))
         }
         Ok(status) => {
-            // Whoever is gone by now does not need it.
-            let _told = tell.send(status);
+            tell(status);
             Ok(())
         }
         Err(DeviceStateError::Qmp(error)) if error.is_closed() => Err(DeviceStateError::QemuExited),
