@@ -228,6 +228,8 @@ pub enum For {
 #[derive(Debug)]
 pub struct ControlReceiver {
     queue: mpsc::Receiver<Result<Message, TransportError>>,
+    /// What came and was not taken yet.
+    ahead: Option<Result<Message, TransportError>>,
     closer: Closer,
     /// What reads the stream; nothing of one that is a part.
     task: Option<JoinHandle<()>>,
@@ -247,7 +249,7 @@ impl ControlReceiver {
                 }
             }
         });
-        Self { queue, closer, task: Some(task) }
+        Self { queue, ahead: None, closer, task: Some(task) }
     }
 
     /// Two receivers in its place, each with its part of the messages. The end is for both, its reason as it was noticed
@@ -283,8 +285,16 @@ impl ControlReceiver {
                 _ = unheard => {}
             }
         });
-        let part = |queue| Self { queue, closer: closer.clone(), task: None };
+        let part = |queue| Self { queue, ahead: None, closer: closer.clone(), task: None };
         (part(queue), part(other))
+    }
+
+    /// Waits until there is a message, which stays there; false if there will be none. May be cancelled.
+    pub async fn has_more(&mut self) -> bool {
+        if self.ahead.is_none() {
+            self.ahead = self.queue.recv().await;
+        }
+        matches!(self.ahead, Some(Ok(_)))
     }
 
     /// The next message. May be cancelled: no message is lost.
@@ -292,7 +302,11 @@ impl ControlReceiver {
     /// # Errors
     /// Why there are no more; [`TransportError::Ended`] where the peer just has no more to say.
     pub async fn recv(&mut self) -> Result<Message, TransportError> {
-        match self.queue.recv().await {
+        let message = match self.ahead.take() {
+            Some(message) => Some(message),
+            None => self.queue.recv().await,
+        };
+        match message {
             Some(message) => message,
             // The reason was handed out before.
             None => Err(self

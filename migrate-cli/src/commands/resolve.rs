@@ -105,9 +105,7 @@ async fn resolve_source(
         None => false,
     };
     let mut server = match client {
-        Some(client) if recover::is_gone(&entry) && !is_sending => {
-            Some(recover::server(client).await?)
-        }
+        Some(client) if recover::is_gone(&entry) => recover::server(client).await?,
         _ => None,
     };
     let dir = args.journal.clone().unwrap_or_else(default_dir);

@@ -300,6 +300,8 @@ impl Owner<'_> {
                 return Some(Input::Asked);
             }
             Event::Heard(Ok(Message::Commit(_))) => return Some(Input::Commit),
+            // It asked, and heard the answer.
+            Event::Heard(Ok(Message::Done(_))) => {}
             Event::Heard(Ok(other)) => tracing::warn!(message = other.name(), "out of place"),
             Event::Heard(Err(error)) => {
                 tell!("{error}; the guest stays here, {}", self.awaited());

@@ -87,7 +87,6 @@ async fn begin(
     check_machine(place, guest)?;
     check_blocks(place, guest)?;
     failpoint::hit("destination-describing").await;
-    let journal = arrival::journal(place, session, guest)?;
     let no_post_copy = match guest.post_copy {
         true => device_state::postcopy_obstacle(&place.client).await?,
         false => None,
@@ -95,14 +94,9 @@ async fn begin(
     let no_post_copy = no_post_copy.map(|why| messages::text(&why));
     let post_copy = guest.post_copy && no_post_copy.is_none();
     let accept = Accept { qemu_version: accept_version(place), resident_bytes: 0, no_post_copy };
-    match session.control_sender.send(&Message::Accept(accept)).await {
-        Ok(()) => Ok((journal, post_copy)),
-        Err(error) => {
-            // The source never heard that it was accepted, or has gone: nobody will ask.
-            journal.remove();
-            Err(error.into())
-        }
-    }
+    let journal = arrival::journal(place, session, guest)?;
+    let told = session.control_sender.send(&Message::Accept(accept)).await;
+    Ok((arrival::kept_if(told.map_err(Into::into), journal)?, post_copy))
 }
 
 /// QEMU itself compares lengths only when the stream lists them, and is of no more use then.
@@ -140,6 +134,13 @@ async fn take(
     lanes: Vec<LaneReceiver>,
     (control, mut stream, closer): (ControlSender, ControlReceiver, Closer),
 ) -> Result<(Ready, Took), EngineError> {
+    // A source that wants post-copy alone goes away again, and QEMU is to be as it was.
+    if !stream.has_more().await {
+        return Err(match stream.recv().await {
+            Ok(other) => EngineError::OutOfPlace { got: other.name(), wanted: "StreamBytes" },
+            Err(error) => error.into(),
+        });
+    }
     let (incoming, socket) = device_state::begin_stream_in(&place.client, post_copy).await?;
     let mut delivery = Delivery::new(lanes, control, closer, QemuSocket::Unix(socket))?;
     let (digest, mut has_digest) = oneshot::channel();

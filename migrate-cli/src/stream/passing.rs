@@ -108,9 +108,13 @@ impl Passing {
             };
             match said {
                 Ok(Message::Running(_)) => {
-                    // The last words are under way.
-                    let _its_own_end_is_known =
-                        tokio::time::timeout(ENDS_WITHIN, self.over()).await;
+                    // The last words are under way, and QEMU is not quit before it has heard them.
+                    let completed = self.completed(true);
+                    match tokio::time::timeout(ENDS_WITHIN, completed).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => tracing::debug!(error = error.tell(), "QEMU's end"),
+                        Err(_elapsed) => tracing::debug!("QEMU's end is not known"),
+                    }
                     break Input::Verdict(DestinationState::Running);
                 }
                 Ok(Message::Verdict(verdict)) => break Input::Verdict(verdict.state),

@@ -13,8 +13,8 @@ use crate::error::EngineError;
 const LAST_WORD_WITHIN: Duration = Duration::from_secs(5);
 
 /// What a user can do about a connection that is broken.
-pub const BROKEN: &str = "the guest is here and waits for memory that its QEMU at the source has. Leave both QEMUs as they are; what \
-     `migrate send` or `migrate resolve` says there is how to go on";
+pub const BROKEN: &str = "what of its memory is at the source does not come until both QEMUs are connected again. Leave both as they are: \
+     `migrate send` or `migrate resolve` there says how";
 
 /// The end of a task that passes a stream on.
 pub(super) type Passed = Result<Result<(), EngineError>, JoinError>;

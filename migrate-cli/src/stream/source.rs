@@ -10,7 +10,7 @@ use qemu_glue::device_state;
 use qemu_glue::qmp::Client;
 use qemu_glue::vm::VmInventory;
 use transport::messages::{Describe, FEATURE_STREAM, Message, Ready, StreamGuest};
-use transport::{Closer, Identity, Options, SourceSession, close_code};
+use transport::{Closer, Identity, Options, SourceSession};
 
 use super::blocks;
 use super::passing::{Passing, is_for};
@@ -75,10 +75,7 @@ pub async fn send(
     let journal = prepare::journal(&args.common, &args.to, keep, &vm, migration, &peer_name);
     let journal = match journal {
         Ok(journal) => journal,
-        Err(error) => {
-            session.close(close_code::ABORTED, &error.tell()).await;
-            return Err(error);
-        }
+        Err(error) => return Err(prepare::closed(session, error).await),
     };
     let SourceSession { control_sender, control_receiver, lanes, closer, .. } = session;
     report.lanes = Some(LaneReport::of(&closer, lanes.len()));
@@ -87,17 +84,8 @@ pub async fn send(
     let stream = Link::start(control_sender.clone(), receiver, Arc::clone(&gate), clock);
     let link = Link::start(control_sender, words, Arc::clone(&gate), clock);
     let round_trip = closer.rtt();
-    // Whoever else of the authority answers at this address later is not believed.
-    let options = Options { expected_peer: Some(peer_name), ..options };
-    let contact = Contact {
-        addr,
-        identity,
-        options,
-        migration,
-        session: Some((link, closer.clone())),
-        resume: vm.status.running,
-        running_at: None,
-    };
+    let began = (peer_name, link, closer.clone());
+    let contact = Contact::begun((addr, identity), options, migration, began, vm.status.running);
     let lanes = Some(Lanes { tasks: LaneTasks::start(lanes), gate, round_trip });
     let stream = Some(stream);
     let migration =
@@ -169,10 +157,7 @@ async fn accepted(
     });
     match mode {
         Ok(mode) => Ok((session, mode)),
-        Err(error) => {
-            session.close(close_code::ABORTED, &error.tell()).await;
-            Err(error)
-        }
+        Err(error) => Err(prepare::closed(session, error).await),
     }
 }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::{small, uri};
 use e2e::stage::{End, Stage, Victim, runs};
-use e2e::{PATIENCE, Rig, check_alive, in_turn};
+use e2e::watched::Watched;
+use e2e::{PATIENCE, Rig, check_alive, in_turn, with_larger_pages};
 use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
 use serde_json::json;
 
@@ -87,10 +88,10 @@ fn a_guest_moves_ahead_of_its_memory_from_7_2_to_10_0() -> Result<()> {
 fn a_guest_that_never_converges_goes_ahead_of_its_memory() -> Result<()> {
     in_turn(|| {
         let rig = Rig::new()?;
-        let net = NetnsPair::create(100_000_000)?;
+        let net = NetnsPair::create(30_000_000)?;
         let spec = VmSpec::new("busy", QemuKind::V10_0)
             .backend(Backend::Private)
-            .with("godwit.writer=fill=60,hot=50,rate=12000,bytes=4096,seed=7")
+            .with("godwit.writer=fill=40,hot=30,rate=12000,bytes=4096,seed=7")
             .with("godwit.checker=size=8,seed=5");
         let mut vm = Vm::boot(&rig.env, spec)?;
         let mut next = Vm::start(&rig.env, vm.spec().successor("there", QemuKind::V10_0))?;
@@ -122,6 +123,28 @@ fn a_guest_on_10_0_stays_whatever_dies_before_the_commit() -> Result<()> {
     in_turn(|| Stage::of_streams(QemuKind::V10_0, "post-copy")?.play(&BEFORE_THE_COMMIT))
 }
 
+/// QEMU's post-copy places whole pages, and the engines carry those of 4 KiB.
+#[test]
+fn larger_pages_are_refused_before_anything_moves() -> Result<()> {
+    in_turn(|| {
+        let (backends, _huge) = with_larger_pages(vec![]);
+        for backend in backends {
+            let mut watched = Watched::boot(small(QemuKind::V10_0))?;
+            let words = stream(&["--mode", "post-copy"]);
+            let larger = watched.next(QemuKind::V10_0).backend(backend.clone());
+            watched.refused_by(
+                larger,
+                &words,
+                &["The destination", "pages of", "--mode pre-copy"],
+            )?;
+            let mut watched = Watched::boot(small(QemuKind::V10_0).backend(backend))?;
+            let next = watched.next(QemuKind::V10_0).backend(Backend::Private);
+            watched.refused_by(next, &words, &["pages of", "--mode pre-copy"])?;
+        }
+        Ok(())
+    })
+}
+
 fn paused(vm: &mut Vm, where_it_is: &str) -> Result<()> {
     wait::until(where_it_is, PATIENCE, || {
         Ok((vm.qmp().migration()?["status"] == "postcopy-paused").then_some(()))
@@ -136,7 +159,7 @@ fn recovered(kind: QemuKind) -> Result<()> {
         let mut vm = Vm::boot(&rig.env, small(kind))?;
         let mut next = Vm::start(&rig.env, vm.spec().successor("there", kind))?;
         let extra = ["--dead-peer-s", "1"];
-        let receive = rig.receive_in(&next, LISTEN, &extra, Some(net.destination.name()))?;
+        let mut receive = rig.receive_in(&next, LISTEN, &extra, Some(net.destination.name()))?;
         let words =
             ["--mode", "post-copy", "--max-bandwidth", "16M", "--dead-peer-s", "1", "--ask-s", "1"];
         let words = stream(&words);
