@@ -52,12 +52,12 @@ impl Contact {
     /// this address later is not believed.
     pub fn begun(
         (addr, identity): (SocketAddr, Arc<Identity>),
-        options: Options,
+        options: &Options,
         migration: MigrationId,
         (peer_name, link, closer): (String, Link, Closer),
         resume: bool,
     ) -> Self {
-        let options = Options { expected_peer: Some(peer_name), ..options };
+        let options = Options { expected_peer: Some(peer_name), ..options.clone() };
         let session = Some((link, closer));
         Self { addr, identity, options, migration, session, resume, running_at: None }
     }

@@ -153,7 +153,7 @@ async fn run(
         Link::start(session.control_sender, session.control_receiver, Arc::clone(&gate), clock);
     let began = (peer_name, link, closer.clone());
     let resume = guest.vm.status.running;
-    let contact = Contact::begun((addr, identity), options, migration, began, resume);
+    let contact = Contact::begun((addr, identity), &options, migration, began, resume);
     let migration = Migration {
         args,
         guest,

@@ -191,7 +191,7 @@ async fn take(
         (Err(error), _) => return Err(error),
     };
     failpoint::hit("destination-loaded").await;
-    let (digest, began) = has_digest.try_recv().unwrap_or((0, Instant::now()));
+    let (digest, began) = has_digest.try_recv().unwrap_or_else(|_| (0, Instant::now()));
     let load_us = began.elapsed().as_micros() as u64;
     Ok((ready(&loaded.status, load_us, digest), Took::Whole(settling)))
 }

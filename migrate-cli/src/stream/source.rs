@@ -85,7 +85,7 @@ pub async fn send(
     let link = Link::start(control_sender, words, Arc::clone(&gate), clock);
     let round_trip = closer.rtt();
     let began = (peer_name, link, closer.clone());
-    let contact = Contact::begun((addr, identity), options, migration, began, vm.status.running);
+    let contact = Contact::begun((addr, identity), &options, migration, began, vm.status.running);
     let lanes = Some(Lanes { tasks: LaneTasks::start(lanes), gate, round_trip });
     let stream = Some(stream);
     let migration =
