@@ -9,8 +9,12 @@
 //!   migrate, resume ──► RECV_BITMAP (a block) … ──►        QEMU: postcopy-recover
 //!                  ◄── its bitmap: all there … ◄──
 //!                  ──► POSTCOPY_RESUME ──►
-//!                  ◄── RESUME_ACK, SHUT ◄──                QEMU: postcopy-active, nothing left, completed
+//!                  ◄── RESUME_ACK ◄──                      QEMU: postcopy-active, nothing left
+//!                  ──► the end of RAM, of the stream ──►
+//!                  ◄── SHUT ◄──                            QEMU: completed
 //! ```
+//!
+//! `SHUT` before the end of the stream would let QEMU 7.2 close the connection over which it still writes.
 //!
 //! Its memory was never given away, so what is left is a guest in `postmigrate`, which `cont` resumes with its disks.
 //!
@@ -33,6 +37,7 @@ use super::{
     socket_failed, wait_completed,
 };
 use crate::qmp::{Client, MigrationStatus, QmpError};
+use crate::stream::grammar::{TYPE_END, TYPE_FOOTER};
 use crate::stream::return_path::ReturnMessage;
 use crate::vm::hmp;
 
@@ -42,7 +47,7 @@ const LEAVES_WITHIN: Duration = Duration::from_secs(10);
 /// How long QEMU before 8.2 may need to notice the end of its return path once it says that it waits. Until then that
 /// thread would take a new connection for the old one, and end it (migration/migration.c, `source_return_path_thread`).
 /// Later ones wait for the thread first (`postcopy_pause`).
-const RETURN_PATH_PAUSES_WITHIN: Duration = Duration::from_millis(500);
+const RETURN_PATH_PAUSES_WITHIN: Duration = Duration::from_millis(100);
 
 /// Bytes of a command's header in the stream: type, number, length of the body.
 const HEADER_BYTES: usize = 5;
@@ -55,6 +60,12 @@ const POSTCOPY_RESUME: u16 = 9;
 
 /// `MIG_CMD_RECV_BITMAP`.
 const RECV_BITMAP: u16 = 10;
+
+/// Bytes with which a stream ends after the last pages: a footer and the end.
+const END_BYTES: usize = 6;
+
+/// How long nothing follows what ends a stream.
+const QUIET: Duration = Duration::from_millis(10);
 
 /// Bytes read at once of what nobody needs.
 const READ_BYTES: usize = 64 << 10;
@@ -204,10 +215,7 @@ fn take_nothing(mut socket: &UnixStream, lengths: &BTreeMap<String, u64>) -> io:
         let mut answer = Vec::new();
         match number {
             RECV_BITMAP => all_there(&body, lengths, &mut answer)?,
-            POSTCOPY_RESUME => {
-                put(ReturnMessage::ResumeAck(1), &mut answer)?;
-                put(ReturnMessage::Shut { error: 0 }, &mut answer)?;
-            }
+            POSTCOPY_RESUME => put(ReturnMessage::ResumeAck(1), &mut answer)?,
             // Such as PING, to which nobody waits for an answer.
             _ => continue,
         }
@@ -216,9 +224,33 @@ fn take_nothing(mut socket: &UnixStream, lengths: &BTreeMap<String, u64>) -> io:
             break;
         }
     }
-    let mut rest = vec![0; READ_BYTES];
-    while socket.read(&mut rest)? > 0 {}
-    Ok(())
+    take_end(socket)
+}
+
+/// Takes the end of a stream in which no page is left, and says that it was heard.
+fn take_end(mut socket: &UnixStream) -> io::Result<()> {
+    let (mut rest, mut last) = (vec![0; READ_BYTES], Vec::new());
+    socket.set_read_timeout(Some(QUIET))?;
+    loop {
+        match socket.read(&mut rest) {
+            Ok(0) => return Ok(()),
+            Ok(count) => {
+                last.extend_from_slice(rest.get(..count).unwrap_or_default());
+                last.drain(..last.len().saturating_sub(END_BYTES));
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // The footer of RAM with its number, and the end.
+                if matches!(last.as_slice(), [TYPE_FOOTER, _, _, _, _, TYPE_END]) {
+                    let mut answer = Vec::new();
+                    put(ReturnMessage::Shut { error: 0 }, &mut answer)?;
+                    socket.write_all(&answer)?;
+                    last.clear();
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Says of the block that a command names that all of its pages have arrived.
@@ -250,8 +282,11 @@ mod tests {
         let taking = std::thread::spawn(move || take_nothing(&ours, &lengths.into()));
         qemus.write_all(&[8, 0, 10, 0, 4, 3, b'r', b'a', b'm']).unwrap();
         qemus.write_all(&[8, 0, 9, 0, 0]).unwrap();
-        // What is left after that.
-        qemus.write_all(&[3, 0, 0, 0, 1]).unwrap();
+        // What is left after that, in pieces.
+        for piece in [&[3, 0, 0, 0, 1][..], &[0, 0, 0, 0, 0, 0, 0, 16, 0x7e, 0, 0, 0, 1, 0]] {
+            std::thread::sleep(QUIET * 3);
+            qemus.write_all(piece).unwrap();
+        }
         let mut said = vec![0; 4 + 4 + 8 + 16 + 8 + 8 + 8];
         qemus.read_exact(&mut said).unwrap();
         let (mut input, mut reader, mut bits) = (&said[..], ReturnReader::new(), 0);
