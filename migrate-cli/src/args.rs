@@ -200,8 +200,9 @@ pub enum PathChoice {
     Auto,
     /// Through the shared file that holds its RAM.
     Direct,
-    /// Through QEMU's own stream: any VM, by pre-copy. QEMU sends, this engine packs; the order of pages and
-    /// --verify are the direct path's.
+    /// Through QEMU's own stream: any VM. QEMU sends, this engine packs; the order of pages and --verify
+    /// are the direct path's. Post-copy is QEMU's own and needs RAM in pages of 4 KiB and userfaultfd for the
+    /// destination's QEMU. A connection that is lost in it is not replaced: what to tell both QEMUs is said then.
     Stream,
 }
 

@@ -267,6 +267,18 @@ pub enum EngineError {
         /// Pages that were not sent.
         pages: u64,
     },
+    /// The guest was handed over by its QEMU's post-copy, and the connection is gone.
+    #[error(
+        "The guest was handed over by post-copy, and the connection is broken: it is at the destination and needs memory \
+         that is here. Leave both QEMUs as they are, above all this one. To go on, let the destination's QEMU listen once \
+         more, by QMP: {{\"exec-oob\": \"migrate-recover\", \"arguments\": {{\"uri\": \"tcp:0.0.0.0:PORT\"}}}} (its monitor \
+         needs the capability oob), then this one send the rest: {{\"execute\": \"migrate\", \"arguments\": {{\"uri\": \
+         \"tcp:HOST:PORT\", \"resume\": true}}}}. Once `query-migrate` says completed, run `migrate resolve --qmp {qmp}` here"
+    )]
+    Stranded {
+        /// The VM's QMP socket.
+        qmp: PathBuf,
+    },
     /// The guest belongs here and does not run.
     #[error(
         "The migration was undone ({why}), but the guest could not be resumed; put that right and \
@@ -350,6 +362,7 @@ impl Classify for EngineError {
             | Self::Mismatch { .. }
             | Self::InDoubt { .. }
             | Self::Unserved { .. }
+            | Self::Stranded { .. }
             | Self::Unreachable { .. }
             | Self::Stuck { .. }
             | Self::PagerRefused { is_misuse: false, .. }

@@ -301,6 +301,7 @@ impl Report {
         self.outcome = match error {
             EngineError::InDoubt { .. }
             | EngineError::Unserved { .. }
+            | EngineError::Stranded { .. }
             | EngineError::Unresolved { .. } => ReportOutcome::InDoubt,
             _ => ReportOutcome::Failed,
         };

@@ -28,6 +28,7 @@
 mod ahead;
 mod header;
 mod load;
+mod postcopy;
 mod save;
 mod settings;
 mod whole;
@@ -47,9 +48,10 @@ pub use crate::stream::HeaderError;
 use crate::stream::tail;
 pub use header::StreamHeader;
 pub use load::{Loading, prepare_load};
+pub use postcopy::{is_in_postcopy, is_postcopy, leave_postcopy, postcopy_obstacle};
 pub use save::{Saving, begin_save};
 pub use settings::restore_capabilities;
-pub use whole::{Incoming, Outgoing, begin_stream_in, begin_stream_out};
+pub use whole::{Incoming, Loaded, Outgoing, begin_stream_in, begin_stream_out};
 
 /// Longest time that saving or loading may take before it is given up.
 pub const TRANSFER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -184,6 +186,14 @@ impl Settling {
         Self(tokio::spawn(work))
     }
 
+    /// The same, for who has something else to do meanwhile. Cancel-safe; not to be called again once it returned.
+    ///
+    /// # Errors
+    /// As [`Self::settled`].
+    pub async fn ended(&mut self) -> Result<(), DeviceStateError> {
+        (&mut self.0).await.unwrap_or(Err(DeviceStateError::Abandoned))
+    }
+
     /// Waits until QEMU is as it was.
     ///
     /// # Errors
@@ -216,6 +226,18 @@ async fn wait_over(
             return Ok(info);
         }
         wait_event(events, "MIGRATION").await;
+    }
+}
+
+/// Waits for the good end of the migration that has been started on this monitor.
+async fn wait_completed(
+    client: &Client,
+    events: &mut broadcast::Receiver<Event>,
+) -> Result<(), DeviceStateError> {
+    let info = wait_over(client, events).await?;
+    match info.status {
+        Some(MigrationStatus::Completed) => Ok(()),
+        _ => Err(failure(&info)),
     }
 }
 

@@ -213,12 +213,26 @@ impl ControlSender {
     }
 }
 
+/// Which of two receivers a message is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum For {
+    /// The first.
+    First,
+    /// The second.
+    Second,
+    /// Both of them.
+    Both,
+}
+
 /// Receives control messages.
 #[derive(Debug)]
 pub struct ControlReceiver {
     queue: mpsc::Receiver<Result<Message, TransportError>>,
+    /// What came and was not taken yet.
+    ahead: Option<Result<Message, TransportError>>,
     closer: Closer,
-    task: JoinHandle<()>,
+    /// What reads the stream; nothing of one that is a part.
+    task: Option<JoinHandle<()>>,
 }
 
 impl ControlReceiver {
@@ -235,7 +249,52 @@ impl ControlReceiver {
                 }
             }
         });
-        Self { queue, closer, task }
+        Self { queue, ahead: None, closer, task: Some(task) }
+    }
+
+    /// Two receivers in its place, each with its part of the messages. The end is for both, its reason as it was noticed
+    /// for the first. One that is dropped misses what is for it; one that takes nothing holds the other up in the end.
+    #[must_use]
+    pub fn sorted(self, which: impl Fn(&Message) -> For + Send + 'static) -> (Self, Self) {
+        let [(first, queue), (second, other)] = [(); 2].map(|()| mpsc::channel(QUEUE_MESSAGES_MAX));
+        let (closer, mut whole) = (self.closer.clone(), self);
+        let (to_first, to_second) = (first.clone(), second.clone());
+        let unheard = async move { tokio::join!(to_first.closed(), to_second.closed()) };
+        let sorting = async move {
+            loop {
+                let read = whole.recv().await;
+                let (is_over, which) = match &read {
+                    Ok(message) => (false, which(message)),
+                    Err(_) => (true, For::First),
+                };
+                if which == For::Both
+                    && let Ok(message) = &read
+                {
+                    let _missed = second.send(Ok(message.clone())).await;
+                }
+                let to = if which == For::Second { &second } else { &first };
+                let _missed = to.send(read).await;
+                if is_over {
+                    return;
+                }
+            }
+        };
+        tokio::spawn(async move {
+            tokio::select! {
+                () = sorting => {}
+                _ = unheard => {}
+            }
+        });
+        let part = |queue| Self { queue, ahead: None, closer: closer.clone(), task: None };
+        (part(queue), part(other))
+    }
+
+    /// Waits until there is a message, which stays there; false if there will be none. May be cancelled.
+    pub async fn has_more(&mut self) -> bool {
+        if self.ahead.is_none() {
+            self.ahead = self.queue.recv().await;
+        }
+        matches!(self.ahead, Some(Ok(_)))
     }
 
     /// The next message. May be cancelled: no message is lost.
@@ -243,7 +302,11 @@ impl ControlReceiver {
     /// # Errors
     /// Why there are no more; [`TransportError::Ended`] where the peer just has no more to say.
     pub async fn recv(&mut self) -> Result<Message, TransportError> {
-        match self.queue.recv().await {
+        let message = match self.ahead.take() {
+            Some(message) => Some(message),
+            None => self.queue.recv().await,
+        };
+        match message {
             Some(message) => message,
             // The reason was handed out before.
             None => Err(self
@@ -256,6 +319,8 @@ impl ControlReceiver {
 
 impl Drop for ControlReceiver {
     fn drop(&mut self) {
-        self.task.abort();
+        if let Some(task) = &self.task {
+            task.abort();
+        }
     }
 }

@@ -56,7 +56,7 @@ mod tcp;
 mod tls;
 
 pub use closer::{Closer, SessionStats, WireBytes};
-pub use control::{ControlReceiver, ControlSender};
+pub use control::{ControlReceiver, ControlSender, For};
 pub use error::{TransportError, WireError, close_code};
 pub use identity::{Identity, IdentityError};
 pub use lane::{LaneReceiver, LaneSender};

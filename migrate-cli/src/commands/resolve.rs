@@ -7,6 +7,7 @@ use std::time::Duration;
 use migrate_core::error::GuestPlace;
 use migrate_core::handover::source::Input;
 use migrate_core::handover::{Outcome, SourceRecord};
+use qemu_glue::device_state;
 use qemu_glue::qmp::Client;
 use serde::Serialize;
 use transport::Identity;
@@ -99,8 +100,12 @@ async fn resolve_source(
         (_, true, Record::Source(SourceRecord::HandedOver)) => Some(Input::OperatorRunThere),
         _ => None,
     };
+    let is_sending = match client {
+        Some(client) => device_state::is_in_postcopy(client).await?,
+        None => false,
+    };
     let mut server = match client {
-        Some(client) if recover::is_gone(&entry) => Some(recover::server(client).await?),
+        Some(client) if recover::is_gone(&entry) => recover::server(client).await?,
         _ => None,
     };
     let dir = args.journal.clone().unwrap_or_else(default_dir);
@@ -133,6 +138,11 @@ async fn resolve_source(
             (ReportOutcome::Completed, "the guest runs at the destination".into())
         }
         Outcome::RolledBack => (ReportOutcome::Failed, "the guest belongs to this host".into()),
+        Outcome::InDoubt if is_sending => {
+            let stranded = EngineError::Stranded { qmp: entry.qmp.clone() };
+            let text = format!("still in doubt, or at the destination. {stranded}");
+            (ReportOutcome::InDoubt, text)
+        }
         Outcome::InDoubt => {
             let text = format!(
                 "still in doubt: {addr} does not say what became of the guest. Start `migrate \

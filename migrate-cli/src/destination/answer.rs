@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use migrate_core::handover::destination::{Input, Output};
 use migrate_core::handover::{Destination, DestinationRecord, DestinationState};
+use qemu_glue::device_state;
 use qemu_glue::qmp::{Client, RunState};
 use transport::messages::{Message, Split, Verdict};
 use transport::{DestinationSession, TransportError, close_code};
@@ -304,7 +305,7 @@ async fn recover_one(journal: &mut Journal, record: DestinationRecord, client: O
             (Output::ResumeGuest, Some(client)) => {
                 tell!("the guest of migration {} belongs here", journal.entry().migration);
                 match resume_guest(client, journal.entry().was_running).await {
-                    Ok(()) => Input::Resumed { complete: true },
+                    Ok(()) => Input::Resumed { complete: !lacks_pages(client).await },
                     Err(error) => {
                         tracing::error!(error = %error.tell(), "the guest could not be resumed");
                         Input::ResumeFailed
@@ -341,11 +342,19 @@ async fn state_of(journal: &Journal, client: Option<&Client>) -> (DestinationSta
     }
 }
 
+/// Whether QEMU here still takes pages of its guest; also if that cannot be told.
+async fn lacks_pages(client: &Client) -> bool {
+    device_state::is_in_postcopy(client).await.unwrap_or(true)
+}
+
 async fn owned_state(entry: &Entry, client: Option<&Client>) -> (DestinationState, String) {
     let client = client.filter(|_| is_same_qemu(entry));
     let Some(client) = client else {
         return (DestinationState::Owned, "it belongs here, but its QEMU is gone".into());
     };
+    if lacks_pages(client).await {
+        return (DestinationState::Fetching, "it belongs here; QEMU lacks pages of it".into());
+    }
     match client.query_status().await {
         Ok(status) if status.running || !entry.was_running => {
             (DestinationState::Running, "it runs here".into())

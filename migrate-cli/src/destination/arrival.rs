@@ -144,8 +144,17 @@ async fn begin(
     failpoint::hit("destination-describing").await;
     let journal = journal(place, session, &guest)?;
     let no_post_copy = guest.post_copy.then(|| no_post_copy(place, &theirs)).flatten();
-    match accept(place, session, &ram, no_post_copy).await {
-        Ok(()) => Ok((ram, journal)),
+    let told = accept(place, session, &ram, no_post_copy).await;
+    Ok((ram, kept_if(told, journal)?))
+}
+
+/// The journal of a guest whose source was told that it may begin; none is left of another.
+///
+/// # Errors
+/// Why it was not told.
+pub fn kept_if(told: Result<(), EngineError>, journal: Journal) -> Result<Journal, EngineError> {
+    match told {
+        Ok(()) => Ok(journal),
         Err(error) => {
             // The source never heard that it was accepted, or has gone: nobody will ask.
             journal.remove();
@@ -352,6 +361,7 @@ impl Arrival {
             journal,
             voice: Voice { control: self.control, receiver: self.receiver, closer: self.closer },
             paging: self.paging,
+            rest: None,
             remote: self.remote,
             faults: None,
             asks,

@@ -29,6 +29,7 @@ use crate::blocking::on_thread;
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::journal::{Journal, Record};
+use crate::stream::rest::{self, Became, Rest};
 use crate::tell;
 
 /// How long the source has to close the session after it was told that the guest runs.
@@ -63,6 +64,8 @@ enum Event {
     Heard(Result<Message, TransportError>),
     /// It opened another session.
     Opened(Box<DestinationSession>),
+    /// No page is missing any more.
+    Whole,
 }
 
 /// What the source said with its commit.
@@ -84,6 +87,8 @@ pub struct Owner<'a> {
     pub voice: Voice,
     /// What brings missing pages in, until all are here.
     pub paging: Option<Paging>,
+    /// What still comes of a guest whose QEMU sends and takes its missing pages.
+    pub rest: Option<Rest>,
     /// What pages a guest whose memory is split.
     pub remote: Option<RemoteGuest>,
     /// What the guest's page faults cost.
@@ -204,6 +209,7 @@ impl Owner<'_> {
                 None
             }
             Output::DiscardGuest => {
+                drop(self.rest.take());
                 // Threads of QEMU may wait for pages that nobody sends any more.
                 if let Some(paging) = self.paging.take() {
                     paging.end().await;
@@ -219,20 +225,25 @@ impl Owner<'_> {
 
     async fn resume(&mut self) -> Input {
         let wanted = self.commit.is_none_or(|commit| commit.resume);
-        let resumed = match self.paging {
-            Some(_) => self.resume_lacking(wanted).await,
-            None => resume_guest(self.client, wanted).await,
+        let resumed = match self.is_whole() {
+            false => self.resume_lacking(wanted).await,
+            true => resume_guest(self.client, wanted).await,
         };
         match resumed {
             Ok(()) => {
                 failpoint::hit("destination-resumed").await;
-                Input::Resumed { complete: self.paging.is_none() }
+                Input::Resumed { complete: self.is_whole() }
             }
             Err(error) => {
                 tracing::error!(error = %error.tell(), "the guest could not be resumed");
                 Input::ResumeFailed
             }
         }
+    }
+
+    /// Whether all pages of the guest are here.
+    fn is_whole(&self) -> bool {
+        self.paging.is_none() && self.rest.is_none()
     }
 
     /// Resumes a guest that lacks pages: QEMU may need some of them to do so, and the source that has
@@ -257,10 +268,14 @@ impl Owner<'_> {
 
     /// The next event while pages are missing. Cancel-safe.
     async fn event(&mut self) -> Event {
-        let Self { paging, voice, asks, is_lost, .. } = self;
+        let Self { client, paging, rest, voice, asks, is_lost, .. } = self;
         // Once the session is lost there is only a new one to wait for.
         tokio::select! {
             error = paging::failed(paging), if !*is_lost => Event::Failed(error),
+            became = rest::next(rest, client) => match became {
+                Became::Broken(error) => Event::Failed(error),
+                Became::Whole => Event::Whole,
+            },
             heard = voice.receiver.recv(), if !*is_lost => Event::Heard(heard),
             Some(session) = asks.recv() => Event::Opened(Box::new(session)),
             else => pending().await,
@@ -270,8 +285,13 @@ impl Owner<'_> {
     /// Does what an event asks for. The guest belongs here: a source that is lost is waited for.
     async fn react(&mut self, event: Event) -> Option<Input> {
         match event {
+            Event::Whole => {
+                self.rest = None;
+                self.fetches.store(false, Ordering::Relaxed);
+                return Some(Input::Fetched);
+            }
             Event::Failed(error) => {
-                tell!("{}; waiting for the source to come back", error.tell());
+                tell!("{}; {}", error.tell(), self.awaited());
                 self.voice.closer.close_now(close_code::ABORTED, &messages::text(&error.tell()));
                 self.is_lost = true;
                 self.disconnect().await;
@@ -280,9 +300,11 @@ impl Owner<'_> {
                 return Some(Input::Asked);
             }
             Event::Heard(Ok(Message::Commit(_))) => return Some(Input::Commit),
+            // It asked, and heard the answer.
+            Event::Heard(Ok(Message::Done(_))) => {}
             Event::Heard(Ok(other)) => tracing::warn!(message = other.name(), "out of place"),
             Event::Heard(Err(error)) => {
-                tell!("{error}; the guest stays here, waiting for the source to come back");
+                tell!("{error}; the guest stays here, {}", self.awaited());
                 self.is_lost = true;
                 self.disconnect().await;
             }
@@ -293,6 +315,14 @@ impl Owner<'_> {
             }
         }
         None
+    }
+
+    /// What a lost session has to be followed by.
+    fn awaited(&self) -> &'static str {
+        match self.rest {
+            Some(_) => rest::BROKEN,
+            None => "waiting for the source to come back",
+        }
     }
 
     /// The next thing that the source, QEMU or time says.
@@ -323,6 +353,14 @@ impl Owner<'_> {
                         tell!("{error}; waiting for the source to come back");
                         is_lost = true;
                         self.disconnect().await;
+                    }
+                },
+                // Nobody has the guest's memory here; the source takes it back.
+                became = rest::next(&mut self.rest, self.client), if is_ready => match became {
+                    Became::Whole => self.rest = None,
+                    Became::Broken(error) => {
+                        tell!("{}; the guest is given back", error.tell());
+                        break Input::ResumeFailed;
                     }
                 },
                 Some(session) = self.asks.recv() => {
@@ -378,6 +416,10 @@ impl Owner<'_> {
 
     /// Takes missing pages in, until all are here or something else has to be done.
     async fn fetch(&mut self) -> Input {
+        if self.rest.is_some() {
+            let event = self.event().await;
+            return self.react(event).await.unwrap_or(Input::Retry);
+        }
         let Some(paging) = &self.paging else { return Input::Fetched };
         let fetcher = Arc::clone(paging.fetcher());
         let event = tokio::select! {

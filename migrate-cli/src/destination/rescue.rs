@@ -91,6 +91,7 @@ impl Rescued<'_> {
             journal: self.journal,
             voice,
             paging,
+            rest: None,
             remote: None,
             faults: None,
             asks,

@@ -26,6 +26,8 @@ pub struct Ending<'a> {
     pub stuck: Option<EngineError>,
     /// Pages that the guest still lacks at the destination.
     pub unserved: Option<u64>,
+    /// The guest is at the destination and lacks pages that its QEMU here has.
+    pub is_stranded: bool,
 }
 
 impl Ending<'_> {
@@ -60,6 +62,7 @@ impl Ending<'_> {
             Outcome::InDoubt => {
                 let error = match self.unserved {
                     Some(pages) => EngineError::Unserved { qmp, pages },
+                    None if self.is_stranded => EngineError::Stranded { qmp },
                     None => EngineError::InDoubt { qmp },
                 };
                 report.fail(&error, place(client).await, GuestPlace::Unknown);

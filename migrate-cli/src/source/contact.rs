@@ -48,6 +48,20 @@ pub struct Contact {
 }
 
 impl Contact {
+    /// By the session in which a migration began with the host of this name: whoever else of the authority answers at
+    /// this address later is not believed.
+    pub fn begun(
+        (addr, identity): (SocketAddr, Arc<Identity>),
+        options: &Options,
+        migration: MigrationId,
+        (peer_name, link, closer): (String, Link, Closer),
+        resume: bool,
+    ) -> Self {
+        let options = Options { expected_peer: Some(peer_name), ..options.clone() };
+        let session = Some((link, closer));
+        Self { addr, identity, options, migration, session, resume, running_at: None }
+    }
+
     /// Tells the destination to run the guest. Returns [`Input::Lost`] if that could not be said.
     pub async fn commit(&mut self) -> Option<Input> {
         let message = Commit { migration: self.migration, resume: self.resume };

@@ -10,7 +10,7 @@ use migrate_core::error::GuestPlace;
 use migrate_core::handover::source::{Input, Output};
 use migrate_core::handover::{DestinationState, Outcome, Source};
 use qemu_glue::device_state;
-use qemu_glue::qmp::Client;
+use qemu_glue::qmp::{Client, QmpError};
 use transport::messages::{FaultStats, Message};
 
 use super::contact::Contact;
@@ -18,10 +18,15 @@ use super::serve::Server;
 use crate::error::EngineError;
 use crate::journal::{Journal, Record};
 use crate::progress::Progress;
+use crate::stream::passing::Passing;
 use crate::{cancel, failpoint};
 
 /// Time that QEMU may take to wind up a migration of its own.
 const WIND_UP: Duration = Duration::from_secs(5);
+
+/// How long a destination may take to notice that it is to give back the disks of a guest that was on its way by
+/// post-copy: its QEMU takes them when it loads (7.2), and is quit.
+const DISKS_WITHIN: Duration = Duration::from_secs(15);
 
 /// How long a destination that fetches pages is sought after contact is lost: without these pages
 /// the guest is lost.
@@ -46,6 +51,10 @@ pub struct Owner<'a> {
     pub ask_for: Duration,
     /// Serves missing pages after the hand-over (post-copy).
     pub server: Option<&'a mut Server>,
+    /// The stream of a guest that its QEMU serves itself (post-copy), or that is through.
+    pub passing: Option<Passing>,
+    /// Whether the destination was heard to run the guest and to lack pages that cannot be served.
+    pub is_stranded: bool,
     /// Whether the destination was heard to fetch them.
     pub has_served: bool,
     /// Leave QEMU paused after success instead of quitting it.
@@ -73,6 +82,8 @@ impl<'a> Owner<'a> {
             contact,
             ask_for,
             server: None,
+            passing: None,
+            is_stranded: false,
             has_served: false,
             keep_source,
             why: None,
@@ -154,6 +165,7 @@ impl Owner<'_> {
         let heard = self.contact.ask(deadline).await;
         let fetching = heard == Input::Verdict(DestinationState::Fetching);
         let Some(server) = self.server.as_mut().filter(|_| fetching) else {
+            self.is_stranded |= fetching;
             return match heard {
                 // Who only asks cannot serve.
                 Input::Verdict(DestinationState::Fetching) => Input::GiveUpAsking,
@@ -176,6 +188,10 @@ impl Owner<'_> {
 
     /// Serves missing pages until the destination has them all, or contact is lost.
     async fn serve(&mut self, asking_since: &mut Option<Instant>) -> Input {
+        if let Some(passing) = &mut self.passing {
+            failpoint::hit("source-serving").await;
+            return passing.serve(self.contact).await;
+        }
         let Some(server) = &mut self.server else { return Input::GiveUpAsking };
         if !server.push() {
             // The commit went over a session that carries no pages.
@@ -222,6 +238,8 @@ impl Owner<'_> {
 
     /// Lets the guest run here again; a failure is kept in `stuck`.
     pub async fn resume(&mut self) {
+        // QEMU sends nothing more, and is told nothing more.
+        drop(self.passing.take());
         if let Some(client) = self.client
             && let Err(error) = take_back(client, self.journal.entry().was_running).await
         {
@@ -245,6 +263,9 @@ pub async fn quit_left(client: &Client) {
         Ok(status) if status.running => {
             tracing::error!("the guest runs here; its QEMU is not quit");
         }
+        Ok(_) if device_state::is_in_postcopy(client).await.unwrap_or(true) => {
+            tracing::error!("the guest's memory is here and may be needed; its QEMU is not quit");
+        }
         Ok(_) => {
             if let Err(error) = client.quit().await {
                 tracing::warn!(%error, "the source's QEMU was not quit");
@@ -255,14 +276,30 @@ pub async fn quit_left(client: &Client) {
 }
 
 /// Brings the guest back to what it was: no migration in QEMU, capabilities restored, running if it
-/// ran, its addresses announced, and the run state read back.
+/// ran, its addresses announced, and the run state read back. The guest belongs here: also one that was on its way by
+/// post-copy is taken back.
 ///
 /// # Errors
 /// If QEMU refuses or does not come to the state wanted.
 pub async fn take_back(client: &Client, was_running: bool) -> Result<(), EngineError> {
     let since = Instant::now();
-    while client.query_migrate().await?.is_under_way() && since.elapsed() < WIND_UP {
-        let _may_be_over_already = client.migrate_cancel().await;
+    let may_switch = client.capabilities().await?.get("postcopy-ram") == Some(&true);
+    let mut disks_within = Duration::ZERO;
+    loop {
+        let info = client.query_migrate().await?;
+        let Some(status) = info.status.filter(|status| !status.is_over()) else { break };
+        if device_state::is_postcopy(&status) {
+            device_state::leave_postcopy(client).await?;
+            disks_within = DISKS_WITHIN;
+            continue;
+        }
+        if since.elapsed() >= WIND_UP {
+            break;
+        }
+        // A command that meets post-copy would do harm.
+        if !may_switch || since.elapsed() >= WIND_UP / 2 {
+            let _may_be_over_already = client.migrate_cancel().await;
+        }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     if let Err(error) = device_state::restore_capabilities(client).await {
@@ -273,7 +310,7 @@ pub async fn take_back(client: &Client, was_running: bool) -> Result<(), EngineE
     }
     let mut status = client.query_status().await?;
     if !status.running {
-        client.cont().await?;
+        resume_with_disks(client, disks_within).await?;
         status = client.query_status().await?;
         if let Err(error) = client.announce_self().await {
             tracing::debug!(%error, "addresses not announced");
@@ -284,6 +321,20 @@ pub async fn take_back(client: &Client, was_running: bool) -> Result<(), EngineE
         return Err(EngineError::RunState { found, wanted: "running" });
     }
     Ok(())
+}
+
+/// Lets the guest run; for as long as `within`, disks may be in use by the QEMU that was to take it.
+async fn resume_with_disks(client: &Client, within: Duration) -> Result<(), EngineError> {
+    let until = Instant::now() + within;
+    loop {
+        match client.cont().await {
+            Err(QmpError::Command { desc, .. }) if Instant::now() < until => {
+                tracing::info!(desc, "the guest cannot be resumed yet");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            resumed => return Ok(resumed?),
+        }
+    }
 }
 
 /// What the source's guest is doing, as read back from QEMU.

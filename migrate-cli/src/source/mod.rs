@@ -145,26 +145,15 @@ async fn run(
     };
     let (room, journal) = match recorded.await {
         Ok(recorded) => recorded,
-        Err(error) => {
-            session.close(transport::close_code::ABORTED, &error.tell()).await;
-            return Err(error);
-        }
+        Err(error) => return Err(prepare::closed(session, error).await),
     };
     let peer_name = session.peer.name.clone();
     let gate = Arc::new(Gate::new(args.max_bandwidth));
     let link =
         Link::start(session.control_sender, session.control_receiver, Arc::clone(&gate), clock);
-    // Whoever else of the authority answers at this address later is not believed.
-    let options = transport::Options { expected_peer: Some(peer_name), ..options };
-    let contact = Contact {
-        addr,
-        identity,
-        options,
-        migration,
-        session: Some((link, closer.clone())),
-        resume: guest.vm.status.running,
-        running_at: None,
-    };
+    let began = (peer_name, link, closer.clone());
+    let resume = guest.vm.status.running;
+    let contact = Contact::begun((addr, identity), &options, migration, began, resume);
     let migration = Migration {
         args,
         guest,
@@ -288,7 +277,8 @@ impl Migration<'_> {
         self.conclude_split(report, outcome).await;
         report.end_of_lanes(&self.closer);
         let Self { guest, contact, journal, .. } = self;
-        Ending { client: &guest.client, contact, journal, why, stuck, unserved }
+        let is_stranded = false;
+        Ending { client: &guest.client, contact, journal, why, stuck, unserved, is_stranded }
             .conclude(report, outcome)
             .await;
     }

@@ -242,11 +242,14 @@ async fn accepted_once(
     let described = describe(&mut session, guest, verify, mode != Mode::PreCopy).await;
     match described.and_then(|accept| urgent_lane(&mut session, accept, mode)) {
         Ok(urgent) => Ok(Accepted { session, urgent }),
-        Err(error) => {
-            session.close(transport::close_code::ABORTED, &error.tell()).await;
-            Err(error)
-        }
+        Err(error) => Err(closed(session, error).await),
     }
+}
+
+/// Ends a session in which nothing will be moved; why.
+pub async fn closed(session: SourceSession, error: EngineError) -> EngineError {
+    session.close(transport::close_code::ABORTED, &error.tell()).await;
+    error
 }
 
 /// Describes the guest to the destination, which accepts or refuses it.

@@ -9,7 +9,7 @@ use migrate_core::handover::source::Input;
 use migrate_core::handover::{Outcome, Source, SourceRecord};
 use qemu_glue::qmp::Client;
 use qemu_glue::ram::GuestRam;
-use qemu_glue::{procfs, vm};
+use qemu_glue::{device_state, procfs, vm};
 use transport::{Identity, Options};
 
 use super::contact::Contact;
@@ -180,16 +180,19 @@ pub async fn contact(
     })
 }
 
-/// What serves the guest's memory if it turns out that the destination still needs it.
+/// What serves the guest's memory if it turns out that the destination still needs it; nothing where QEMU alone does that.
 ///
 /// # Errors
 /// If QEMU's memory cannot be opened.
-pub async fn server(client: &Client) -> Result<Server, EngineError> {
+pub async fn server(client: &Client) -> Result<Option<Server>, EngineError> {
     let vm = vm::inventory(client).await?;
+    if vm.regions.is_empty() || device_state::is_in_postcopy(client).await? {
+        return Ok(None);
+    }
     let ram = Arc::new(GuestRam::open(vm.pid, &vm.regions, false)?);
     // What the destination has of it, it will not ask for.
     let feed = Feed::new(ram.layout(), ram.data_ranges()?);
-    Ok(Server::new(ram, Arc::new(feed), Wanted::Auto, None, None))
+    Ok(Some(Server::new(ram, Arc::new(feed), Wanted::Auto, None, None)))
 }
 
 /// Brings an interrupted hand-over to its end; `operator` is what an operator says of it.

@@ -14,6 +14,8 @@
 //! commit the guest can go on at the source.
 
 pub mod destination;
+pub mod passing;
+pub mod rest;
 pub mod source;
 pub mod steer;
 

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //!   first pass ─► passes over what was written ─► as few as they will be: stop ─► QEMU sends the rest and ends
-//!                        │                        └─ too many for ever: give up
+//!                        │                        ├─ too many for ever: post-copy, or give up
 //!                        └─ next to none: QEMU stops the guest itself
 //! ```
+//!
+//! Where post-copy is asked for or allowed, QEMU is told to hand the guest over when [`migrate_core::mode`] says so, which
+//! stops the guest, too.
 //!
 //! A pass begins with a look at QEMU's dirty bitmap (migration/ram.c, `migration_bitmap_sync`). Between two such looks
 //! as many pages became dirty as are left at the second, and were sent meanwhile, beyond those that were left at the
@@ -12,14 +15,17 @@
 //! rid of them is that of the slowest part of the way.
 
 use std::convert::Infallible;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use migrate_core::convergence::{Config, Convergence, Decision, Observation};
 use migrate_core::layout::PAGE_BYTES;
+use migrate_core::mode::{self, Measured, choose_mode};
+use migrate_core::writes::WriteRate;
 use qemu_glue::qmp::{Client, Event, MigrationRam};
 use tokio::sync::broadcast;
 
-use crate::args::SendArgs;
+use crate::args::{Mode, SendArgs};
 use crate::error::EngineError;
 use crate::failpoint;
 use crate::progress::{Progress, Snapshot};
@@ -83,30 +89,51 @@ impl Seen {
     }
 }
 
+/// When QEMU was told to hand the guest over by post-copy.
+pub type Switched = OnceLock<Instant>;
+
 /// Watches QEMU send a guest, and stops the guest.
 #[derive(Debug)]
 pub struct Steer<'a> {
     client: &'a Client,
     events: broadcast::Receiver<Event>,
     convergence: Convergence,
+    mode: Mode,
+    writes: WriteRate,
+    /// Passes over what was written, the first one over all memory.
+    passes: u32,
     max_downtime_ms: u64,
     clock: Instant,
     /// At the last look at the dirty bitmap.
     before: Option<Seen>,
+    /// What happened between the last two.
+    observed: Option<Observation>,
     /// At the beginning of the round that will be reported.
     round: Option<Seen>,
 }
 
 impl<'a> Steer<'a> {
     /// To be made before QEMU begins; `clock` is the migration's origin of time.
-    pub fn new(client: &'a Client, args: &SendArgs, clock: Instant) -> Self {
+    pub fn new(client: &'a Client, args: &SendArgs, mode: Mode, clock: Instant) -> Self {
         let convergence = Convergence::new(Config {
             max_downtime: Duration::from_millis(args.max_downtime_ms),
             patience: Duration::from_secs(args.patience_s),
         });
         let events = client.subscribe();
         let max_downtime_ms = args.max_downtime_ms;
-        Self { client, events, convergence, max_downtime_ms, clock, before: None, round: None }
+        Self {
+            client,
+            events,
+            convergence,
+            mode,
+            writes: WriteRate::default(),
+            passes: 0,
+            max_downtime_ms,
+            clock,
+            before: None,
+            observed: None,
+            round: None,
+        }
     }
 
     /// Milliseconds that QEMU may expect of its last pass to stop the guest by itself.
@@ -120,8 +147,9 @@ impl<'a> Steer<'a> {
         progress: &mut Progress,
         report: &mut Report,
         stopped_at: &mut Option<Instant>,
+        switched: &Switched,
     ) -> EngineError {
-        match self.try_run(progress, report, stopped_at).await {
+        match self.try_run(progress, report, stopped_at, switched).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -132,7 +160,13 @@ impl<'a> Steer<'a> {
         progress: &mut Progress,
         report: &mut Report,
         stopped_at: &mut Option<Instant>,
+        switched: &Switched,
     ) -> Result<Infallible, EngineError> {
+        if self.mode == Mode::PostCopy {
+            report.mode = "post-copy";
+            self.hand_over(report, stopped_at, switched).await?;
+            std::future::pending::<()>().await;
+        }
         loop {
             self.wait(stopped_at).await;
             if stopped_at.is_some() {
@@ -142,7 +176,20 @@ impl<'a> Steer<'a> {
             let Some(ram) = info.ram.filter(|ram| ram.dirty_sync_count > 0) else { continue };
             let seen = Seen::of(&ram);
             self.show(&seen, &ram, progress, report);
-            match self.judge(seen, report) {
+            let decision = self.judge(seen, report);
+            match decision {
+                Decision::GiveUp(stall) if self.mode == Mode::PreCopy => {
+                    return Err(EngineError::NotConverging(stall));
+                }
+                Decision::Continue | Decision::GiveUp(_)
+                    if let Some(why) = self.why_early(&decision) =>
+                {
+                    report.mode = "hybrid";
+                    progress.say(&format!("post-copy from here: {why}"));
+                    report.mode_reason = Some(why);
+                    self.hand_over(report, stopped_at, switched).await?;
+                    break;
+                }
                 Decision::Continue => {}
                 Decision::GiveUp(stall) => return Err(EngineError::NotConverging(stall)),
                 Decision::Stop => {
@@ -155,6 +202,53 @@ impl<'a> Steer<'a> {
         }
         // The rest is QEMU's and the stream's.
         std::future::pending().await
+    }
+
+    /// Has QEMU hand the guest over by post-copy, and notes when it stopped.
+    async fn hand_over(
+        &mut self,
+        report: &mut Report,
+        stopped_at: &mut Option<Instant>,
+        switched: &Switched,
+    ) -> Result<(), EngineError> {
+        switched.get_or_init(Instant::now);
+        self.client.migrate_start_postcopy().await?;
+        while stopped_at.is_none() {
+            self.wait(stopped_at).await;
+        }
+        // What QEMU says before it has switched is what is left then.
+        let left = self.client.query_migrate().await?.ram.unwrap_or_default().remaining;
+        report.pages.missing = left / PAGE_BYTES as u64;
+        failpoint::hit("source-stopped").await;
+        Ok(())
+    }
+
+    /// Why the guest is to be handed over now, where it is.
+    fn why_early(&self, decision: &Decision) -> Option<String> {
+        let stalled = matches!(decision, Decision::GiveUp(_));
+        if self.passes == 0 {
+            return None;
+        }
+        let seen = self.before?;
+        let observed = self.observed?;
+        let measured = Measured {
+            rounds: self.passes,
+            left_pages: seen.left,
+            outstanding_bytes: 0,
+            writes: self.writes.writes(),
+            wire_bytes_per_page: observed.wire_bytes_per_page,
+            goodput_bytes_per_s: observed.goodput_bytes_per_s,
+            overhead: OVERHEAD,
+            max_downtime: Duration::from_millis(self.max_downtime_ms),
+            prediction: self.convergence.prediction(),
+            stalled,
+        };
+        let choice = choose_mode(&measured);
+        match self.mode {
+            Mode::Hybrid => Some("All memory was sent once, as asked".into()),
+            Mode::Auto if choice.mode == mode::Mode::Hybrid || stalled => Some(choice.why),
+            Mode::Auto | Mode::PreCopy | Mode::PostCopy => None,
+        }
     }
 
     /// Waits until there may be something new; notes that QEMU has stopped the guest.
@@ -185,6 +279,9 @@ impl<'a> Steer<'a> {
         };
         self.before = Some(seen);
         let observed = seen.since(&before);
+        self.observed = Some(observed);
+        self.passes += 1;
+        self.writes.scanned(observed.dirtied_pages, observed.interval);
         let decision = self.convergence.decide(&observed, self.clock.elapsed());
         let began = *self.round.get_or_insert(before);
         if seen.at - began.at >= ROUND || decision != Decision::Continue {

@@ -88,14 +88,7 @@ async fn load_task(
     state: oneshot::Receiver<DeviceState>,
     mut tell: oneshot::Sender<Status>,
 ) -> Result<(), DeviceStateError> {
-    let (active, status) = tokio::join!(refuse_active(&client), client.query_status());
-    let status = status?;
-    if status.state != RunState::InMigrate {
-        let remedy = "load into a QEMU that was started with -incoming defer";
-        return Err(DeviceStateError::WrongState { state: status.state, remedy });
-    }
-    active?;
-    let borrowed = Borrowed::take(&client, Role::Load).await?;
+    let borrowed = borrow(&client, Role::Load).await?;
     let _told = prepared.send(());
     let work = async {
         let state = state.await.map_err(|_| DeviceStateError::Abandoned)?;
@@ -106,21 +99,45 @@ async fn load_task(
         loaded = work => loaded,
         () = tell.closed() => Err(DeviceStateError::Abandoned),
     };
-    let ended = match loaded {
+    let told = |status| {
+        // Whoever is gone by now does not need it.
+        let _told = tell.send(status);
+    };
+    let ended = loaded_paused(&client, loaded, told).await;
+    let returned = borrowed.give_back(&client).await;
+    ended?;
+    returned
+}
+
+/// Takes the settings that a role needs of a QEMU that waits for a guest.
+pub(super) async fn borrow(client: &Client, role: Role) -> Result<Borrowed, DeviceStateError> {
+    let (active, status) = tokio::join!(refuse_active(client), client.query_status());
+    let status = status?;
+    if status.state != RunState::InMigrate {
+        let remedy = "load into a QEMU that was started with -incoming defer";
+        return Err(DeviceStateError::WrongState { state: status.state, remedy });
+    }
+    active?;
+    Borrowed::take(client, role).await
+}
+
+/// Tells that a guest is loaded; one that runs is stopped.
+pub(super) async fn loaded_paused(
+    client: &Client,
+    loaded: Result<Status, DeviceStateError>,
+    tell: impl FnOnce(Status),
+) -> Result<(), DeviceStateError> {
+    match loaded {
         Ok(status) if status.running => {
             client.stop().await.map_err(Into::into).and(Err(DeviceStateError::Started))
         }
         Ok(status) => {
-            // Whoever is gone by now does not need it.
-            let _told = tell.send(status);
+            tell(status);
             Ok(())
         }
         Err(DeviceStateError::Qmp(error)) if error.is_closed() => Err(DeviceStateError::QemuExited),
         Err(error) => Err(error),
-    };
-    let returned = borrowed.give_back(&client).await;
-    ended?;
-    returned
+    }
 }
 
 async fn transfer_in(client: &Client, bytes: &[u8]) -> Result<Status, DeviceStateError> {

@@ -24,15 +24,19 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use super::ahead::{Ahead, Step};
+use super::postcopy::is_postcopy;
 use super::settings::{Borrowed, Role};
 use super::{
     DESCRIPTOR_NAME, DeviceState, DeviceStateError, SETTLE_INTERVAL, Settling, TRANSFER_TIMEOUT,
-    drop_descriptor, failure, refuse_active, socket_failed, wait_over,
+    drop_descriptor, refuse_active, socket_failed, wait_completed, wait_event, wait_over,
 };
-use crate::qmp::{Client, Event, MigrationStatus, RunState, Status};
+use crate::qmp::{Client, Event, RunState, Status};
 
 /// Longest time that QEMU may take to leave a transitional state after a migration has ended.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a migration whose connection was given up may take to notice that.
+const ENDS_BY_ITSELF_WITHIN: Duration = Duration::from_secs(2);
 
 /// Bytes read at once.
 const READ_BYTES: usize = 256 << 10;
@@ -145,12 +149,12 @@ async fn save_task(client: Client, stream: Stream, caller: Caller) -> Result<(),
         Ok((state, mut events)) => {
             // Whoever is gone by now does not need it.
             let _given = give.send(state);
-            completed(&client, &mut events).await
+            in_time(wait_completed(&client, &mut events)).await
         }
         Err(error) => Err(error),
     };
     if ended.is_err() {
-        end_migration(&client).await;
+        end_migration(&client, false).await;
     }
     let settled = settle(&client).await;
     let returned = borrowed.give_back(&client).await;
@@ -296,22 +300,26 @@ impl Outgoing {
     }
 }
 
-/// Waits until QEMU says that it has written everything.
-async fn completed(
-    client: &Client,
-    events: &mut broadcast::Receiver<Event>,
-) -> Result<(), DeviceStateError> {
-    let info = in_time(wait_over(client, events)).await?;
-    match info.status {
-        Some(MigrationStatus::Completed) => Ok(()),
-        _ => Err(failure(&info)),
+/// Waits until a migration whose connection was given up is over, or has been handed over by post-copy.
+async fn settled_mode(client: &Client, events: &mut broadcast::Receiver<Event>) {
+    while let Ok(info) = client.query_migrate().await {
+        if !info.is_under_way() || info.status.as_ref().is_some_and(is_postcopy) {
+            return;
+        }
+        wait_event(events, "MIGRATION").await;
     }
 }
 
-/// Ends a migration that is of no use any more, as far as QEMU lets us.
-pub(super) async fn end_migration(client: &Client) {
+/// Ends a migration that is of no use any more, as far as QEMU lets us. One that was handed over by post-copy, which it
+/// may have been where it `may_switch`, is left as it is: whose the guest is by now is not known here, and QEMU 7.2
+/// takes the command then and gets stuck.
+pub(super) async fn end_migration(client: &Client, may_switch: bool) {
+    let mut events = client.subscribe();
+    if may_switch && timeout(ENDS_BY_ITSELF_WITHIN, settled_mode(client, &mut events)).await.is_ok()
+    {
+        return;
+    }
     let ended = async {
-        let mut events = client.subscribe();
         client.migrate_cancel().await?;
         wait_over(client, &mut events).await
     };

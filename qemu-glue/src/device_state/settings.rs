@@ -63,16 +63,31 @@ pub(super) enum Role {
     StreamOut {
         /// QEMU's limit in milliseconds.
         downtime_ms: u64,
+        /// Whether the guest may be handed over by post-copy.
+        post_copy: bool,
     },
-    StreamIn,
+    StreamIn {
+        /// The same.
+        post_copy: bool,
+    },
 }
 
 impl Role {
-    fn wants(self, (_, save, load, stream): Capability) -> Option<bool> {
+    /// Whether the guest may be handed over by post-copy.
+    pub(super) fn may_switch(self) -> bool {
+        matches!(self, Self::StreamOut { post_copy: true, .. })
+    }
+
+    fn wants(self, (name, save, load, stream): Capability) -> Option<bool> {
         match self {
             Self::Save => save,
             Self::Load => load,
-            Self::StreamOut { .. } | Self::StreamIn => stream,
+            Self::StreamOut { post_copy, .. } | Self::StreamIn { post_copy }
+                if name == "postcopy-ram" =>
+            {
+                Some(post_copy)
+            }
+            Self::StreamOut { .. } | Self::StreamIn { .. } => stream,
         }
     }
 }
@@ -147,7 +162,7 @@ impl Borrowed {
 fn changes(role: Role, mark: u64, now: &Map<String, Value>) -> Map<String, Value> {
     let mut changes = Map::new();
     let mut mark = mark;
-    if let Role::StreamOut { downtime_ms } = role {
+    if let Role::StreamOut { downtime_ms, .. } = role {
         mark |= LIMITED;
         changes.insert("downtime-limit".to_owned(), json!(downtime_ms));
     }

@@ -13,6 +13,9 @@
 //! A limit of next to nothing is no way to hold QEMU back: it would look for written pages all the time, and with a
 //! limit of 0 hand over without a look at what was written last (migration/migration.c, `migration_iteration_run`).
 //!
+//! By post-copy, the guest is loaded and waits for `cont` before its memory is there. From the switch on, QEMU at the source
+//! does not let it run when its connection ends; [`super::leave_postcopy`] takes it back.
+//!
 //! With its return path, the source's QEMU has completed only when that at the destination said that it loaded all.
 //! Until then it lets the guest run on when its connection ends.
 
@@ -21,11 +24,13 @@ use std::os::unix::net::UnixStream;
 
 use tokio::sync::{broadcast, oneshot};
 
+use super::load::{borrow, loaded_paused};
+use super::postcopy::{is_in_postcopy, is_postcopy};
 use super::save::{check_savable, end_migration, settle};
 use super::settings::{Borrowed, Role};
 use super::{
     DESCRIPTOR_NAME, DeviceStateError, Settling, drop_descriptor, failure, refuse_active,
-    socket_failed, wait_event, wait_over,
+    socket_failed, wait_completed, wait_event,
 };
 use crate::qmp::{Client, Event, MigrationStatus, RunState, Status};
 
@@ -38,20 +43,23 @@ pub struct Outgoing {
 }
 
 /// Has QEMU begin to send its guest, over the socket that is returned. It stops the guest where it expects a downtime of
-/// at most `downtime_ms`.
+/// at most `downtime_ms`. With `post_copy`, the caller may hand the guest over before
+/// ([`Client::migrate_start_postcopy`]).
 ///
 /// # Errors
 /// A [`DeviceStateError`]; QEMU is then as it was.
 pub async fn begin_stream_out(
     client: &Client,
     downtime_ms: u64,
+    post_copy: bool,
 ) -> Result<(Outgoing, UnixStream), DeviceStateError> {
     let turn = client.migration_turn().await;
     let (begun, has_begun) = oneshot::channel();
     let (tell, completed) = oneshot::channel();
     let client = client.clone();
     let settling = Settling::of(async move {
-        let sent = send_task(client, downtime_ms, begun, tell).await;
+        let role = Role::StreamOut { downtime_ms, post_copy };
+        let sent = send_task(client, role, begun, tell).await;
         drop(turn);
         sent
     });
@@ -76,7 +84,7 @@ impl Outgoing {
 
 async fn send_task(
     client: Client,
-    downtime_ms: u64,
+    role: Role,
     begun: oneshot::Sender<UnixStream>,
     mut tell: oneshot::Sender<()>,
 ) -> Result<(), DeviceStateError> {
@@ -85,7 +93,7 @@ async fn send_task(
     if !status.running {
         check_savable(&status)?;
     }
-    let borrowed = Borrowed::take(&client, Role::StreamOut { downtime_ms }).await?;
+    let borrowed = Borrowed::take(&client, role).await?;
     let work = async {
         let mut events = client.subscribe();
         let socket = give_socket(&client).await?;
@@ -94,11 +102,7 @@ async fn send_task(
             return Err(error.into());
         }
         let _told = begun.send(socket);
-        let info = wait_over(&client, &mut events).await?;
-        match info.status {
-            Some(MigrationStatus::Completed) => Ok(()),
-            _ => Err(failure(&info)),
-        }
+        wait_completed(&client, &mut events).await
     };
     let ended = tokio::select! {
         ended = work => ended,
@@ -108,9 +112,13 @@ async fn send_task(
         // Whoever is gone by now does not need it.
         Ok(()) => drop(tell.send(())),
         Err(_) => {
-            end_migration(&client).await;
+            end_migration(&client, role.may_switch()).await;
             drop(tell);
         }
+    }
+    if ended.is_err() && is_in_postcopy(&client).await.unwrap_or(true) {
+        // QEMU changes no setting now; the mark tells the next engine.
+        return ended;
     }
     let settled = settle(&client).await;
     let returned = borrowed.give_back(&client).await;
@@ -123,21 +131,36 @@ async fn send_task(
 #[derive(Debug)]
 #[must_use]
 pub struct Incoming {
-    loaded: oneshot::Receiver<Status>,
+    loaded: oneshot::Receiver<Loaded>,
     settling: Settling,
 }
 
+/// A guest that QEMU has loaded.
+#[derive(Debug)]
+#[must_use]
+pub struct Loaded {
+    /// Its state, which is never that of one that runs.
+    pub status: Status,
+    /// Whether all of its memory is here. If not, the [`Settling`] takes until it is, however often the connection is
+    /// broken and replaced meanwhile.
+    pub is_complete: bool,
+}
+
 /// Has a QEMU that was started with `-incoming defer` take a guest, over the socket that is returned. It does not run it.
+/// With `post_copy`, the guest may come ahead of its memory.
 ///
 /// # Errors
 /// A [`DeviceStateError`].
-pub async fn begin_stream_in(client: &Client) -> Result<(Incoming, UnixStream), DeviceStateError> {
+pub async fn begin_stream_in(
+    client: &Client,
+    post_copy: bool,
+) -> Result<(Incoming, UnixStream), DeviceStateError> {
     let turn = client.migration_turn().await;
     let (begun, has_begun) = oneshot::channel();
     let (tell, loaded) = oneshot::channel();
     let client = client.clone();
     let settling = Settling::of(async move {
-        let taken = take_task(client, begun, tell).await;
+        let taken = take_task(client, Role::StreamIn { post_copy }, begun, tell).await;
         drop(turn);
         taken
     });
@@ -148,13 +171,13 @@ pub async fn begin_stream_in(client: &Client) -> Result<(Incoming, UnixStream), 
 }
 
 impl Incoming {
-    /// Waits until the guest is loaded; its state, which is never that of one that runs.
+    /// Waits until the guest is loaded.
     ///
     /// # Errors
     /// A [`DeviceStateError`]. The QEMU is of no further use then.
-    pub async fn loaded(self) -> Result<(Status, Settling), DeviceStateError> {
+    pub async fn loaded(self) -> Result<(Loaded, Settling), DeviceStateError> {
         match self.loaded.await {
-            Ok(status) => Ok((status, self.settling)),
+            Ok(loaded) => Ok((loaded, self.settling)),
             Err(_) => Err(self.settling.error().await),
         }
     }
@@ -162,18 +185,13 @@ impl Incoming {
 
 async fn take_task(
     client: Client,
+    role: Role,
     begun: oneshot::Sender<UnixStream>,
-    mut tell: oneshot::Sender<Status>,
+    mut tell: oneshot::Sender<Loaded>,
 ) -> Result<(), DeviceStateError> {
-    let status = client.query_status().await?;
-    if status.state != RunState::InMigrate {
-        let remedy = "load into a QEMU that was started with -incoming defer";
-        return Err(DeviceStateError::WrongState { state: status.state, remedy });
-    }
-    refuse_active(&client).await?;
-    let borrowed = Borrowed::take(&client, Role::StreamIn).await?;
+    let borrowed = borrow(&client, role).await?;
+    let mut events = client.subscribe();
     let work = async {
-        let mut events = client.subscribe();
         // While a guest is still to come, this says that it is not to run (monitor/qmp-cmds.c, `qmp_stop`).
         client.stop().await?;
         let socket = give_socket(&client).await?;
@@ -188,27 +206,42 @@ async fn take_task(
         taken = work => taken,
         () = tell.closed() => Err(DeviceStateError::Abandoned),
     };
-    let ended = match taken {
-        Ok(status) if status.running => {
-            client.stop().await.map_err(Into::into).and(Err(DeviceStateError::Started))
-        }
-        Ok(status) => {
-            // Whoever is gone by now does not need it.
-            let _told = tell.send(status);
-            Ok(())
-        }
-        Err(DeviceStateError::Qmp(error)) if error.is_closed() => Err(DeviceStateError::QemuExited),
-        Err(error) => Err(error),
+    let is_complete = taken.as_ref().is_ok_and(|loaded| loaded.is_complete);
+    let taken = taken.map(|loaded| loaded.status);
+    let told = |status| {
+        // Whoever is gone by now does not need it.
+        let _told = tell.send(Loaded { status, is_complete });
+    };
+    let ended = match loaded_paused(&client, taken, told).await {
+        Ok(()) if !is_complete => arrived(&client, &mut events).await,
+        ended => ended,
     };
     let returned = borrowed.give_back(&client).await;
     ended?;
     returned
 }
 
+/// Waits until all memory of a guest is here that was loaded before it.
+async fn arrived(
+    client: &Client,
+    events: &mut broadcast::Receiver<Event>,
+) -> Result<(), DeviceStateError> {
+    loop {
+        match wait_completed(client, events).await {
+            Err(DeviceStateError::Qmp(error)) if error.is_closed() => {
+                return Err(DeviceStateError::QemuExited);
+            }
+            // A thread that waits for a page may hold the monitor up.
+            Err(DeviceStateError::Qmp(_)) => wait_event(events, "MIGRATION").await,
+            ended => return ended,
+        }
+    }
+}
+
 async fn wait_loaded(
     client: &Client,
     events: &mut broadcast::Receiver<Event>,
-) -> Result<Status, DeviceStateError> {
+) -> Result<Loaded, DeviceStateError> {
     loop {
         let (status, info) = tokio::try_join!(client.query_status(), client.query_migrate())?;
         match info.status {
@@ -216,7 +249,11 @@ async fn wait_loaded(
                 return Err(failure(&info));
             }
             Some(MigrationStatus::Completed) if status.state != RunState::InMigrate => {
-                return Ok(status);
+                return Ok(Loaded { status, is_complete: true });
+            }
+            // It waits for `cont`, and QEMU for the rest of its memory.
+            Some(now) if is_postcopy(&now) && status.state != RunState::InMigrate => {
+                return Ok(Loaded { status, is_complete: false });
             }
             _ => wait_event(events, "MIGRATION").await,
         }
@@ -224,7 +261,7 @@ async fn wait_loaded(
 }
 
 /// Gives QEMU one end of a pair of sockets, as [`DESCRIPTOR_NAME`]; the other.
-async fn give_socket(client: &Client) -> Result<UnixStream, DeviceStateError> {
+pub(super) async fn give_socket(client: &Client) -> Result<UnixStream, DeviceStateError> {
     let (ours, theirs) = UnixStream::pair().map_err(socket_failed("setting it up"))?;
     client.send_fd(DESCRIPTOR_NAME, OwnedFd::from(theirs)).await?;
     Ok(ours)

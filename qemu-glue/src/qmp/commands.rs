@@ -143,6 +143,30 @@ impl Client {
         self.migrate(&format!("fd:{name}")).await
     }
 
+    /// Lets a migration that waits in `postcopy-paused` go on over a descriptor passed on this monitor.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub async fn migrate_resume_fd(&self, name: &str) -> Result<(), QmpError> {
+        self.order("migrate", json!({ "uri": format!("fd:{name}"), "resume": true })).await
+    }
+
+    /// Hands the guest over by post-copy, which must have been announced.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub async fn migrate_start_postcopy(&self) -> Result<(), QmpError> {
+        self.order("migrate-start-postcopy", Value::Null).await
+    }
+
+    /// Ends the connection of a migration in post-copy, which then waits for another.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub async fn migrate_pause(&self) -> Result<(), QmpError> {
+        self.order("migrate-pause", Value::Null).await
+    }
+
     /// Lets a QEMU that was started with `-incoming defer` listen or read.
     ///
     /// From QEMU 9.1 on a failure leaves it waiting for another attempt; before, it exits.

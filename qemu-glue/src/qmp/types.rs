@@ -201,6 +201,10 @@ pub struct MigrationRam {
     pub dirty_pages_rate: u64,
     /// Rounds so far.
     pub dirty_sync_count: u64,
+    /// Pages that the destination asked for, in post-copy.
+    pub postcopy_requests: u64,
+    /// Bytes sent after the switch to post-copy (8.1 and later).
+    pub postcopy_bytes: u64,
 }
 
 /// The answer to `query-migrate`.

@@ -9,7 +9,9 @@
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use framework::{Engine, EngineOutput, MemoryServer, NetnsPair, Pulse, QemuKind, Vm, VmSpec};
+use framework::{
+    Backend, Engine, EngineOutput, MemoryServer, NetnsPair, Pulse, QemuKind, Vm, VmSpec,
+};
 use nix::sys::signal::Signal;
 
 use crate::split::Offer;
@@ -67,6 +69,8 @@ pub struct Stage {
     guest: Option<Vm>,
     kind: QemuKind,
     mode: &'static str,
+    /// Whether its QEMU sends the guest, slowly.
+    is_streamed: bool,
     /// Of a guest that is split.
     servers: Vec<MemoryServer>,
 }
@@ -90,7 +94,16 @@ impl Stage {
     /// What it needs is not there.
     pub fn new(kind: QemuKind, mode: &'static str) -> Result<Self> {
         let rig = Rig::with_failpoints()?;
-        Ok(Self { rig, net: NetnsPair::create(0)?, guest: None, kind, mode, servers: vec![] })
+        let (guest, is_streamed, servers) = (None, false, vec![]);
+        Ok(Self { rig, net: NetnsPair::create(0)?, guest, kind, mode, is_streamed, servers })
+    }
+
+    /// For migrations in this mode by QEMU's stream.
+    ///
+    /// # Errors
+    /// What it needs is not there.
+    pub fn of_streams(kind: QemuKind, mode: &'static str) -> Result<Self> {
+        Ok(Self { is_streamed: true, ..Self::new(kind, mode)? })
     }
 
     /// For splits over the main host and two memory servers on it.
@@ -120,6 +133,7 @@ impl Stage {
             .memory_mib(192)
             .with("godwit.writer=fill=16,hot=4,rate=500,bytes=64,seed=7")
             .with("godwit.checker=size=8,seed=5");
+        let spec = if self.is_streamed { spec.backend(Backend::Private) } else { spec };
         Vm::boot(&self.rig.env, spec)
     }
 
@@ -132,7 +146,10 @@ impl Stage {
         let netns = Some(self.net.source.name());
         let extra = ["--dead-peer-s", "1", "--ask-s", "3", "--max-downtime-ms", "2000"];
         if self.servers.is_empty() {
-            let extra = [&["--mode", self.mode][..], &extra].concat();
+            let mut extra = [&["--mode", self.mode][..], &extra].concat();
+            if self.is_streamed {
+                extra.extend(["--path", "stream", "--max-bandwidth", "16M"]);
+            }
             return self.rig.send_in(vm, LISTEN, &extra, netns);
         }
         let over = (&self.servers[..], RESIDENT_MIB);

@@ -5,6 +5,8 @@
 
 #[path = "send_stream/broken.rs"]
 mod broken;
+#[path = "send_stream/postcopy.rs"]
+mod postcopy;
 #[path = "send_stream/refused.rs"]
 mod refused;
 #[path = "send_stream/unused.rs"]

@@ -9,9 +9,9 @@ use crate::relay::Relay;
 use crate::rogue::{LANE_ALPN, tcp_server};
 use migrate_core::error::{Classify, ErrorBin};
 use transport::messages::{
-    Ask, DestinationState, Intent, Progress, Sync, Synced, VERSIONS, Verdict,
+    Abort, AbortCode, Ask, DestinationState, Intent, Progress, Sync, Synced, VERSIONS, Verdict,
 };
-use transport::{LaneKind, Listener, Message, Options, TransportError, close_code, connect};
+use transport::{For, LaneKind, Listener, Message, Options, TransportError, close_code, connect};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_and_batches_arrive_in_order() {
@@ -71,6 +71,38 @@ async fn all_arrives(pki: &Pki, kind: LaneKind) {
     // Connections that carry little do not find out how large their packets may be.
     assert!(kind != LaneKind::Quic || stats.udp_payload_bytes_min > 1200, "{stats:?}");
     assert!(stats.rtt < Duration::from_millis(100), "{stats:?}");
+}
+
+/// Who hears a part gets all of it in order, also while the other takes nothing or is gone; the end is for both.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_sorted_by_whom_they_are_for() {
+    let pki = Pki::new();
+    let (source, destination, _listener) = pair(&pki).await;
+    let which = |message: &Message| match message {
+        Message::Sync(_) => For::First,
+        Message::Abort(_) => For::Both,
+        _ => For::Second,
+    };
+    let (mut first, mut second) = destination.control_receiver.sorted(which);
+    let sync = |sequence| Message::Sync(Sync { sequence, batches: vec![0; 3] });
+    let ask = Message::Ask(Ask { migration: source.migration });
+    let abort = Message::Abort(Abort { code: AbortCode::Cancelled, text: "no".into() });
+    for message in [sync(1), ask.clone(), sync(2), abort.clone(), sync(3), ask.clone()] {
+        source.control_sender.send(&message).await.unwrap();
+    }
+    assert!(second.has_more().await && second.has_more().await);
+    for due in [&ask, &abort] {
+        assert_eq!(second.recv().await.unwrap(), *due);
+    }
+    for due in [&sync(1), &sync(2), &abort] {
+        assert_eq!(first.recv().await.unwrap(), *due);
+    }
+    drop(first);
+    assert_eq!(second.recv().await.unwrap(), ask);
+    source.close(close_code::DONE, "done").await;
+    assert!(!second.has_more().await);
+    let ended = second.recv().await.unwrap_err();
+    assert!(matches!(ended, TransportError::Closed { code: close_code::DONE, .. }), "{ended:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -89,11 +89,6 @@ fn what_the_stream_cannot_do_is_refused() -> Result<()> {
             }
             watched.untouched(from_us)?;
         }
-        for mode in ["post-copy", "hybrid"] {
-            watched.refused(mode, &["Post-copy", "memory-backend-file,share=on"], |rig, vm| {
-                rig.send(vm, &at, &stream(&["--mode", mode]))?.wait(PATIENCE)
-            })?;
-        }
         let words = ["private memory", "memory-backend-file,share=on"];
         watched.refused("direct", &words, |rig, vm| {
             rig.send(vm, &at, &["--path", "direct"])?.wait(PATIENCE)
