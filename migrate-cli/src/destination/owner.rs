@@ -476,7 +476,10 @@ impl Owner<'_> {
 
     /// Waits for the source to end the session, so that it has heard the last word.
     async fn say_goodbye(&mut self, outcome: Outcome) {
-        if outcome == Outcome::Completed {
+        // Who asked in a session that is over has heard what was so then.
+        if outcome == Outcome::Completed && self.is_lost {
+            self.source_knows = false;
+        } else if outcome == Outcome::Completed {
             let Voice { receiver, closer, .. } = &mut self.voice;
             self.source_knows =
                 match tokio::time::timeout(GOODBYE, farewell(receiver, closer)).await {

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::{small, uri};
 use e2e::stage::{End, Stage, Victim, runs};
 use e2e::watched::Watched;
-use e2e::{PATIENCE, Rig, check_alive, in_turn, with_larger_pages};
+use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn, with_larger_pages};
 use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
 use serde_json::json;
 
@@ -138,8 +138,11 @@ fn larger_pages_are_refused_before_anything_moves() -> Result<()> {
                 &["The destination", "pages of", "--mode pre-copy"],
             )?;
             let mut watched = Watched::boot(small(QemuKind::V10_0).backend(backend))?;
-            let next = watched.next(QemuKind::V10_0).backend(Backend::Private);
-            watched.refused_by(next, &words, &["pages of", "--mode pre-copy"])?;
+            // It does not come to a session.
+            let nobody = free_address()?;
+            watched.refused("larger pages", &["pages of", "--mode pre-copy"], |rig, vm| {
+                rig.send(vm, &nobody, &words)?.wait(PATIENCE)
+            })?;
         }
         Ok(())
     })
