@@ -64,7 +64,7 @@ impl Passing {
         Self { passage, passed: None, outgoing: Some(outgoing), settling: None }
     }
 
-    /// Waits until the stream is over at both ends; what kept it from that is returned by [`Self::end`]. Cancel-safe.
+    /// Waits until the stream is over at both ends; what kept it from that is returned by [`Self::completed`]. Cancel-safe.
     pub async fn over(&mut self) {
         if self.passed.is_none() {
             let passed = (&mut self.passage.0).await;
