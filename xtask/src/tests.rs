@@ -20,8 +20,21 @@ use crate::setup::{self, Environment};
 const GUEST_PACKAGES: [&str; 2] = ["framework", "e2e"];
 
 /// Test programs that take minutes: they begin first, so that no long one is left for the end.
-const LONG: [&str; 8] =
-    ["faults", "split", "disks", "moves", "send_stream", "postcopy", "split_leaves", "libvirt"];
+const LONG: [&str; 13] = [
+    "moves",
+    "faults",
+    "split",
+    "send_stream",
+    "stream_postcopy",
+    "disks",
+    "split_leaves",
+    "postcopy",
+    "split_faults",
+    "guests",
+    "split_guests",
+    "gateway_reconnect",
+    "libvirt",
+];
 
 /// Most programs with guests side by side: each takes gigabytes.
 const SIDE_BY_SIDE_MAX: usize = 4;
@@ -119,6 +132,8 @@ fn guest_tests(
             let Some((package, name)) = next else { return Ok(()) };
             let mut command = prepared();
             command.args(["-p", package, "--test", &name, "--", "--test-threads=1"]).args(filters);
+            // Errors say what went wrong; where in a test they were made is some thirty lines each.
+            command.env("RUST_LIB_BACKTRACE", "0");
             let began = Instant::now();
             let ended = command.output();
             let ended = ended.with_context(|| format!("Cannot start `{}`", shown(&command)))?;

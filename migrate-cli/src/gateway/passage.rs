@@ -263,14 +263,14 @@ impl Drop for Passage {
     }
 }
 
-/// What came first: whichever way ends takes the other with it.
+/// What came first: whichever way ends takes the other with it. Where the reading does, the other is cancelled; where the
+/// other does, the reading sees a stream that ends too soon.
 async fn reason(link: &mut Link, passed: EngineError, read: EngineError) -> EngineError {
     match (&passed, &read) {
         // A lane ends for a reason that the control stream tells.
         (EngineError::Cancelled, EngineError::Pump(_)) => link.why_over().await.unwrap_or(read),
         (EngineError::Cancelled, _) => read,
-        (_, EngineError::Cancelled | EngineError::QemuSocket(_) | EngineError::Pump(_)) => passed,
-        _ => read,
+        _ => passed,
     }
 }
 

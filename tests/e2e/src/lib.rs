@@ -4,6 +4,7 @@ pub mod gateways;
 pub mod reading;
 pub mod split;
 pub mod stage;
+pub mod streams;
 pub mod untouched;
 pub mod waits;
 pub mod watched;

@@ -3,10 +3,6 @@
 //! What is looked at comes from the guest (heartbeat, checker), from QEMU (`query-migrate`, events) and from the report, not
 //! from what the engines say of each other. "Under way" is what QEMU says of its migration.
 
-#[path = "send_stream/broken.rs"]
-mod broken;
-#[path = "send_stream/postcopy.rs"]
-mod postcopy;
 #[path = "send_stream/refused.rs"]
 mod refused;
 #[path = "send_stream/unused.rs"]
@@ -15,62 +11,15 @@ mod unused;
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::small;
 use e2e::stage::runs;
+use e2e::streams::{LISTEN, STREAM, check_report, stream, under_way};
 use e2e::waits::slow;
 use e2e::{BEATS_WITHIN, Moved, PATIENCE, Rig, check_alive, free_address, in_turn};
-use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
+use framework::{Backend, NetnsPair, QemuKind, Vm, VmSpec};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-/// What every `send` here is told.
-const STREAM: &[&str] = &["--path", "stream"];
-
-/// Where a destination behind a link of its own listens.
-const LISTEN: &str = "10.77.0.2:7700";
-
-/// What QEMU has given the engine before a migration counts as under way.
-const UNDER_WAY_BYTES: u64 = 4 << 20;
-
 /// Most that QEMU's other blocks (firmware, option ROMs, tables) add to the guest's RAM.
 const OTHER_BLOCKS_BYTES_MAX: u64 = 16 << 20;
-
-/// [`STREAM`] and more.
-fn stream<'a>(extra: &[&'a str]) -> Vec<&'a str> {
-    [STREAM, extra].concat()
-}
-
-/// Waits until pages are on their way while the guest runs.
-fn under_way(vm: &mut Vm, send: &mut Engine) -> Result<()> {
-    let begun = wait::until("a migration to be under way", PATIENCE, || {
-        ensure!(send.running()?, "`send` has ended");
-        let now = vm.qmp().migration()?;
-        let is_moving = now["ram"]["transferred"].as_u64() > Some(UNDER_WAY_BYTES);
-        Ok((now["status"] == "active" && is_moving).then_some(()))
-    });
-    begun.with_context(|| send.stderr())
-}
-
-/// What every report says, however the migration ended.
-fn check_report(report: &Value, outcome: &str) -> Result<()> {
-    let is_ours = report["v"] == 1 && report["outcome"] == outcome && report["path"] == "stream";
-    ensure!(is_ours, "{report}");
-    let mode = report["mode"].as_str().unwrap_or_default();
-    ensure!(["pre-copy", "post-copy", "hybrid"].contains(&mode), "{report}");
-    let numbers = ["/total_ms", "/downtime_ms", "/bytes/ram", "/bytes/wire"];
-    for field in numbers.into_iter().chain(["/pages/zero", "/pages/raw", "/pages/delta"]) {
-        let is_number = report.pointer(field).is_some_and(Value::is_number);
-        ensure!(is_number, "{field} in {report}");
-    }
-    let error = &report["error"];
-    if outcome == "completed" {
-        ensure!(error.is_null(), "{report}");
-        return Ok(());
-    }
-    for field in ["kind", "message", "source_vm", "destination_vm"] {
-        let is_said = error[field].as_str().is_some_and(|text| !text.is_empty());
-        ensure!(is_said, "error.{field} in {report}");
-    }
-    Ok(())
-}
 
 /// Moves a guest from kind to kind, by different settings in turn.
 fn moved(kinds: &[QemuKind], guest: fn(QemuKind) -> VmSpec) -> Result<()> {

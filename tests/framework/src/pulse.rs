@@ -154,7 +154,9 @@ impl Pulse {
         seen.sort_unstable();
         seen.dedup();
         if seen.len() != order.len() {
-            bail!("The guest went back to a QEMU that it had left: sides {order:?}");
+            let changes = by_sequence.windows(2).filter(|pair| pair[0].side != pair[1].side);
+            let changes: Vec<&[SidedBeat]> = changes.collect();
+            bail!("The guest went back to a QEMU that it had left: sides {order:?}, {changes:?}");
         }
         // Within one side the sequences rise with the time of arrival.
         for side in seen {
@@ -171,11 +173,16 @@ impl Pulse {
 }
 
 /// Beats whose line began at one QEMU and ended at another.
+///
+/// The end came after all whole lines of the QEMU where the line began: what a guest is just writing is
+/// not the beginning of a line that ended where it was before.
 fn stitched(records: &[&Record], nonce: u32) -> Vec<SidedBeat> {
     let mut found = Vec::new();
     for (side, record) in records.iter().enumerate() {
         let Some((head, at_us)) = &record.head else { continue };
+        let was_silent = |other: &Record| other.beats.last().is_none_or(|last| last.at_us < *at_us);
         let others = records.iter().enumerate().filter(|(other, _)| *other != side);
+        let others = others.filter(|(_, other)| was_silent(other));
         let lines = others.map(|(_, other)| format!("{}{head}", other.tail));
         let mut beats = lines.filter_map(|line| parse(&line, *at_us));
         if let Some(beat) = beats.find(|beat| beat.nonce == nonce) {
@@ -257,6 +264,17 @@ mod tests {
         assert_eq!(pulse.missing(), 0);
         let torn = pulse.beats().iter().find(|one| one.beat.sequence == 10).unwrap();
         assert_eq!((torn.side, torn.beat.guest_us), (1, 50_000));
+        pulse.assert_one_runs().unwrap();
+    }
+
+    #[test]
+    fn a_torn_line_of_an_earlier_move_is_not_put_together() {
+        let mut source = Record::default();
+        source.add(b"0 50000 00c0ffee\nHB 11 55000 00c0ffee\n", 60_000);
+        let mut destination = Record::default();
+        destination.add(b"HB 12 60000 00c0ffee\nHB 13 65000 00c0ffee\nHB 1", 70_000);
+        let pulse = Pulse::of(&[&source, &destination]).unwrap();
+        assert_eq!(pulse.beats().len(), 3);
         pulse.assert_one_runs().unwrap();
     }
 

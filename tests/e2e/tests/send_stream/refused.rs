@@ -4,11 +4,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use e2e::gateways::Gateways;
+use e2e::streams::{STREAM, stream};
 use e2e::watched::Watched;
 use e2e::{PATIENCE, free_address, in_turn};
 use framework::{Backend, Pki, QemuKind, Vm, VmSpec, wait};
-
-use super::{STREAM, stream};
 
 /// Longest time until something is refused.
 const REFUSED_WITHIN: Duration = Duration::from_secs(20);

@@ -1,12 +1,12 @@
 //! Memory that the guest freed does not travel with QEMU's stream either.
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::gateways::small;
 use e2e::stage::runs;
+use e2e::streams::{STREAM, stream, under_way};
 use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::{Backend, QemuKind, Vm, VmSpec, guest, wait};
 use serde_json::{Value, json};
-
-use super::{STREAM, small, stream};
 
 const MIB: u64 = 1 << 20;
 
@@ -95,7 +95,7 @@ fn a_guest_that_is_reset_meanwhile_stays_where_it_is() -> Result<()> {
         let receive = rig.receive(&destination, &listen, &[])?;
         let words = stream(&["--max-bandwidth", "200M", "--compression", "none"]);
         let mut send = rig.send(&source, &listen, &words)?;
-        super::under_way(&mut source, &mut send)?;
+        under_way(&mut source, &mut send)?;
         source.qmp().execute("system_reset", json!({}))?;
         let sent = send.wait(PATIENCE)?;
         ensure!(sent.code != Some(0), "{}", sent.stderr);

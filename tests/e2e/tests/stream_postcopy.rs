@@ -5,12 +5,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use e2e::gateways::{small, uri};
 use e2e::stage::{End, Stage, Victim, runs};
+use e2e::streams::{LISTEN, check_report, stream};
 use e2e::watched::Watched;
 use e2e::{PATIENCE, Rig, check_alive, free_address, in_turn, with_larger_pages};
 use framework::{Backend, Engine, NetnsPair, QemuKind, Vm, VmSpec, wait};
 use serde_json::json;
-
-use super::{LISTEN, check_report, stream};
 
 /// Whatever dies before the commit, the guest runs at the source.
 const BEFORE_THE_COMMIT: [(&str, Victim, End); 8] = [

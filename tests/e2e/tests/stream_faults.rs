@@ -5,13 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::stage::{Victim, runs};
+use e2e::streams::{LISTEN, check_report, stream, under_way};
 use e2e::untouched::Before;
 use e2e::waits::slow;
 use e2e::{BEATS_WITHIN, PATIENCE, Rig, free_address, in_turn};
 use framework::{Engine, EngineOutput, NetnsPair, Pulse, QemuKind, Vm};
 use nix::sys::signal::Signal;
-
-use super::{LISTEN, check_report, stream, under_way};
 
 /// Longest time from a disturbance to the end of what it ends.
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
