@@ -1,0 +1,1 @@
+//! Hotspots out of series of figures.

@@ -1,0 +1,23 @@
+//! Godwit's scheduler: hotspots are found, and guests grow, shrink or move until they are gone.
+//!
+//! ```text
+//!   figures ─► detect ─► hotspots ─► plan ─► steps ─► migrate, balloon
+//!                 ▲                    ▲
+//!               series          model: hosts, guests, traffic
+//! ```
+//!
+//! | module | what it decides or holds |
+//! |---|---|
+//! | [`model`] | a cluster at one moment, and what a move would change |
+//! | [`detect`] | hotspots out of series of figures |
+//! | [`cost`] | what a migration is expected to take |
+//! | [`plan`] | what to do about hotspots, by several policies |
+//! | [`simulate`] | clusters on paper, for comparing policies |
+//!
+//! Architecture invariant: these modules have no I/O, clock or randomness; inputs and `now` in, decisions out.
+
+pub mod cost;
+pub mod detect;
+pub mod model;
+pub mod plan;
+pub mod simulate;
