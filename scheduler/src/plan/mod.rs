@@ -3,6 +3,8 @@
 //! A [`Policy`] is a pure function of a [`Problem`]; agents and the simulator ask the same code. A plan's steps name their
 //! reasons in words that `explain` and `--dry-run` print.
 
+pub mod godwit;
+
 use serde::{Deserialize, Serialize};
 
 use crate::cost::MigrationCost;
