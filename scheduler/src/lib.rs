@@ -15,9 +15,14 @@
 //! | [`simulate`] | clusters on paper, for comparing policies |
 //!
 //! Architecture invariant: these modules have no I/O, clock or randomness; inputs and `now` in, decisions out.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`store`] | what agents share: entries, leases, and who moves which guest |
 
 pub mod cost;
 pub mod detect;
 pub mod model;
 pub mod plan;
 pub mod simulate;
+pub mod store;
