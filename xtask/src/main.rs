@@ -6,6 +6,7 @@
 mod applications;
 mod apt;
 mod checks;
+mod etcd;
 mod initrd;
 mod kernel;
 mod qemu;

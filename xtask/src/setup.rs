@@ -1,7 +1,7 @@
 //! `setup`: everything under target/godwit that guests need.
 //!
 //! ```text
-//! target/godwit/vmlinuz  modules/  initrd.gz  vmlinuz-6.12  initrd-plain.gz  qemu-10.0/  env.json
+//! target/godwit/vmlinuz  modules/  initrd.gz  vmlinuz-6.12  initrd-plain.gz  qemu-10.0/  etcd  env.json
 //! ```
 //! Idempotent; without a network it works as long as everything was fetched once.
 
@@ -15,12 +15,13 @@ use anyhow::{Context as _, Result, bail};
 use crate::apt::{self, PrivateApt};
 use crate::initrd::Initrds;
 use crate::qemu::Qemu;
-use crate::{initrd, kernel, qemu};
+use crate::{etcd, initrd, kernel, qemu};
 
 /// From the system's own package sources. libclang is what the userfaultfd bindings are made with;
 /// libc6-dev has the static C library of the guest's programs. Of libvirt only programs are taken: the
-/// package with its services, libvirt-daemon-system, is not, so that none is started.
-const PACKAGES: [&str; 10] = [
+/// package with its services, libvirt-daemon-system, is not, so that none is started. protobuf-compiler and
+/// libprotobuf-dev are what etcd's client is made with.
+const PACKAGES: [&str; 12] = [
     "qemu-system-x86",
     "busybox-static",
     "iproute2",
@@ -28,6 +29,8 @@ const PACKAGES: [&str; 10] = [
     "gcc",
     "libc6-dev",
     "libclang-dev",
+    "protobuf-compiler",
+    "libprotobuf-dev",
     "libvirt-daemon",
     "libvirt-daemon-driver-qemu",
     "libvirt-clients",
@@ -44,6 +47,7 @@ pub(crate) struct Environment {
     pub(crate) plain_initrd: PathBuf,
     pub(crate) qemu_7_2: Qemu,
     pub(crate) qemu_10_0: Qemu,
+    pub(crate) etcd: PathBuf,
 }
 
 impl Environment {
@@ -53,7 +57,8 @@ impl Environment {
             .env("GODWIT_ENV", &self.file)
             .env("GODWIT_QEMU_7_2", &self.qemu_7_2.bin)
             .env("GODWIT_QEMU_10_0", &self.qemu_10_0.bin)
-            .env("GODWIT_QEMU_10_0_DATA", &self.qemu_10_0.data);
+            .env("GODWIT_QEMU_10_0_DATA", &self.qemu_10_0.data)
+            .env("GODWIT_ETCD", &self.etcd);
     }
 
     fn json(&self) -> String {
@@ -63,12 +68,13 @@ impl Environment {
         };
         format!(
             "{{\n  \"kernel\": {},\n  \"initrd\": {},\n  \"newer_kernel\": {},\n  \
-             \"plain_initrd\": {},\n  \"qemu\": {{\n    \"7.2\": {},\n    \
+             \"plain_initrd\": {},\n  \"etcd\": {},\n  \"qemu\": {{\n    \"7.2\": {},\n    \
              \"10.0\": {}\n  }}\n}}\n",
             quote(&self.kernel),
             quote(&self.initrd),
             quote(&self.newer_kernel),
             quote(&self.plain_initrd),
+            quote(&self.etcd),
             qemu(&self.qemu_7_2),
             qemu(&self.qemu_10_0),
         )
@@ -112,6 +118,7 @@ pub(crate) fn setup(root: &Path) -> Result<Environment> {
     let qemu_10_0 = qemu::backport(&godwit, &mut open)?;
     let kernel = kernel::provide(&godwit, &mut open)?;
     let newer_kernel = kernel::newer(&godwit, &mut open)?;
+    let etcd = etcd::provide(&godwit, &mut open)?;
     let Initrds { with_modules, plain } = initrd::provide(root, &godwit, &kernel)?;
     let environment = Environment {
         file: godwit.join("env.json"),
@@ -121,6 +128,7 @@ pub(crate) fn setup(root: &Path) -> Result<Environment> {
         plain_initrd: plain,
         qemu_7_2,
         qemu_10_0,
+        etcd,
     };
     let json = environment.json();
     if fs::read_to_string(&environment.file).ok().as_deref() != Some(json.as_str()) {

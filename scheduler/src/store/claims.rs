@@ -192,7 +192,8 @@ impl<S: Store> Claims<S> {
     }
 
     /// Claims a migration for this agent. `room` is asked with everything that the destination has promised, this guest
-    /// included, and says what there would be too little of.
+    /// included, and says what there would be too little of. May be asked again where it is not known whether the store has
+    /// heard it.
     ///
     /// # Errors
     /// Why it may not begin.
@@ -205,7 +206,9 @@ impl<S: Store> Claims<S> {
         let claim = Claim { agent: self.agent.clone(), ..claim.clone() };
         let hosts = [key("busy", from), key("busy", to)];
         for _ in 0..TRIES {
-            self.check_free(&claim).await?;
+            if self.is_begun(&claim).await? {
+                return Ok(());
+            }
             let promised = key("promised", to);
             let entry = self.store.get(&promised).await?;
             let mut promises: Vec<Promise> =
@@ -233,17 +236,21 @@ impl<S: Store> Claims<S> {
         Err(ClaimError::Contended)
     }
 
-    async fn check_free(&self, claim: &Claim) -> Result<(), ClaimError> {
+    /// Whether this very claim is there: an answer may have been lost.
+    async fn is_begun(&self, claim: &Claim) -> Result<bool, ClaimError> {
         if let Some(entry) = self.store.get(&key("moves", &claim.vm)).await? {
-            let Claim { vm, agent, .. } = read(&entry)?;
-            return Err(ClaimError::Taken { vm, agent });
+            let known: Claim = read(&entry)?;
+            if known == *claim {
+                return Ok(true);
+            }
+            return Err(ClaimError::Taken { vm: known.vm, agent: known.agent });
         }
         for host in [&claim.from, &claim.to] {
             if let Some(entry) = self.store.get(&key("busy", host)).await? {
                 return Err(ClaimError::Busy { host: host.clone(), vm: read(&entry)? });
             }
         }
-        Ok(())
+        Ok(false)
     }
 
     /// A migration of this agent has ended, well or not.

@@ -12,6 +12,9 @@
 
 pub mod claims;
 pub mod embedded;
+pub mod etcd;
+#[cfg(test)]
+mod etcd_tests;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +24,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 pub use self::embedded::Embedded;
+pub use self::etcd::Etcd;
 
 /// Longest key, in bytes.
 pub const KEY_BYTES_MAX: usize = 512;
