@@ -1,12 +1,13 @@
 //! Policies by the names that users write.
 
 use super::drs::Drs;
+use super::godwit::Godwit;
 use super::idc::Idc;
 use super::sandpiper::Sandpiper;
 use super::{Plan, Policy, Problem};
 
 /// The policies' names.
-pub const NAMES: [&str; 5] = ["none", "sandpiper", "idc", "idc-plus", "drs"];
+pub const NAMES: [&str; 6] = ["none", "sandpiper", "idc", "idc-plus", "drs", "godwit"];
 
 /// The policy of that name, with the settings of its authors.
 #[must_use]
@@ -17,6 +18,7 @@ pub fn policy(name: &str) -> Option<Box<dyn Policy>> {
         "idc" => Some(Box::new(Idc::as_in_the_thesis())),
         "idc-plus" => Some(Box::new(Idc::plus())),
         "drs" => Some(Box::new(Drs::default())),
+        "godwit" => Some(Box::new(Godwit::default())),
         _ => None,
     }
 }
