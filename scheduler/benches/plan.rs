@@ -20,8 +20,12 @@ fn spread(number: usize, factor: usize) -> f64 {
 
 /// Guests of all sizes, groups of four that talk, and one host in ten with too much to do.
 fn cluster(hosts: usize, vms: usize) -> Cluster {
-    let capacity =
-        Amounts { cpu_cores: 16.0, memory_mib: 131_072.0, network_mbit: 10_000.0, disk_mib: 2_000.0 };
+    let capacity = Amounts {
+        cpu_cores: 16.0,
+        memory_mib: 131_072.0,
+        network_mbit: 10_000.0,
+        disk_mib: 2_000.0,
+    };
     let host = |number: usize| Host {
         name: format!("host-{number}"),
         capacity,
@@ -31,7 +35,7 @@ fn cluster(hosts: usize, vms: usize) -> Cluster {
     };
     let vm = |number: usize| {
         let at = number % hosts;
-        let heat = if at % 10 == 0 { 1.6 } else { 0.8 };
+        let heat = if at.is_multiple_of(10) { 1.6 } else { 0.8 };
         let memory_mib = 2_048.0 + 12_288.0 * spread(number, 3);
         let usage = Amounts {
             cpu_cores: heat * (0.2 + 1.6 * spread(number, 5)),
@@ -56,7 +60,11 @@ fn cluster(hosts: usize, vms: usize) -> Cluster {
                 swap_writes_per_s: 0.0,
             },
             dirty_mib_per_s: 50.0 * spread(number, 13),
-            ..Vm::default()
+            predicted: None,
+            priority: 0,
+            is_migrating: false,
+            last_move: None,
+            gray_box: None,
         }
     };
     let mut cluster = Cluster {
@@ -97,7 +105,8 @@ fn plans(criterion: &mut Criterion) {
     for (hosts, vms) in SIZES {
         let (cluster, limits) = (cluster(hosts, vms), Limits::default());
         let hotspots = hotspots(&cluster, &limits);
-        let problem = Problem { cluster: &cluster, hotspots: &hotspots, limits: &limits, now_s: 0.0 };
+        let problem =
+            Problem { cluster: &cluster, hotspots: &hotspots, limits: &limits, now_s: 0.0 };
         for name in plan::NAMES {
             let Some(policy) = plan::policy(name) else { continue };
             let moves = policy.plan(&problem).moves().count();
