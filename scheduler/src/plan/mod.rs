@@ -20,6 +20,13 @@ pub mod sandpiper;
 mod swap;
 mod words;
 
+#[cfg(test)]
+mod invariants;
+#[cfg(test)]
+mod situations;
+#[cfg(test)]
+mod thesis;
+
 use serde::{Deserialize, Serialize};
 
 pub use self::registry::{NAMES, policy};
