@@ -121,7 +121,7 @@ pub fn need_mib(guest: &Guest, settings: &BalloonSettings) -> f64 {
 
 fn has_oom_sign(guest: &Guest, settings: &BalloonSettings) -> bool {
     // A time that is no number counts as just now.
-    guest.oom_since_s.is_some_and(|since_s| since_s.total_cmp(&settings.back_off_s).is_lt())
+    guest.oom_since_s.is_some_and(|since_s| since_s.is_nan() || since_s < settings.back_off_s)
 }
 
 /// What is no number may be anything.

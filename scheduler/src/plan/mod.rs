@@ -21,6 +21,12 @@ mod swap;
 mod words;
 
 pub mod godwit;
+#[cfg(test)]
+mod invariants;
+#[cfg(test)]
+mod situations;
+#[cfg(test)]
+mod thesis;
 
 use serde::{Deserialize, Serialize};
 

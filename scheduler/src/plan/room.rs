@@ -77,6 +77,11 @@ pub(crate) struct Outcome {
     pub(crate) destination: Amounts,
 }
 
+/// Whether so little time has passed. A clock that says nothing sensible counts as too early.
+fn is_within(passed_s: f64, least_s: f64) -> bool {
+    passed_s.is_nan() || passed_s < least_s
+}
+
 impl Draft<'_> {
     /// The guests that would move with this one: those that a rule keeps with it and that run where it does.
     pub(crate) fn unit(&self, vm: VmIndex) -> Vec<VmIndex> {
@@ -123,7 +128,8 @@ impl Draft<'_> {
         let peers = unit.iter().flat_map(|vm| placement.cluster().traffic.peers(*vm));
         let there =
             |(peer, _): &&(VmIndex, f64)| placement.host_of(*peer) == host && !unit.contains(peer);
-        peers.filter(there).map(|(_, mbit)| mbit).sum()
+        // The sum of nothing is -0.
+        peers.filter(there).map(|(_, mbit)| mbit).sum::<f64>() + 0.0
     }
 
     /// Why a guest stays where it is, whatever the destination.
@@ -135,9 +141,7 @@ impl Draft<'_> {
         if self.cluster().rules.pinned.contains(&vm) {
             return Some(Obstacle::Pinned);
         }
-        // A clock that says nothing sensible counts as too early.
-        let is_recent =
-            |at_s: f64| (problem.now_s - at_s).total_cmp(&problem.limits.stay_s).is_lt();
+        let is_recent = |at_s: f64| is_within(problem.now_s - at_s, problem.limits.stay_s);
         guest.last_move.filter(|last| is_recent(last.at_s)).map(|_| Obstacle::MovedLately)
     }
 
@@ -148,8 +152,7 @@ impl Draft<'_> {
             return Err(Obstacle::HostMigrates);
         }
         let problem = self.problem();
-        let is_recent =
-            |at_s: f64| (problem.now_s - at_s).total_cmp(&problem.limits.back_after_s).is_lt();
+        let is_recent = |at_s: f64| is_within(problem.now_s - at_s, problem.limits.back_after_s);
         let last = self.cluster().vm(vm).last_move;
         if last.is_some_and(|last| last.from == to && is_recent(last.at_s)) {
             return Err(Obstacle::CameFromThere);

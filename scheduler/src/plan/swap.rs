@@ -7,7 +7,6 @@ use super::draft::Draft;
 use super::hot::Hot;
 use super::room::Want;
 use super::sandpiper::{Ranked, by_volume, by_vsr};
-use super::words::list;
 use crate::model::{Amounts, HostIndex, Resource, VmIndex};
 
 /// Migrations of an exchange.
@@ -19,11 +18,14 @@ const VICTIMS_MAX: usize = 5;
 /// Hosts that are tried for each of them, those that have least to do.
 const HOSTS_MAX: usize = 32;
 
+/// Guests of each of these that are tried.
+const OTHERS_MAX: usize = 6;
+
 /// Share of the hot host's capacity that an exchange has to free, to be worth it.
 const GAIN_SHARE_MIN: f64 = 0.02;
 
 /// Who moves where, in order.
-type Exchange = Vec<(VmIndex, HostIndex)>;
+type Way = Vec<(VmIndex, HostIndex)>;
 
 /// Exchanges guests, if that relieves a hot host. Whether it did.
 pub(super) fn swap(draft: &mut Draft<'_>, hot: &Hot<'_>) -> bool {
@@ -36,60 +38,97 @@ pub(super) fn swap(draft: &mut Draft<'_>, hot: &Hot<'_>) -> bool {
     let singles = |ranked: &&Ranked| ranked.unit.len() == 1;
     for victim in victims.iter().filter(singles).take(VICTIMS_MAX) {
         for with in hosts.iter().take(HOSTS_MAX) {
-            let others = others_for(draft, victim, *with);
-            for count in 1..=others.len() {
-                let Some(others) = others.get(..count) else { continue };
-                let Some(exchange) = arrange(draft, hot.host, &pending, victim, others, *with)
-                else {
-                    continue;
-                };
-                carry_out(draft, hot, victim, others, *with, &exchange);
-                return true;
+            for others in others_for(draft, victim, *with) {
+                let exchange = Exchanged { hot: hot.host, victim, others: &others, with: *with };
+                if let Some(way) = exchange.arrange(draft, &pending, &hosts) {
+                    exchange.carry_out(draft, hot, &way);
+                    return true;
+                }
             }
         }
     }
     false
 }
 
-/// Guests of another host that have less to do for their memory than the victim, the least first.
-fn others_for(draft: &Draft<'_>, victim: &Ranked, with: HostIndex) -> Vec<VmIndex> {
+/// Guests of another host that have less to do for their memory than the victim: each alone, the least first, then two of
+/// the least together.
+fn others_for(draft: &Draft<'_>, victim: &Ranked, with: HostIndex) -> Vec<Vec<VmIndex>> {
     let mut others = by_vsr(draft, with);
     others.retain(|other| other.unit.len() == 1 && other.vsr < victim.vsr);
     others.sort_by(|one, other| one.vsr.total_cmp(&other.vsr).then(one.unit.cmp(&other.unit)));
-    let count = (MOVES_MAX - 1).min(draft.moves_left() - 1);
-    others.into_iter().flat_map(|other| other.unit).take(count).collect()
-}
-
-/// The first way to exchange guests that leaves the hot host with less of what it lacks, and all within their limits at each
-/// step.
-fn arrange(
-    draft: &mut Draft<'_>,
-    hot: HostIndex,
-    pending: &[Resource],
-    victim: &Ranked,
-    others: &[VmIndex],
-    with: HostIndex,
-) -> Option<Exchange> {
-    let there = (*victim.unit.first()?, with);
-    let back: Exchange = others.iter().map(|other| (*other, hot)).collect();
-    let mut ways = vec![[back.clone(), vec![there]].concat(), [vec![there], back].concat()];
-    if let [other] = others
-        && draft.moves_left() >= MOVES_MAX
-        && let Some(third) = third_host(draft, *other, with)
-    {
-        ways.push(vec![(*other, third), there, (*other, hot)]);
+    let others: Vec<_> = others.into_iter().map(|other| other.unit).take(OTHERS_MAX).collect();
+    let mut sets = others.clone();
+    if draft.moves_left() >= MOVES_MAX {
+        for (index, one) in others.iter().enumerate() {
+            sets.extend(others.iter().skip(index + 1).map(|other| [&one[..], other].concat()));
+        }
     }
-    ways.into_iter().find(|way| is_good(draft, hot, pending, way))
+    sets
 }
 
-/// A host on which a guest can wait.
-fn third_host(draft: &mut Draft<'_>, vm: VmIndex, with: HostIndex) -> Option<HostIndex> {
-    let mut hosts = by_volume(draft, draft.destinations()).into_iter();
-    hosts.find(|host| *host != with && draft.admits(&[vm], *host, Want::Present).is_ok())
+/// Who would change places.
+#[derive(Debug)]
+struct Exchanged<'a> {
+    hot: HostIndex,
+    victim: &'a Ranked,
+    others: &'a [VmIndex],
+    with: HostIndex,
+}
+
+impl Exchanged<'_> {
+    /// The first way to exchange guests that leaves the hot host with less of what it lacks, and all within their limits at
+    /// each step.
+    fn arrange(
+        &self,
+        draft: &mut Draft<'_>,
+        pending: &[Resource],
+        hosts: &[HostIndex],
+    ) -> Option<Way> {
+        let there = (*self.victim.unit.first()?, self.with);
+        let back: Way = self.others.iter().map(|other| (*other, self.hot)).collect();
+        let mut ways = vec![[back.clone(), vec![there]].concat(), [vec![there], back].concat()];
+        if let [other] = self.others
+            && draft.moves_left() >= MOVES_MAX
+            && let Some(third) = self.third_host(draft, *other, hosts)
+        {
+            ways.push(vec![(*other, third), there, (*other, self.hot)]);
+        }
+        ways.into_iter().find(|way| is_good(draft, self.hot, pending, way))
+    }
+
+    /// A host on which a guest can wait.
+    fn third_host(
+        &self,
+        draft: &mut Draft<'_>,
+        vm: VmIndex,
+        hosts: &[HostIndex],
+    ) -> Option<HostIndex> {
+        let mut others = hosts.iter().copied().filter(|host| *host != self.with);
+        others.find(|host| draft.admits(&[vm], *host, Want::Present).is_ok())
+    }
+
+    fn carry_out(&self, draft: &mut Draft<'_>, hot: &Hot<'_>, way: &Way) {
+        let (lack, at, there) =
+            (draft.lack(hot), draft.host_name(self.hot), draft.host_name(self.with));
+        let (name, others) = (draft.unit_name(&self.victim.unit), draft.unit_name(self.others));
+        let reason = format!(
+            "{at} has {lack}, and none of its guests has room elsewhere as things are: {name} (VSR {:.2} a GiB) changes \
+             places with {others} of {there}, with less to do for the memory",
+            self.victim.vsr,
+        );
+        for (vm, to) in way {
+            let waits = if *to == self.with || *to == self.hot {
+                String::new()
+            } else {
+                format!("; {others} waits on {} meanwhile", draft.host_name(*to))
+            };
+            draft.migrate(&[*vm], *to, &format!("{reason}{waits}"));
+        }
+    }
 }
 
 /// Tries an exchange and takes it back.
-fn is_good(draft: &mut Draft<'_>, hot: HostIndex, pending: &[Resource], way: &Exchange) -> bool {
+fn is_good(draft: &mut Draft<'_>, hot: HostIndex, pending: &[Resource], way: &Way) -> bool {
     let before = draft.placement.usage(hot);
     let mut gone = vec![];
     let mut is_possible = true;
@@ -117,7 +156,7 @@ fn gains(draft: &Draft<'_>, hot: HostIndex, pending: &[Resource], before: &Amoun
 }
 
 /// Whether there is room for the peaks of those who came, where they are in the end.
-fn holds_peaks(draft: &Draft<'_>, way: &Exchange) -> bool {
+fn holds_peaks(draft: &Draft<'_>, way: &Way) -> bool {
     way.iter().all(|(_, host)| {
         let came = |(vm, _): &&(VmIndex, HostIndex)| draft.placement.host_of(*vm) == *host;
         let mut guests: Vec<_> = way.iter().filter(came).map(|(vm, _)| *vm).collect();
@@ -131,30 +170,4 @@ fn holds_peaks(draft: &Draft<'_>, way: &Exchange) -> bool {
             .into_iter()
             .all(|resource| promise[resource] <= 0.0 || load[resource] <= limit[resource])
     })
-}
-
-fn carry_out(
-    draft: &mut Draft<'_>,
-    hot: &Hot<'_>,
-    victim: &Ranked,
-    others: &[VmIndex],
-    with: HostIndex,
-    way: &Exchange,
-) {
-    let names: Vec<_> = others.iter().map(|other| draft.name(*other)).collect();
-    let (lack, at, there) = (draft.lack(hot), draft.host_name(hot.host), draft.host_name(with));
-    let (name, others) = (draft.unit_name(&victim.unit), list(&names));
-    let reason = format!(
-        "{at} has {lack}, and none of its guests has room elsewhere as things are: {name} (VSR {:.2} a GiB) changes places \
-         with {others} of {there}, which have less to do for their memory",
-        victim.vsr,
-    );
-    for (vm, to) in way {
-        let waits = if *to == with || *to == hot.host {
-            String::new()
-        } else {
-            format!("; {others} waits on {} meanwhile", draft.host_name(*to))
-        };
-        draft.migrate(&[*vm], *to, &format!("{reason}{waits}"));
-    }
 }

@@ -241,7 +241,7 @@ impl Idc {
                 "it talks with guests there ({met_mbit:.0} Mbit/s, which no longer cross the network)"
             )
         } else {
-            format!("the host with least to do (volume {:.2})", pair.load)
+            format!("of equal hosts, that one has least to do (volume {:.2})", pair.load)
         };
         let network_share =
             (crossing_mbit - split_mbit) / draft.cluster().host(hot.host).capacity.network_mbit;

@@ -1,0 +1,1 @@
+//! Tests: what holds for every policy on any cluster.
