@@ -14,14 +14,17 @@
 //! | [`provision`] | what guests are estimated to want at their peak |
 //! | [`cost`] | what a migration is expected to take |
 //! | [`plan`] | what to do about hotspots, by several policies |
+//! | [`profile`] | real hosts' figures, and the cluster that they make |
 //! | [`simulate`] | clusters on paper, for comparing policies |
 //!
-//! Architecture invariant: these modules have no I/O, clock or randomness; inputs and `now` in, decisions out.
+//! Architecture invariant: these modules have no I/O, clock or randomness; inputs and `now` in, decisions out. The one
+//! exception is [`profile`], which reads.
 
 pub mod cost;
 pub mod detect;
 pub mod model;
 pub mod plan;
+pub mod profile;
 pub mod provision;
 pub mod series;
 pub mod simulate;
