@@ -20,12 +20,14 @@
 //!
 //! | module | what it does |
 //! |---|---|
+//! | [`profile`] | real hosts' figures, and the cluster that they make |
 //! | [`store`] | what agents share: entries, leases, and who moves which guest |
 
 pub mod cost;
 pub mod detect;
 pub mod model;
 pub mod plan;
+pub mod profile;
 pub mod provision;
 pub mod series;
 pub mod simulate;

@@ -32,6 +32,7 @@ use crate::procfs;
 use crate::qmp::{Client, QemuVersion, Status};
 use crate::ram::RamRegion;
 pub use error::VmError;
+pub use process::{QemuProcess, process};
 pub use processors::{Processor, processors};
 
 /// Part of a RAM block as the guest sees it.

@@ -1,6 +1,6 @@
 //! QEMU's process, and other processes that can write its memory.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 
@@ -21,6 +21,38 @@ pub(super) struct BackingFile {
     pub device: u64,
     pub inode: u64,
     pub block: String,
+}
+
+/// QEMU's process, with the threads that run its processors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QemuProcess {
+    /// Its number.
+    pub pid: i32,
+    /// The threads of its vCPUs as seen from here, in the order in which QEMU lists them. Under TCG without threads of
+    /// their own, all vCPUs have the same.
+    pub vcpu_threads: Vec<i32>,
+}
+
+/// Finds QEMU's process and its vCPUs' threads.
+///
+/// # Errors
+/// [`VmError::NoProcess`] if it is not on this host; a [`VmError`] if QEMU does not answer.
+pub async fn process(client: &Client) -> Result<QemuProcess, VmError> {
+    let pid = find(client).await?;
+    let threads: Vec<i32> =
+        client.query_cpus_fast().await?.iter().map(|cpu| cpu.thread_id).collect();
+    let search = tokio::task::spawn_blocking(move || vcpu_threads(pid, &threads));
+    let vcpu_threads = search.await.map_err(|_| VmError::Interrupted)??;
+    Ok(QemuProcess { pid, vcpu_threads })
+}
+
+/// Threads that QEMU names, by their numbers as seen from here.
+fn vcpu_threads(pid: i32, threads: &[i32]) -> Result<Vec<i32>, VmError> {
+    let own = procfs::threads(pid)?;
+    let inner = |thread: i32| thread_numbers_of(pid, thread)?.thread.last().copied();
+    let seen: HashMap<i32, i32> =
+        own.into_iter().filter_map(|thread| Some((inner(thread)?, thread))).collect();
+    Ok(threads.iter().filter_map(|thread| seen.get(thread).copied()).collect())
 }
 
 /// QEMU's process: the socket's owner if the vCPU threads are its own, else their owner.
@@ -144,6 +176,7 @@ mod tests {
         assert_eq!(owner(1, &threads), Some(own), "the socket may belong to another process");
         assert_eq!(owner(0, &threads), Some(own));
         assert_eq!(owner(own, &[]), None);
+        assert_eq!(vcpu_threads(own, &threads).unwrap(), threads);
         assert_eq!(owner(own, &[1, own]), None, "threads of two processes are no QEMU");
     }
 }
