@@ -9,7 +9,9 @@
 //! | module | what it decides or holds |
 //! |---|---|
 //! | [`model`] | a cluster at one moment, and what a move would change |
+//! | [`series`] | figures over time, and what is expected next |
 //! | [`detect`] | hotspots out of series of figures |
+//! | [`provision`] | what guests are estimated to want at their peak |
 //! | [`cost`] | what a migration is expected to take |
 //! | [`plan`] | what to do about hotspots, by several policies |
 //! | [`simulate`] | clusters on paper, for comparing policies |
@@ -20,4 +22,6 @@ pub mod cost;
 pub mod detect;
 pub mod model;
 pub mod plan;
+pub mod provision;
+pub mod series;
 pub mod simulate;

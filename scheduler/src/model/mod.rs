@@ -80,6 +80,28 @@ pub struct LastMove {
     pub from: HostIndex,
 }
 
+/// What a guest's application says of itself, where it was asked (gray box).
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GrayBox {
+    /// Requests that were served, a second.
+    pub served_per_s: f64,
+    /// Requests that were turned away or not answered, a second.
+    pub dropped_per_s: f64,
+    /// Mean time from a request to its answer, seconds.
+    pub response_s: f64,
+    /// Mean time that the whole guest is busy with one request, seconds.
+    pub service_s: f64,
+    /// Variance of the times between requests, s².
+    pub arrival_variance_s2: f64,
+    /// Variance of the times that requests keep the guest busy, s².
+    pub service_variance_s2: f64,
+    /// Response time that was promised, seconds; 0 if none was.
+    pub promised_response_s: f64,
+    /// Share of requests that may be dropped, 0 to 1; 1 if nothing was promised.
+    pub promised_drops: f64,
+}
+
 /// A guest.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Vm {
@@ -98,6 +120,8 @@ pub struct Vm {
     pub steal: f64,
     /// Its memory.
     pub memory: Memory,
+    /// What its application says of itself, if it does.
+    pub gray_box: Option<GrayBox>,
     /// Memory that it writes, in MiB/s, each page counted once a second.
     pub dirty_mib_per_s: f64,
     /// What the engine predicts of a migration, where it was asked.

@@ -30,6 +30,7 @@ pub(crate) fn cluster(hosts: usize, vms: usize) -> Cluster {
             max_mib: 2048.0,
             swap_writes_per_s: 0.0,
         },
+        gray_box: None,
         dirty_mib_per_s: 5.0,
         predicted: None,
         priority: 0,
