@@ -47,6 +47,7 @@ impl Snapshot {
                 max_mib: guest.max_mib,
                 ..Memory::default()
             },
+            gray_box: None,
             dirty_mib_per_s: 0.0,
             predicted: None,
             priority: guest.priority,
@@ -91,9 +92,9 @@ impl Snapshot {
             host.own = own.times(1.0 / lasted_s);
             *own = Amounts::ZERO;
         }
-        for (host, engine) in self.cluster.hosts.iter_mut().zip(&now.engine) {
-            // Memory that is set aside is set aside from now on, not on average.
-            host.own.memory_mib = host.own.memory_mib.max(engine.memory_mib);
+        for (at, host) in self.cluster.hosts.iter_mut().enumerate() {
+            // What is set aside is set aside from now on, not on average.
+            host.own.memory_mib = world.machines[at].own.memory_mib + now.engine[at].memory_mib;
         }
         for (at, guest) in world.guests.iter().enumerate() {
             let sums = std::mem::take(&mut self.guests[at]);
