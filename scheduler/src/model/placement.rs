@@ -10,6 +10,8 @@ pub struct Placement<'a> {
     cluster: &'a Cluster,
     at: Vec<HostIndex>,
     guests: Vec<Vec<VmIndex>>,
+    /// Memory that guests were given beside what they have, MiB; negative if it was taken.
+    given_mib: Vec<f64>,
     usage: Vec<Amounts>,
     peak: Vec<Amounts>,
 }
@@ -23,6 +25,7 @@ impl<'a> Placement<'a> {
             cluster,
             at: cluster.vms.iter().map(|vm| vm.host).collect(),
             guests: vec![vec![]; cluster.hosts.len()],
+            given_mib: vec![0.0; cluster.vms.len()],
             usage: own.clone(),
             peak: own,
         };
@@ -131,13 +134,36 @@ impl<'a> Placement<'a> {
         self.at[vm.0] = to;
     }
 
-    /// What a guest takes with so much traffic to other hosts' guests.
-    fn usage_of(&self, vm: VmIndex, crossing_mbit: f64) -> Amounts {
-        with_traffic(self.cluster.vm(vm).usage, crossing_mbit)
+    /// Memory that a guest may use, MiB.
+    #[must_use]
+    pub fn allocated_mib(&self, vm: VmIndex) -> f64 {
+        self.cluster.vm(vm).memory.allocated_mib + self.given_mib[vm.0]
     }
 
+    /// Lets a guest use so much memory, in MiB.
+    pub fn resize(&mut self, vm: VmIndex, to_mib: f64) {
+        let host = self.host_of(vm);
+        let before = (self.usage_of(vm, 0.0), self.peak_of(vm, 0.0));
+        self.given_mib[vm.0] = to_mib - self.cluster.vm(vm).memory.allocated_mib;
+        let after = (self.usage_of(vm, 0.0), self.peak_of(vm, 0.0));
+        self.usage[host.0] += after.0 - before.0;
+        self.peak[host.0] += after.1 - before.1;
+    }
+
+    /// What a guest takes with so much traffic to other hosts' guests.
+    fn usage_of(&self, vm: VmIndex, crossing_mbit: f64) -> Amounts {
+        let mut amounts = with_traffic(self.cluster.vm(vm).usage, crossing_mbit);
+        amounts.memory_mib = (amounts.memory_mib + self.given_mib[vm.0]).max(0.0);
+        amounts
+    }
+
+    /// Memory that was given meets the peak; memory that was taken is no longer wanted.
     fn peak_of(&self, vm: VmIndex, crossing_mbit: f64) -> Amounts {
-        with_traffic(self.cluster.vm(vm).peak, crossing_mbit)
+        let mut amounts = with_traffic(self.cluster.vm(vm).peak, crossing_mbit);
+        let taken_mib = self.given_mib[vm.0].min(0.0);
+        let usage_mib = self.usage_of(vm, crossing_mbit).memory_mib;
+        amounts.memory_mib = (amounts.memory_mib + taken_mib).max(usage_mib);
+        amounts
     }
 
     /// What a guest takes where it runs, its traffic with guests of other hosts included.
@@ -219,5 +245,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn memory_that_is_given_counts_wherever_the_guest_goes() {
+        let mut cluster = synthetic::cluster(2, 2);
+        cluster.vms[0].peak.memory_mib = 1100.0;
+        let mut placement = Placement::new(&cluster);
+        let vm = VmIndex(0);
+        placement.resize(vm, 1224.0);
+        placement.go(vm, HostIndex(1));
+        assert_eq!(placement.usage(HostIndex(0)).memory_mib, 0.0);
+        assert_eq!(placement.usage(HostIndex(1)).memory_mib, 1224.0 + 1024.0);
+        assert_eq!(placement.peak(HostIndex(1)).memory_mib, 1224.0 + 1024.0, "no more is wanted");
+        placement.resize(vm, 924.0);
+        assert_eq!(placement.allocated_mib(vm), 924.0);
+        assert_eq!(placement.usage(HostIndex(1)).memory_mib, 924.0 + 1024.0);
+        assert_eq!(placement.peak(HostIndex(1)).memory_mib, 1000.0 + 1024.0);
     }
 }

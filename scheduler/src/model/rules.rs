@@ -55,6 +55,10 @@ pub enum Obstacle {
     Room(Resource),
     /// It came from there not long ago.
     CameFromThere,
+    /// It has moved not long ago, and stays a while.
+    MovedLately,
+    /// Those with whom it talks inside of its host would then fill that host's network.
+    TalkLeftBehind,
 }
 
 impl Display for Obstacle {
@@ -71,6 +75,10 @@ impl Display for Obstacle {
             Self::Together(_) => to.write_str("a guest that it stays with does not run there"),
             Self::Room(resource) => write!(to, "not enough {} there", resource.name()),
             Self::CameFromThere => to.write_str("it came from there not long ago"),
+            Self::MovedLately => to.write_str("it has moved not long ago"),
+            Self::TalkLeftBehind => {
+                to.write_str("its talk with guests that stay would fill the network")
+            }
         }
     }
 }

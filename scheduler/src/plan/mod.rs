@@ -2,9 +2,27 @@
 //!
 //! A [`Policy`] is a pure function of a [`Problem`]; agents and the simulator ask the same code. A plan's steps name their
 //! reasons in words that `explain` and `--dry-run` print.
+//!
+//! ```text
+//!   Problem ─► Draft ─► sandpiper | idc | drs ─► drain ─► Plan
+//!              room, waves, words   hot hosts    hosts to be emptied
+//! ```
+
+pub mod balloon;
+mod draft;
+mod drain;
+pub mod drs;
+mod hot;
+pub mod idc;
+mod registry;
+mod room;
+pub mod sandpiper;
+mod swap;
+mod words;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::registry::{NAMES, policy};
 use crate::cost::MigrationCost;
 use crate::model::{Amounts, Cluster, HostIndex, Resource, VmIndex};
 
