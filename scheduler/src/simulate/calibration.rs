@@ -90,8 +90,7 @@ const NIC_STRETCH: f64 = 1.0 / (1.0 - WEB_NIC_CPU * WEB_NIC_CPU);
 /// Stretch of table 1.2's hosts, inside.
 const IDC_STRETCH: f64 = 1.0 / (1.0 - WEB_IDC_CPU * WEB_IDC_CPU);
 /// Share of the cable in use in table 1.2: a host's server with its clients, and two guests that talk to the other host.
-const WEB_NIC_SHARE: f64 =
-    WEB_SESSIONS * (WEB_OUTSIDE_MBIT + 2.0 * WEB_TALK_MBIT) / LINE_MBIT;
+const WEB_NIC_SHARE: f64 = WEB_SESSIONS * (WEB_OUTSIDE_MBIT + 2.0 * WEB_TALK_MBIT) / LINE_MBIT;
 /// By what an interface that is so busy slows down.
 const WEB_NIC_SLOWS: f64 = 1.0 / (1.0 - WEB_NIC_SHARE);
 /// What server and database say to each other for a response, over an idle network, ms.
@@ -115,7 +114,9 @@ mod tests {
 
     #[test]
     fn what_follows_from_the_tables_can_be() {
-        for positive in [NIC_CORES, INSIDE_CORES, WEB_TALK_MBIT, WEB_CORES, WEB_TALK_MS, WEB_BASE_MS] {
+        for positive in
+            [NIC_CORES, INSIDE_CORES, WEB_TALK_MBIT, WEB_CORES, WEB_TALK_MS, WEB_BASE_MS]
+        {
             assert!(positive > 0.0, "{positive}");
         }
         assert!(NIC_CORES > 2.0 * INSIDE_CORES);

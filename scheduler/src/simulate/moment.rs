@@ -162,7 +162,8 @@ impl Moment {
         for (host, machine) in world.machines.iter().enumerate() {
             let own = machine.own + now.engine[host];
             self.hosts[host] = HostMoment { wanted: own, used: own, swaps: false };
-            self.rates.line_mbit[host] = (machine.capacity.network_mbit - own.network_mbit).max(0.0);
+            self.rates.line_mbit[host] =
+                (machine.capacity.network_mbit - own.network_mbit).max(0.0);
         }
     }
 
@@ -208,7 +209,8 @@ impl Moment {
         for (at, flow) in world.flows.iter().enumerate() {
             let (one, other) = (now.at[flow.one], now.at[flow.other]);
             if one != other {
-                let offered = if flow.is_elastic { self.rates.flow_mbit[at] } else { self.offered_mbit[at] };
+                let offered =
+                    if flow.is_elastic { self.rates.flow_mbit[at] } else { self.offered_mbit[at] };
                 self.hosts[one].wanted.network_mbit += offered;
                 self.hosts[other].wanted.network_mbit += offered;
             }
@@ -229,7 +231,8 @@ impl Moment {
             let crosses = now.at[flow.one] != now.at[flow.other];
             for (guest, sent) in [(flow.one, flow.sent), (flow.other, 1.0 - flow.sent)] {
                 let cores = if crosses { interface_cores(sent) } else { INSIDE_CORES };
-                self.guests[guest].wanted_cores += mbit * cores / world.machines[now.at[guest]].speed;
+                self.guests[guest].wanted_cores +=
+                    mbit * cores / world.machines[now.at[guest]].speed;
             }
         }
         for (at, guest) in world.guests.iter().enumerate() {

@@ -6,8 +6,8 @@
 //! Invariants: a guest that moves counts at its source until the end, and has its memory at both; no host is ever given
 //! more guest memory than it has.
 
-use super::outcome::{Moved, Refused, Resized};
 use super::moment::{Moment, Settings};
+use super::outcome::{Moved, Refused, Resized};
 use super::world::World;
 use crate::cost;
 use crate::model::{Amounts, Cluster, HostIndex, HostState, LastMove, VmIndex};
@@ -47,6 +47,8 @@ pub(super) struct Moves {
     waiting: Vec<Waiting>,
     running: Vec<Running>,
     plans: usize,
+    /// Hosts of migrations that have ended, and when.
+    ended: Vec<(usize, f64)>,
     /// CPU of the engine at either end, cores for a Mbit/s.
     cores_per_mbit: f64,
     /// Those that began; what has not ended yet has an end in the future.
@@ -70,6 +72,7 @@ impl Moves {
             waiting: vec![],
             running: vec![],
             plans: 0,
+            ended: vec![],
             cores_per_mbit,
             moved: vec![],
             resized: vec![],
@@ -100,6 +103,7 @@ impl Moves {
             }
             let running = self.running.remove(at);
             let from = now.at[running.vm];
+            self.ended.extend([(from, now_s), (running.to, now_s)]);
             now.engine[from] = less(now.engine[from], running.source);
             now.engine[running.to] = less(now.engine[running.to], running.target);
             now.go(running.vm, running.to);
@@ -112,8 +116,10 @@ impl Moves {
         }
     }
 
-    /// Marks who takes part in what is done or planned.
-    pub(super) fn mark(&self, cluster: &mut Cluster) {
+    /// Marks who takes part in what is done or planned. A host that took part in a migration since `since_s` is marked,
+    /// too: its figures of that time are no one's load.
+    pub(super) fn mark(&mut self, cluster: &mut Cluster, since_s: f64) {
+        self.ended.retain(|(_, ended_s)| *ended_s > since_s);
         cluster.hosts.iter_mut().for_each(|host| host.is_migrating = false);
         cluster.vms.iter_mut().for_each(|vm| vm.is_migrating = false);
         let waiting = self.waiting.iter().filter_map(|waiting| match waiting.step.action {
@@ -122,6 +128,9 @@ impl Moves {
         });
         let running = self.running.iter().map(|run| (run.vm, cluster.vms[run.vm].host.0, run.to));
         let all: Vec<_> = waiting.chain(running).collect();
+        for (host, _) in &self.ended {
+            cluster.hosts[*host].is_migrating = true;
+        }
         for (vm, from, to) in all {
             if let Some(vm) = cluster.vms.get_mut(vm) {
                 vm.is_migrating = true;
@@ -135,7 +144,12 @@ impl Moves {
     }
 
     /// Begins what can begin. Whether anything changed is returned.
-    pub(super) fn start(&mut self, scene: &Scene<'_>, now: &mut Settings, cluster: &Cluster) -> bool {
+    pub(super) fn start(
+        &mut self,
+        scene: &Scene<'_>,
+        now: &mut Settings,
+        cluster: &Cluster,
+    ) -> bool {
         let mut changed = false;
         let mut waiting = std::mem::take(&mut self.waiting);
         let mut left: Vec<Waiting> = vec![];

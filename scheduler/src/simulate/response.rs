@@ -54,7 +54,10 @@ pub(super) fn response(
     let waits_ms = (think_ms + service.base_ms) * (1.0 - done) / done;
     let response_ms = cpu_ms + talk_ms(world, service, moment, now) + waits_ms + SWAP_MS * missing;
     let users = service.users * level;
-    Some(Response { response_ms, requests_per_s: users * 1000.0 / (think_ms + response_ms).max(1.0) })
+    Some(Response {
+        response_ms,
+        requests_per_s: users * 1000.0 / (think_ms + response_ms).max(1.0),
+    })
 }
 
 /// What its guests say to each other for a response, by where they are.

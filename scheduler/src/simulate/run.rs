@@ -134,7 +134,7 @@ impl Run<'_> {
     fn report(&mut self, policy: &dyn Policy) {
         let Self { snapshot, world, now, moves, .. } = self;
         snapshot.report(world, now, self.course.report_s);
-        moves.mark(&mut snapshot.cluster);
+        moves.mark(&mut snapshot.cluster, self.now_s - self.course.report_s);
         self.estimates.observe(&mut snapshot.cluster, self.now_s);
         let hotspots = self.watch.observe(&snapshot.cluster, self.now_s);
         let drains = |host: usize| {

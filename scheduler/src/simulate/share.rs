@@ -15,7 +15,9 @@ pub(super) fn share(capacity: f64, wants: &[(f64, f64)], given: &mut Vec<f64>) {
         return;
     }
     let mut order: Vec<usize> = (0..wants.len()).collect();
-    let level = |at: &usize| wants.get(*at).map_or(0.0, |(want, weight)| positive(*want) / at_least(*weight));
+    let level = |at: &usize| {
+        wants.get(*at).map_or(0.0, |(want, weight)| positive(*want) / at_least(*weight))
+    };
     order.sort_by(|one, other| level(one).total_cmp(&level(other)).then(one.cmp(other)));
     let mut weights: f64 = wants.iter().map(|(_, weight)| at_least(*weight)).sum();
     let mut left = capacity;

@@ -2,9 +2,7 @@
 
 use super::moment::{Moment, Settings};
 use super::world::World;
-use crate::model::{
-    Amounts, Cluster, Host, HostIndex, Memory, Rules, Traffic, Vm, VmIndex,
-};
+use crate::model::{Amounts, Cluster, Host, HostIndex, Memory, Rules, Traffic, Vm, VmIndex};
 
 /// A cluster as it is known, and sums of the interval in progress.
 #[derive(Debug)]

@@ -70,7 +70,8 @@ fn near(value: f64, expected: f64, share: f64) -> bool {
 
 #[test]
 fn netperf_gets_what_table_1_1_says() {
-    let (client, server) = (r#"{ kind = "bulk", role = "client" }"#, r#"{ kind = "bulk", role = "server" }"#);
+    let (client, server) =
+        (r#"{ kind = "bulk", role = "client" }"#, r#"{ kind = "bulk", role = "server" }"#);
     for (inside, mbit, cpu) in [(false, NIC_MBIT, NIC_CPU), (true, IDC_MBIT, IDC_CPU)] {
         let outcome = tables(inside, client, server);
         for service in &outcome.services {
@@ -93,7 +94,8 @@ fn specweb_takes_what_tables_1_2_and_1_3_say() {
         for host in ["PM1", "PM2"] {
             let _ = write!(text, "[[host]]\nname = \"{host}\"\nkind = \"pentium4\"\n");
         }
-        let places = if inside { ["PM1", "PM1", "PM2", "PM2"] } else { ["PM1", "PM2", "PM2", "PM1"] };
+        let places =
+            if inside { ["PM1", "PM1", "PM2", "PM2"] } else { ["PM1", "PM2", "PM2", "PM1"] };
         for (at, host) in places.iter().enumerate() {
             let (group, work) = (at / 2, work(if at % 2 == 0 { "server" } else { "database" }));
             let _ = write!(
@@ -111,8 +113,13 @@ fn specweb_takes_what_tables_1_2_and_1_3_say() {
 }
 
 /// A file of `hosts` hosts, guests with their figures and pairs that talk.
-fn text(hosts: usize, vms: &[(usize, f64, f64, f64, f64)], talks: &[(usize, usize, f64)]) -> String {
-    let mut text = String::from("about = \"random\"\nduration_s = 300\n[limits]\nlink_mbit = 500\n");
+fn text(
+    hosts: usize,
+    vms: &[(usize, f64, f64, f64, f64)],
+    talks: &[(usize, usize, f64)],
+) -> String {
+    let mut text =
+        String::from("about = \"random\"\nduration_s = 300\n[limits]\nlink_mbit = 500\n");
     for host in 0..hosts {
         let _ = write!(text, "[[host]]\nname = \"h{host}\"\ncpu_cores = 4\nnetwork_mbit = 1000\n");
     }
@@ -127,7 +134,8 @@ fn text(hosts: usize, vms: &[(usize, f64, f64, f64, f64)], talks: &[(usize, usiz
     for (one, other, mbit) in talks {
         let (one, other) = (one % vms.len(), other % vms.len());
         if one != other {
-            let _ = write!(text, "[[talk]]\nbetween = [\"v{one}\", \"v{other}\"]\nmbit = {mbit:.3}\n");
+            let _ =
+                write!(text, "[[talk]]\nbetween = [\"v{one}\", \"v{other}\"]\nmbit = {mbit:.3}\n");
         }
     }
     text
@@ -139,7 +147,10 @@ fn check_moment(world: &World, now: &Settings, moment: &Moment) -> Result<(), Te
         let host = &moment.hosts[at];
         for resource in [Resource::Cpu, Resource::Network, Resource::Disk] {
             let (used, has) = (host.used[resource], machine.capacity[resource]);
-            prop_assert!(used >= 0.0 && used <= has * (1.0 + 1e-9), "{resource:?}: {used} of {has}");
+            prop_assert!(
+                used >= 0.0 && used <= has * (1.0 + 1e-9),
+                "{resource:?}: {used} of {has}"
+            );
         }
         let cores: f64 = now.guests[at].iter().map(|guest| moment.guests[*guest].cores).sum();
         let used = cores + machine.own.cpu_cores + now.engine[at].cpu_cores;
@@ -247,14 +258,20 @@ fn what_is_wrong_is_told_with_its_line_and_a_remedy() {
         ("[[host]]", "[detect]\nk = 9\n[[host]]", 4, "from `k`"),
         ("[[host]]", "[[talk]]\nbetween = [\"v\", \"w\"]\nmbit = 3\n[[host]]", 4, "no guest w"),
         ("[[host]]", "[generate]\nhosts = 3\n[[host]]", 3, "leave one of both out"),
-        ("[[host]]", "[[expect]]\npolicy = \"idc\"\nmoves = [\"v to b\"]\n[[host]]", 5, "FROM -> TO"),
+        (
+            "[[host]]",
+            "[[expect]]\npolicy = \"idc\"\nmoves = [\"v to b\"]\n[[host]]",
+            5,
+            "FROM -> TO",
+        ),
     ] {
         let text = good.replacen(from, to, 1);
         let error = Scenario::parse(&text).expect_err(to).to_string();
         assert!(error.starts_with(&format!("Line {line}: ")), "{to}: {error}");
         assert!(error.contains(words), "{to}: {error}");
     }
-    let error = Scenario::parse(&good.replace("memory_mib", "memory")).expect_err("a key").to_string();
+    let error =
+        Scenario::parse(&good.replace("memory_mib", "memory")).expect_err("a key").to_string();
     assert!(error.contains("line 9") && error.contains("SCHEDULER.md"), "{error}");
 }
 

@@ -18,9 +18,7 @@ pub(super) fn machine(part: &HostPart) -> Machine {
     let (cpu_cores, memory_mib, network_mbit, receive_mbit, own_cores, threads, speed) =
         match part.kind {
             HostKind::Server => (16.0, 65536.0, 10_000.0, 10_000.0, 0.5, 16.0, 10.0),
-            HostKind::Pentium4 => {
-                (1.0, 1502.0, LINE_MBIT, RECEIVE_MBIT, OWN_CORES, THREADS, 1.0)
-            }
+            HostKind::Pentium4 => (1.0, 1502.0, LINE_MBIT, RECEIVE_MBIT, OWN_CORES, THREADS, 1.0),
         };
     let cores = part.cpu_cores.unwrap_or(cpu_cores);
     let network_mbit = part.network_mbit.unwrap_or(network_mbit);
@@ -46,8 +44,7 @@ pub(super) fn machine(part: &HostPart) -> Machine {
 
 /// The world of a file's tables.
 pub(super) fn world(file: &File) -> World {
-    let mut world =
-        World { machines: file.host.iter().map(machine).collect(), ..World::default() };
+    let mut world = World { machines: file.host.iter().map(machine).collect(), ..World::default() };
     let hosts: HashMap<_, _> = (0..).zip(&file.host).map(|(at, part)| (&part.name, at)).collect();
     let vms: HashMap<_, _> = (0..).zip(&file.vm).map(|(at, part)| (&part.name, at)).collect();
     let mut services: HashMap<String, usize> = HashMap::new();
@@ -184,8 +181,10 @@ pub(super) fn join(
 
 /// The rules of a file.
 pub(super) fn rules(file: &File) -> Rules {
-    let vms: HashMap<_, _> = (0..).zip(&file.vm).map(|(at, part)| (&part.name, VmIndex(at))).collect();
-    let indices = |names: &Vec<String>| names.iter().filter_map(|name| vms.get(name).copied()).collect();
+    let vms: HashMap<_, _> =
+        (0..).zip(&file.vm).map(|(at, part)| (&part.name, VmIndex(at))).collect();
+    let indices =
+        |names: &Vec<String>| names.iter().filter_map(|name| vms.get(name).copied()).collect();
     Rules {
         pinned: indices(&file.rules.pinned),
         together: file.rules.together.iter().map(indices).collect(),

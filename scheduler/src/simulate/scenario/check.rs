@@ -38,7 +38,8 @@ impl Lines<'_> {
         for (number, line) in self.0.lines().enumerate() {
             let line = line.trim_start();
             if let Some(name) = line.strip_prefix('[') {
-                let name = name.trim_start_matches('[').split(']').next().unwrap_or_default().trim();
+                let name =
+                    name.trim_start_matches('[').split(']').next().unwrap_or_default().trim();
                 if found.is_some() {
                     break;
                 }
@@ -94,7 +95,8 @@ pub(super) fn check(file: &File, text: &str) -> Result<(), ScenarioError> {
     for (at, part) in file.vm.iter().enumerate() {
         vm(&lines, at, part)?;
         if !hosts.contains_key(part.host.as_str()) {
-            let what = format!("Guest {} runs on a host {} that is not there", part.name, part.host);
+            let what =
+                format!("Guest {} runs on a host {} that is not there", part.name, part.host);
             return Err(lines.error(("vm", at, "host"), what, "name one of the file's [[host]]s"));
         }
     }
@@ -224,14 +226,20 @@ fn vm(lines: &Lines<'_>, at: usize, part: &VmPart) -> Result<(), ScenarioError> 
     figure("memory_mib", part.memory_mib)?;
     figure("cache_mib", part.cache_mib)?;
     figure("dirty_mib_per_s", part.dirty_mib_per_s)?;
-    for (key, value) in
-        [("max_mib", part.max_mib), ("reserve_mib", part.reserve_mib), ("needs_mib", part.needs_mib)]
-    {
+    for (key, value) in [
+        ("max_mib", part.max_mib),
+        ("reserve_mib", part.reserve_mib),
+        ("needs_mib", part.needs_mib),
+    ] {
         figure(key, value.unwrap_or(0.0))?;
     }
     if part.max_mib.is_some_and(|max_mib| max_mib < part.memory_mib) {
         let what = format!("Guest {} has more memory than its max_mib", part.name);
-        return Err(lines.error(("vm", at, "max_mib"), what, "raise max_mib to memory_mib or more"));
+        return Err(lines.error(
+            ("vm", at, "max_mib"),
+            what,
+            "raise max_mib to memory_mib or more",
+        ));
     }
     match part.work {
         Work::Web { sessions, .. } => figure("work", sessions)?,
@@ -255,11 +263,7 @@ fn vm(lines: &Lines<'_>, at: usize, part: &VmPart) -> Result<(), ScenarioError> 
     Ok(())
 }
 
-fn generate(
-    lines: &Lines<'_>,
-    part: &GeneratePart,
-    duration_s: f64,
-) -> Result<(), ScenarioError> {
+fn generate(lines: &Lines<'_>, part: &GeneratePart, duration_s: f64) -> Result<(), ScenarioError> {
     let place = |key| ("generate", 0, key);
     lines.between(place("hosts"), part.hosts as f64, (1.0, 20_000.0))?;
     lines.between(place("vms"), part.vms as f64, (0.0, GUESTS_MAX as f64))?;
@@ -292,11 +296,7 @@ fn generate(
 }
 
 /// Guests' memory fits their hosts.
-fn fits(
-    file: &File,
-    lines: &Lines<'_>,
-    hosts: &HashMap<&str, usize>,
-) -> Result<(), ScenarioError> {
+fn fits(file: &File, lines: &Lines<'_>, hosts: &HashMap<&str, usize>) -> Result<(), ScenarioError> {
     let mut left: Vec<f64> = file
         .host
         .iter()

@@ -53,7 +53,8 @@ fn moved(policy: &str, moves: &[String], outcome: &Outcome) -> Verdict {
         .filter_map(|said| parse_move(said))
         .map(|(vm, from, to)| format!("{vm}: {from} -> {to}"))
         .collect();
-    let list = |moves: &[String]| if moves.is_empty() { "nothing".into() } else { moves.join(", ") };
+    let list =
+        |moves: &[String]| if moves.is_empty() { "nothing".into() } else { moves.join(", ") };
     Verdict {
         expected: format!("{policy} moves {}", list(&expected)),
         found: list(&found),

@@ -135,7 +135,8 @@ fn guest(
     daily: Daily,
 ) -> Guest {
     let vcpus = [1, 2, 2, 4, 4, 8].get(random.below(6)).copied().unwrap_or(2);
-    let allocated_mib = [2048.0, 4096.0, 4096.0, 8192.0].get(random.below(4)).copied().unwrap_or(4096.0);
+    let allocated_mib =
+        [2048.0, 4096.0, 4096.0, 8192.0].get(random.below(4)).copied().unwrap_or(4096.0);
     let needed_mib = allocated_mib * random.between(0.4, 0.9);
     Guest {
         name: format!("vm-{at:04}"),
@@ -231,9 +232,8 @@ fn factors(changes: &mut Vec<Change>, guest: usize, surges: &[Surge]) {
     edges.sort_by(f64::total_cmp);
     edges.dedup();
     for at_s in edges {
-        let active = surges.iter().filter(|surge| {
-            (grid(surge.from_s)..grid(surge.until_s)).contains(&at_s)
-        });
+        let active =
+            surges.iter().filter(|surge| (grid(surge.from_s)..grid(surge.until_s)).contains(&at_s));
         let factor = active.map(|surge| surge.factor).product();
         changes.push(Change { at_s, guest, what: What::Factor(factor) });
     }
