@@ -1,12 +1,14 @@
 //! `godwit-scheduler`.
 
+mod args;
+mod commands;
+
+use std::process::ExitCode;
+
 use clap::Parser;
 
-/// Finds hotspots on a cluster's hosts and moves guests away from them.
-#[derive(Debug, Parser)]
-#[command(version)]
-struct Args {}
-
-fn main() {
-    let _args = Args::parse();
+fn main() -> ExitCode {
+    match args::Cli::parse().command {
+        args::Command::Simulate(args) => commands::simulate::run(&args),
+    }
 }

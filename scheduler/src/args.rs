@@ -1,0 +1,58 @@
+//! What can be typed, and its help. What it means is in [`crate::commands`].
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Finds hotspots on a cluster's hosts and moves guests away from them.
+#[derive(Debug, Parser)]
+#[command(name = "godwit-scheduler", version)]
+pub(crate) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Runs a scenario on paper under several policies and compares what comes out.
+    Simulate(SimulateArgs),
+}
+
+/// `godwit-scheduler simulate`.
+#[derive(Debug, Args)]
+#[command(after_help = "A first look:\n  \
+    godwit-scheduler simulate scheduler/scenarios/idc-b.toml --explain\n  \
+    godwit-scheduler simulate scheduler/scenarios/cluster-200.toml --seeds 3 --svg out.svg\n\n\
+    Columns:\n  \
+    overload   host-seconds in which more was wanted of CPU, memory, network or disk than the host has\n  \
+    moves      migrations; GiB: what they sent; back: guests that returned within 10 minutes\n  \
+    grows      changes of guests' memory; refused: steps that could not be done any more\n  \
+    mean, p95  users' response times, weighted by requests\n  \
+    decide     time that the policy took for a decision on this machine: mean and longest\n\n\
+    Exits with 1 if something that the file expects did not come out, with 2 if the file is wrong. What can be written in\n\
+    a file, and the model behind the figures: docs/SCHEDULER.md.")]
+pub(crate) struct SimulateArgs {
+    /// The scenario (TOML). Examples: scheduler/scenarios/.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// A policy to run; repeat it to compare several [default: the file's, or all there are].
+    #[arg(short, long = "policy", value_name = "NAME")]
+    pub(crate) policies: Vec<String>,
+    /// With how many seeds: 1, 2, and so on [default: the file's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) seeds: Option<u64>,
+    /// How many runs go on at once; 1 for decision times that nothing disturbs [default: one a processor].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) jobs: Option<u16>,
+    /// Tell what was decided when and why, for the first seed.
+    #[arg(long)]
+    pub(crate) explain: bool,
+    /// Print one JSON object on stdout instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Draw overload-seconds of each policy, and overloaded hosts over time, into a file.
+    #[arg(long, value_name = "OUT")]
+    pub(crate) svg: Option<PathBuf>,
+}

@@ -1,0 +1,7 @@
+//! What commands do.
+
+mod plot;
+pub(crate) mod simulate;
+mod story;
+mod summary;
+mod timed;
