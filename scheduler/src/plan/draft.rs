@@ -167,7 +167,7 @@ impl<'a> Draft<'a> {
         let from = self.placement.host_of(vm);
         let change = self.placement.change(vm, to);
         let adds = [(from, change.source_usage), (to, change.destination_usage)];
-        if adds.iter().any(|(host, adds)| !self.has_room_now(*host, adds)) {
+        if self.depends(vm) || adds.iter().any(|(host, adds)| !self.has_room_now(*host, adds)) {
             self.next_wave();
         }
         for (host, adds) in adds {

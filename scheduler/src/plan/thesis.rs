@@ -51,6 +51,7 @@ fn add(cluster: &mut Cluster, host: usize, memory_mib: f64, cpu_cores: f64, sess
             max_mib: 512.0,
             swap_writes_per_s: 0.0,
         },
+        gray_box: None,
         dirty_mib_per_s: 1.0,
         predicted: None,
         priority: 0,
