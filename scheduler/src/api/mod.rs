@@ -10,9 +10,6 @@
 //! |---|---|
 //! | [`view`] | what is told, as types with a stable JSON form |
 //! | [`control`] | what may be asked of an agent |
+//! | [`client`] | asks an agent |
 
-pub mod control;
-pub mod view;
-
-pub use self::control::{ApiError, Control};
-pub use self::view::View;
+pub use scheduler_api::{ApiError, Client, Control, View, client, control, view};

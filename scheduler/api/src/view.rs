@@ -4,10 +4,10 @@
 //! Invariant: everything here is bounded by what reports may hold (`profile::report`) and by the limits named here.
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-use crate::cost::MigrationCost;
-use crate::model::{Amounts, GrayBox, HostState, Resource};
-use crate::profile::report::{GuestState, Pressure};
+use crate::amounts::{Amounts, Resource};
+use crate::figures::{GrayBox, GuestState, HostState, MigrationCost, Pressure};
 
 /// Version of the form.
 pub const VERSION: u32 = 1;
@@ -19,7 +19,7 @@ pub const POINTS_MAX: usize = 360;
 pub const ENDED_MAX: usize = 64;
 
 /// Everything at one moment.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct View {
     /// Version of the form: 1.
     pub v: u32,
@@ -52,7 +52,7 @@ pub struct View {
 }
 
 /// The store.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 pub struct StoreView {
     /// `embedded` or `etcd`.
     pub kind: String,
@@ -61,7 +61,7 @@ pub struct StoreView {
 }
 
 /// A host.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct HostView {
     /// Its name.
     pub name: String,
@@ -86,7 +86,7 @@ pub struct HostView {
 }
 
 /// A guest.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct GuestView {
     /// Its name.
     pub name: String,
@@ -121,7 +121,7 @@ pub struct GuestView {
 }
 
 /// Two guests that talk.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct TalkView {
     /// One guest.
     pub one: String,
@@ -132,7 +132,7 @@ pub struct TalkView {
 }
 
 /// A hotspot.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct HotspotView {
     /// The host.
     pub host: String,
@@ -155,7 +155,7 @@ pub struct HotspotView {
 }
 
 /// How a migration is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MoveStage {
     /// It is claimed; the destination gets ready.
@@ -172,7 +172,7 @@ pub enum MoveStage {
 }
 
 /// A point of a migration's curve.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct MovePoint {
     /// When.
     pub at_s: f64,
@@ -189,7 +189,7 @@ pub struct MovePoint {
 }
 
 /// A migration.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct MoveView {
     /// The guest.
     pub guest: String,
@@ -218,7 +218,7 @@ pub struct MoveView {
 }
 
 /// How a step of a plan is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum StepState {
     /// It waits for those before it.
@@ -233,7 +233,7 @@ pub enum StepState {
 }
 
 /// What a step does.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum StepAction {
     /// A guest goes to another host.
@@ -255,7 +255,7 @@ pub enum StepAction {
 }
 
 /// A step of a plan.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct StepView {
     /// The guest.
     pub guest: String,
@@ -272,7 +272,7 @@ pub struct StepView {
 }
 
 /// A plan.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct PlanView {
     /// When it was made.
     pub at_s: f64,
@@ -285,7 +285,7 @@ pub struct PlanView {
 }
 
 /// A point of a host's history.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct HistoryPoint {
     /// When.
     pub at_s: f64,
@@ -294,7 +294,7 @@ pub struct HistoryPoint {
 }
 
 /// A host's history.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 pub struct HistoryView {
     /// The host.
     pub host: String,

@@ -4,9 +4,10 @@ use std::future::Future;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
-use super::view::{HistoryView, PlanView, View};
-use crate::model::GrayBox;
+use crate::figures::GrayBox;
+use crate::view::{HistoryView, PlanView, View};
 
 /// Why an agent did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -43,8 +44,41 @@ pub enum ApiError {
     },
 }
 
+impl ApiError {
+    /// The status code that says so.
+    #[must_use]
+    pub const fn status(&self) -> u16 {
+        match self {
+            Self::BadRequest { .. } => 400,
+            Self::Forbidden { .. } => 403,
+            Self::NotFound { .. } => 404,
+            Self::Conflict { .. } => 409,
+            Self::Unavailable { .. } => 503,
+        }
+    }
+
+    /// What a status code says; those that agents do not send count as unavailable.
+    #[must_use]
+    pub const fn from_status(status: u16, what: String) -> Self {
+        match status {
+            400 | 405 | 413 | 415 | 422 => Self::BadRequest { what },
+            401 | 403 => Self::Forbidden { what },
+            404 => Self::NotFound { what },
+            409 => Self::Conflict { what },
+            _ => Self::Unavailable { what },
+        }
+    }
+}
+
+/// What an answer holds that is no success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ErrorBody {
+    /// What is wrong and what to do, in words.
+    pub error: String,
+}
+
 /// Asks for a migration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MoveRequest {
     /// The guest.
@@ -58,7 +92,7 @@ pub struct MoveRequest {
 }
 
 /// What was begun.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MoveAnswer {
     /// The guest.
     pub guest: String,
@@ -71,7 +105,7 @@ pub struct MoveAnswer {
 }
 
 /// Asks a destination to get ready for a guest. Only agents ask this.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ReceiveRequest {
     /// The guest.
@@ -82,14 +116,14 @@ pub struct ReceiveRequest {
 }
 
 /// Where the destination waits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ReceiveAnswer {
     /// Address and port of `migrate receive`.
     pub addr: String,
 }
 
 /// Asks for a guest's memory to grow or shrink. Only agents ask this.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ResizeRequest {
     /// What the guest may use, MiB.
