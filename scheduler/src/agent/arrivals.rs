@@ -107,7 +107,8 @@ pub async fn receive<S: Store>(
     }
     let began_s = shared.clock.now_s();
     let record = Record { guest: guest.into(), from: from.into(), socket, began_s };
-    let kept = fs::create_dir_all(&folder).and_then(|()| child::write(&folder.join(RECORD), &record));
+    let kept =
+        fs::create_dir_all(&folder).and_then(|()| child::write(&folder.join(RECORD), &record));
     kept.map_err(|error| unavailable(format!("{}: {error}", folder.display())))?;
     shared.left_alone.lock().insert(guest.into(), record.socket.clone());
     let answer = get_ready(shared, &record, &request.uuid, &folder).await;
@@ -151,7 +152,8 @@ async fn get_ready<S: Store>(
         let why = log.lines().last().unwrap_or("it says nothing").to_owned();
         return Err(unavailable(format!("`migrate receive` does not listen: {why}")));
     }
-    let host = config.advertise.as_deref().and_then(|api| api.rsplit_once(':')).map(|(host, _)| host);
+    let host =
+        config.advertise.as_deref().and_then(|api| api.rsplit_once(':')).map(|(host, _)| host);
     Ok(ReceiveAnswer {
         addr: match (config.migrate.address, host) {
             (None, Some(host)) if addr.ip().is_unspecified() => format!("{host}:{}", addr.port()),
@@ -166,7 +168,11 @@ async fn make_way(record: &Record) -> Result<(), ApiError> {
         return Ok(());
     }
     let taken = |what: &str| ApiError::Conflict {
-        what: format!("{} is taken by {what}: {} cannot come", record.socket.display(), record.guest),
+        what: format!(
+            "{} is taken by {what}: {} cannot come",
+            record.socket.display(),
+            record.guest
+        ),
     };
     match std::os::unix::net::UnixStream::connect(&record.socket) {
         Ok(_) => Err(taken("a QEMU that runs")),
@@ -229,7 +235,8 @@ fn free_address<S: Store>(shared: &Arc<Shared<S>>) -> Result<SocketAddr, ApiErro
     let config = shared.config();
     let ip: IpAddr = config.migrate.address.unwrap_or_else(|| config.listen.ip());
     let [first, last] = config.migrate.ports;
-    let is_free = |addr: &SocketAddr| UdpSocket::bind(addr).is_ok() && TcpListener::bind(addr).is_ok();
+    let is_free =
+        |addr: &SocketAddr| UdpSocket::bind(addr).is_ok() && TcpListener::bind(addr).is_ok();
     (first..=last).map(|port| SocketAddr::new(ip, port)).find(is_free).ok_or_else(|| {
         unavailable(format!("No port of {ip} from {first} to {last} is free (migrate.ports)"))
     })
@@ -341,7 +348,9 @@ fn is_listened_to(socket: &Path) -> bool {
 async fn end_claim<S: Store>(shared: &Arc<Shared<S>>, guest: &str) {
     let is_orphan = shared.board.with(|heard| {
         let claim: Option<&Claim> = heard.claims.get(guest);
-        claim.is_some_and(|claim| claim.to == shared.host && !heard.agents.contains_key(&claim.agent))
+        claim.is_some_and(|claim| {
+            claim.to == shared.host && !heard.agents.contains_key(&claim.agent)
+        })
     });
     if !is_orphan {
         return;
@@ -357,7 +366,10 @@ async fn end_claim<S: Store>(shared: &Arc<Shared<S>>, guest: &str) {
 }
 
 /// Claims of agents that are gone on guests that are not expected here any more: they end.
-pub async fn end_orphans<S: Store>(shared: &Arc<Shared<S>>, gone_since_s: &mut std::collections::BTreeMap<String, f64>) {
+pub async fn end_orphans<S: Store>(
+    shared: &Arc<Shared<S>>,
+    gone_since_s: &mut std::collections::BTreeMap<String, f64>,
+) {
     let now_s = shared.clock.now_s();
     let state = shared.config().state.clone();
     let awaited: BTreeSet<String> = expected(&state).into_iter().map(|one| one.guest).collect();

@@ -112,7 +112,8 @@ impl Heard {
             _ => Ok(()),
         };
         if let Err(why) = applied {
-            self.foreign.insert(key.clone(), format!("The store's entry {key} is passed over: {why}"));
+            self.foreign
+                .insert(key.clone(), format!("The store's entry {key} is passed over: {why}"));
         }
     }
 
@@ -208,7 +209,8 @@ pub fn has_changed(last: &HostReport, now: &HostReport) -> bool {
     let scale = now.capacity;
     let differ = |one: &Amounts, other: &Amounts| {
         Resource::ALL.into_iter().any(|resource| {
-            (one[resource] - other[resource]).abs() > CHANGE * scale[resource].max(f64::MIN_POSITIVE)
+            (one[resource] - other[resource]).abs()
+                > CHANGE * scale[resource].max(f64::MIN_POSITIVE)
         })
     };
     if last.boot_id != now.boot_id

@@ -155,9 +155,13 @@ mod tests {
 
     #[test]
     fn names_stay_in_their_folder_and_apart() {
-        for (name, file) in
-            [("web-1.a", "web-1.a"), ("../x", "%2E.%2Fx"), ("..", "%2E."), ("a%2E", "a%252E"), ("ü", "%C3%BC")]
-        {
+        for (name, file) in [
+            ("web-1.a", "web-1.a"),
+            ("../x", "%2E.%2Fx"),
+            ("..", "%2E."),
+            ("a%2E", "a%252E"),
+            ("ü", "%C3%BC"),
+        ] {
             assert_eq!(file_name(name), file);
         }
     }

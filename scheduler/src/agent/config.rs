@@ -220,9 +220,12 @@ impl Config {
         })?;
         match config.fault() {
             None => Ok(config),
-            Some((key, what, remedy)) => {
-                Err(ConfigError::Wrong { path: path.to_owned(), line: line_of(text, key), what, remedy })
-            }
+            Some((key, what, remedy)) => Err(ConfigError::Wrong {
+                path: path.to_owned(),
+                line: line_of(text, key),
+                what,
+                remedy,
+            }),
         }
     }
 
@@ -261,7 +264,11 @@ impl Config {
         let [first, last] = self.migrate.ports;
         if first == 0 || first > last {
             let what = format!("ports from {first} to {last}");
-            return Some(("ports", what, "name the first and the last one, such as [7720, 7759]".into()));
+            return Some((
+                "ports",
+                what,
+                "name the first and the last one, such as [7720, 7759]".into(),
+            ));
         }
         self.fault_of_the_store()
     }
@@ -324,7 +331,13 @@ mod tests {
         let mut found = vec![];
         missing(&all, &said, "", &mut found);
         assert_eq!(found, Vec::<String>::new());
-        assert_eq!(config.profile, profile::Settings { socket_folder: config.profile.socket_folder.clone(), ..Default::default() });
+        assert_eq!(
+            config.profile,
+            profile::Settings {
+                socket_folder: config.profile.socket_folder.clone(),
+                ..Default::default()
+            }
+        );
         assert_eq!(config.detect, detect::Settings::default());
         assert_eq!(config.provision, provision::Settings::default());
         assert_eq!(config.limits, Limits::default());
@@ -336,9 +349,13 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_told_with_its_line_and_a_remedy() {
-        let lines = |text: &str| EXAMPLE.lines().position(|line| line.starts_with(text)).unwrap() + 1;
+        let lines =
+            |text: &str| EXAMPLE.lines().position(|line| line.starts_with(text)).unwrap() + 1;
         let told = fault(|text| text.replace("name = \"godwit\"", "name = \"best\""));
-        assert!(told.contains(&format!("line {}: there is no policy \"best\"", lines("name ="))), "{told}");
+        assert!(
+            told.contains(&format!("line {}: there is no policy \"best\"", lines("name ="))),
+            "{told}"
+        );
         assert!(told.contains("sandpiper"), "{told}");
         let told = fault(|text| text.replace("lease-s = 30.0", "lease-s = 15.0"));
         assert!(told.contains(&format!("line {}", lines("lease-s"))), "{told}");
@@ -349,7 +366,12 @@ mod tests {
         assert!(told.contains("take seconds"), "{told}");
         let told = fault(|text| text.replace("dry-run", "dryrun"));
         assert!(told.contains("unknown field `dryrun`") && told.contains("--example"), "{told}");
-        let told = fault(|text| text.replace("kind = \"embedded\"\npath = \"/var/lib/godwit/store.sqlite\"", "kind = \"etcd\"\nendpoints = []"));
+        let told = fault(|text| {
+            text.replace(
+                "kind = \"embedded\"\npath = \"/var/lib/godwit/store.sqlite\"",
+                "kind = \"etcd\"\nendpoints = []",
+            )
+        });
         assert!(told.contains("no member of etcd"), "{told}");
     }
 }

@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use super::board::Heard;
 use super::config::Config;
-use super::history;
 use super::sending;
 use super::shared::Shared;
 use super::world::World;
@@ -64,7 +63,13 @@ impl Eyes {
 
 /// What is to be done about a host: its hotspots, and emptying it.
 #[must_use]
-pub fn plan_for(config: &Config, world: &World, host: &str, hotspots: &[Hotspot], now_s: f64) -> Plan {
+pub fn plan_for(
+    config: &Config,
+    world: &World,
+    host: &str,
+    hotspots: &[Hotspot],
+    now_s: f64,
+) -> Plan {
     let Some(index) = world.host(host) else { return Plan::default() };
     let own: Vec<Hotspot> =
         hotspots.iter().filter(|hotspot| hotspot.host == index).cloned().collect();
@@ -98,7 +103,9 @@ pub fn shown(plan: &Plan, world: &World, policy: &str, now_s: f64) -> PlanView {
                 let [from, to] = [from, to].map(|host| cluster.host(host).name.clone());
                 (vm, StepAction::Migrate { from, to, cost })
             }
-            Action::Resize { vm, from_mib, to_mib } => (vm, StepAction::Resize { from_mib, to_mib }),
+            Action::Resize { vm, from_mib, to_mib } => {
+                (vm, StepAction::Resize { from_mib, to_mib })
+            }
         };
         StepView {
             guest: cluster.vm(vm).name.clone(),
@@ -120,7 +127,8 @@ pub fn shown(plan: &Plan, world: &World, policy: &str, now_s: f64) -> PlanView {
 /// What the policy would do now about every host, each as its own agent would decide.
 #[must_use]
 pub fn propose(config: &Config, world: &World, hotspots: &[Hotspot], now_s: f64) -> PlanView {
-    let mut all = PlanView { at_s: now_s, policy: config.policy.name.clone(), ..PlanView::default() };
+    let mut all =
+        PlanView { at_s: now_s, policy: config.policy.name.clone(), ..PlanView::default() };
     for host in &world.cluster.hosts {
         let plan = plan_for(config, world, &host.name, hotspots, now_s);
         let view = shown(&plan, world, &config.policy.name, now_s);
@@ -217,13 +225,13 @@ async fn ask_to_move<S: Store>(
     reason: &str,
 ) -> Result<(), String> {
     let api = shared.api_of(from).ok_or_else(|| format!("The agent of {from} is not there"))?;
-    let request =
-        MoveRequest { guest: guest.into(), to: Some(to.into()), reason: reason.into() };
+    let request = MoveRequest { guest: guest.into(), to: Some(to.into()), reason: reason.into() };
     let asked_s = shared.clock.now_s();
     wait_for_hosts(shared, || shared.client.begin_move(&api, Some(from), &request)).await?;
     loop {
         tokio::time::sleep(AGAIN_AFTER).await;
-        let view = shared.client.state(&api, Some(from)).await.map_err(|error| error.to_string())?;
+        let view =
+            shared.client.state(&api, Some(from)).await.map_err(|error| error.to_string())?;
         let same = view.moves.iter().find(|one| one.guest == guest && one.to == to);
         match same.map(|one| (one.stage, one.error.clone())) {
             Some((MoveStage::Completed, _)) => return Ok(()),
@@ -241,7 +249,11 @@ async fn ask_to_move<S: Store>(
 ///
 /// # Errors
 /// Why that did not go, in words.
-pub async fn resize<S: Store>(shared: &Arc<Shared<S>>, guest: &str, to_mib: f64) -> Result<(), String> {
+pub async fn resize<S: Store>(
+    shared: &Arc<Shared<S>>,
+    guest: &str,
+    to_mib: f64,
+) -> Result<(), String> {
     let Some(socket) = shared.socket_of(guest) else {
         let world = shared.world();
         let vm = world.vm(guest).ok_or_else(|| format!("No guest is called {guest}"))?;

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, VecDeque};
 use parking_lot::Mutex;
 
 use crate::api::view::{ENDED_MAX, HistoryPoint, HotspotView, POINTS_MAX};
+use crate::detect;
 use crate::model::{Amounts, Cluster, HostIndex, HostState, Placement, Resource};
 use crate::plan::Hotspot;
+use crate::series::{Series, ar1};
 
 /// What was.
 #[derive(Debug, Default)]
@@ -30,7 +32,8 @@ impl History {
         inner.shares.retain(|name, _| is_known(name));
         for index in cluster.host_indices().filter(|index| is_heard(cluster, *index)) {
             let points = inner.shares.entry(cluster.host(index).name.clone()).or_default();
-            points.push_back(HistoryPoint { at_s: now_s, share: known(cluster, &placement, index) });
+            points
+                .push_back(HistoryPoint { at_s: now_s, share: known(cluster, &placement, index) });
             if points.len() > POINTS_MAX {
                 points.pop_front();
             }
@@ -80,6 +83,24 @@ fn known(cluster: &Cluster, placement: &Placement<'_>, host: HostIndex) -> Amoun
         }
     }
     share
+}
+
+/// What is expected next, as detectors would, once they judge.
+#[must_use]
+pub fn predicted(points: &[HistoryPoint], settings: &detect::Settings) -> Option<Amounts> {
+    let recent = points.get(points.len().saturating_sub(settings.window)..)?;
+    if recent.len() < settings.n {
+        return None;
+    }
+    let mut next = Amounts::ZERO;
+    for resource in Resource::ALL {
+        let mut series = Series::new(settings.window);
+        for point in recent {
+            series.push(point.at_s, point.share[resource]);
+        }
+        next[resource] = ar1::predict(&series, settings.prediction)?;
+    }
+    Some(next)
 }
 
 /// Hotspots by names.

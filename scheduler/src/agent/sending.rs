@@ -134,7 +134,9 @@ pub async fn begin<S: Store>(
         what: format!("{guest} does not go to {to}: {obstacle}"),
     })?;
     let socket = shared.socket_of(guest).ok_or_else(|| ApiError::Conflict {
-        what: format!("{guest} has no monitor on {from}: is its socket below profile.socket-folder?"),
+        what: format!(
+            "{guest} has no monitor on {from}: is its socket below profile.socket-folder?"
+        ),
     })?;
     let takes = placement.change(vm, host).destination_usage.max(&Amounts::ZERO);
     let claim = Claim {
@@ -150,7 +152,8 @@ pub async fn begin<S: Store>(
     if child::read::<Record>(&folder.join(RECORD)).is_some() {
         return Err(ApiError::Conflict { what: format!("{guest} is being moved already") });
     }
-    let kept = fs::create_dir_all(&folder).and_then(|()| child::write(&folder.join(RECORD), &record));
+    let kept =
+        fs::create_dir_all(&folder).and_then(|()| child::write(&folder.join(RECORD), &record));
     kept.map_err(|error| unavailable(format!("{}: {error}", folder.display())))?;
     let share_max = config.limits.share_max;
     let room = |promises: &[crate::store::claims::Promise]| {
@@ -250,9 +253,8 @@ async fn start<S: Store>(
         "--json".into(),
     ];
     args.extend(config.migrate.send.iter().cloned());
-    Child::start(&config.migrate.program, &args, folder).map_err(|error| {
-        format!("{} does not start: {error}", config.migrate.program.display())
-    })
+    Child::start(&config.migrate.program, &args, folder)
+        .map_err(|error| format!("{} does not start: {error}", config.migrate.program.display()))
 }
 
 /// Follows the engine to its end and finds out where the guest is.
@@ -284,7 +286,8 @@ async fn settle<S: Store>(
             None => match whereabouts(shared, record).await {
                 Some(true) => return Settled::default(),
                 Some(false) => {
-                    let error = last_words(folder).unwrap_or_else(|| "the engine was killed".into());
+                    let error =
+                        last_words(folder).unwrap_or_else(|| "the engine was killed".into());
                     return Settled { error: Some(error), ..Settled::default() };
                 }
                 None => {}

@@ -16,6 +16,7 @@ use super::world::World;
 use crate::api::client::Client;
 use crate::api::view::{PlanView, View};
 use crate::model::GrayBox;
+use crate::plan::Hotspot;
 use crate::store::claims::Claims;
 
 /// All of it.
@@ -49,6 +50,8 @@ pub struct Shared<S> {
     pub sockets: Mutex<BTreeMap<String, PathBuf>>,
     /// The last plan.
     pub plan: Mutex<Option<PlanView>>,
+    /// The hotspots that were seen last.
+    pub hotspots: Mutex<Vec<Hotspot>>,
     /// What is shown.
     pub view: Mutex<Arc<View>>,
     config: RwLock<Arc<Config>>,
@@ -79,6 +82,7 @@ impl<S> Shared<S> {
             gray_boxes: Mutex::default(),
             sockets: Mutex::default(),
             plan: Mutex::default(),
+            hotspots: Mutex::default(),
             view: Mutex::default(),
             config: RwLock::new(Arc::new(config)),
             world: Mutex::default(),

@@ -34,7 +34,7 @@ impl World {
     ) -> Self {
         let mut received = heard.received(&own.host, now_s);
         received.push(Received { report: own.clone(), at_s: now_s });
-        let assembled = assemble::assemble(&received, &config.cluster, now_s);
+        let assembled = assemble(&received, &config.cluster, now_s);
         let mut world = Self {
             cluster: assembled.cluster,
             remarks: assembled.remarks,

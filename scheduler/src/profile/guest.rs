@@ -92,6 +92,8 @@ pub struct Moment {
     pub page_bytes: f64,
     /// Whether there is time to look for kernels.
     pub may_find: bool,
+    /// Whether the monitor may be asked now.
+    pub may_ask: bool,
 }
 
 impl GuestProbe {
@@ -105,6 +107,12 @@ impl GuestProbe {
     #[must_use]
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The guest's name, once it is known.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.attached.as_ref().map(|attached| attached.name.as_str())
     }
 
     /// The interfaces by which the guest sends, if they are in this program's network namespace.
@@ -132,7 +140,8 @@ impl GuestProbe {
             self.attached = None;
         }
         let socket = self.socket.display().to_string();
-        match tokio::time::timeout(PATIENCE, self.ask(moment)).await {
+        let asked = async { if moment.may_ask { self.ask(moment).await } else { Ok(()) } };
+        match tokio::time::timeout(PATIENCE, asked).await {
             Ok(Ok(())) => {}
             Ok(Err(why)) => troubles.push(format!("{socket}: {why}")),
             Err(_) => {

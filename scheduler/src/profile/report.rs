@@ -287,6 +287,12 @@ impl GuestReport {
     }
 }
 
+/// Whether figures can be.
+#[must_use]
+pub fn is_possible(gray_box: &GrayBox) -> bool {
+    first_impossible(said(gray_box).into_iter()).is_none()
+}
+
 fn said(gray_box: &GrayBox) -> [f64; 8] {
     let GrayBox {
         served_per_s,
