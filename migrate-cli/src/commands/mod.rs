@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use migrate_core::handover::Outcome;
 
-use crate::args::{AgentArgs, Command, GatewayCommand, MemoryServerArgs, ReceiveArgs};
+use crate::args::{AgentArgs, Command, GatewayCommand, MemoryServerArgs, ReceiveArgs, SendArgs};
 use crate::destination::remote::Watched;
 use crate::error::EngineError;
 use crate::report::{Report, ReportOutcome};
