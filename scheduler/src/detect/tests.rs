@@ -1,3 +1,5 @@
+//! Hotspots that are found, and those that are none.
+
 use proptest::prelude::*;
 
 use super::*;

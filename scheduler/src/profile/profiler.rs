@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -12,9 +13,9 @@ use tokio::task::JoinSet;
 
 use super::guest::{GuestProbe, Moment};
 use super::host::{self, HostProbe};
-use super::read;
 use super::report::{GUESTS_MAX, GuestReport, HostReport, VERSION};
 use super::traffic::TrafficProbe;
+use super::{parse, read};
 use crate::detect::SettingsError;
 
 /// Guests whose kernels are looked for in one reading.
@@ -136,11 +137,11 @@ impl Profiler {
     /// Reads everything once. Rates are those since the last time, and 0 the first time. To be called at the interval;
     /// whoever does so decides what to do when one takes longer.
     pub async fn report(&mut self) -> HostReport {
-        let moment = self.moment();
         let mut troubles = vec![];
+        let moment = self.moment();
         let figures = self.host.read(moment.at_s, &mut troubles);
         self.find_sockets(&mut troubles);
-        let mut guests = self.read_guests(moment, &mut troubles).await;
+        let mut guests = self.read_guests(&moment, &mut troubles).await;
         if self.settings.traffic {
             self.read_traffic(moment.at_s, &mut guests, &mut troubles).await;
         }
@@ -178,6 +179,11 @@ impl Profiler {
             page_bytes: rustix::param::page_size() as f64,
             may_find: false,
             may_ask: true,
+            // What is wrong with it is told with the host's own figures.
+            interfaces: read::figure("/proc/net/dev", |text| Some(parse::interfaces(text)))
+                .unwrap_or_default()
+                .into(),
+            cgroup: self.settings.host.cgroup.as_deref().map(Arc::from),
         }
     }
 
@@ -196,13 +202,17 @@ impl Profiler {
         let known: BTreeSet<PathBuf> =
             self.guests.iter().map(|guest| guest.socket().to_owned()).collect();
         self.guests.extend(sockets.difference(&known).cloned().map(GuestProbe::new));
-        self.guests.truncate(GUESTS_MAX);
+        let left_out = self.guests.len().saturating_sub(GUESTS_MAX);
+        if left_out > 0 {
+            troubles.push(format!("{left_out} monitors are not looked at: too many"));
+            self.guests.truncate(GUESTS_MAX);
+        }
     }
 
     /// All at once, so that one that does not answer delays no other.
     async fn read_guests(
         &mut self,
-        moment: Moment,
+        moment: &Moment,
         troubles: &mut Vec<String>,
     ) -> Vec<(Vec<String>, GuestReport)> {
         let mut looks = if self.settings.introspection { LOOKS_MAX } else { 0 };
@@ -211,22 +221,28 @@ impl Profiler {
             let may_find = looks > 0 && probe.is_look_due(moment.at_s);
             looks -= usize::from(may_find);
             let may_ask = !self.left_alone.contains(probe.socket());
-            let moment = Moment { may_find, may_ask, ..moment };
+            let moment = Moment { may_find, may_ask, ..moment.clone() };
             readings.spawn(async move {
                 let mut troubles = vec![];
-                let report = probe.read(moment, &mut troubles).await;
+                let report = probe.read(&moment, &mut troubles).await;
                 (probe, report, troubles)
             });
         }
-        let mut guests = vec![];
+        let mut read = vec![];
         while let Some(reading) = readings.join_next().await {
             // A reading that ended badly takes its probe along: the socket is found again.
-            let Ok((probe, report, told)) = reading else { continue };
+            read.extend(reading.ok());
+        }
+        read.sort_by(|(one, ..), (other, ..)| one.socket().cmp(other.socket()));
+        let (mut guests, mut seen) = (vec![], BTreeSet::new());
+        for (probe, report, told) in read {
             troubles.extend(told);
+            // A QEMU may have several monitors.
+            let is_first = probe.process().is_none_or(|process| seen.insert(process));
+            let report = report.filter(|_| is_first);
             guests.extend(report.map(|report| (probe.taps().to_vec(), report)));
             self.guests.push(probe);
         }
-        self.guests.sort_by(|one, other| one.socket().cmp(other.socket()));
         guests.sort_by(|(_, one), (_, other)| {
             (&one.name, &one.uuid).cmp(&(&other.name, &other.uuid))
         });

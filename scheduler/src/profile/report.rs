@@ -90,6 +90,10 @@ pub struct GuestReport {
     pub state: GuestState,
     /// Whether its QEMU is sending it somewhere.
     pub is_migrating: bool,
+    /// Whether its monitor serves somebody else (a migration, for one), or its QEMU hangs: nothing can be done with it
+    /// meanwhile.
+    #[serde(default)]
+    pub is_held: bool,
     /// Virtual processors.
     pub vcpus: u32,
     /// Processors that its whole process keeps busy.

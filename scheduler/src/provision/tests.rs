@@ -1,3 +1,5 @@
+//! Estimates of peaks, and what they are made of.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Series, averages and predictions against what they must be.
+
 use proptest::prelude::*;
 
 use super::ar1::{self, Fit};
