@@ -18,6 +18,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Runs a scenario on paper under several policies and compares what comes out.
     Simulate(SimulateArgs),
+    /// Runs this host's agent: it sees its load, finds hotspots, and moves guests away from them.
+    Agent(AgentArgs),
 }
 
 /// `godwit-scheduler simulate`.
@@ -55,4 +57,23 @@ pub(crate) struct SimulateArgs {
     /// Draw overload-seconds of each policy, and overloaded hosts over time, into a file.
     #[arg(long, value_name = "OUT")]
     pub(crate) svg: Option<PathBuf>,
+}
+
+/// `godwit-scheduler agent`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A first cluster on one machine, and one of several: docs/SCHEDULER.md.\n\n\
+    SIGHUP has it read the file again. SIGTERM and Ctrl-C end it: guests run on, and migrations under way go on; the next\n\
+    agent picks them up."
+)]
+pub(crate) struct AgentArgs {
+    /// What to do (TOML).
+    #[arg(long, value_name = "FILE", required_unless_present = "example")]
+    pub(crate) config: Option<PathBuf>,
+    /// Only say whether the file makes sense.
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Print a file with all keys, their defaults and what they mean, to begin with.
+    #[arg(long, conflicts_with_all = ["config", "check"])]
+    pub(crate) example: bool,
 }

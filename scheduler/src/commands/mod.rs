@@ -1,5 +1,6 @@
 //! What commands do.
 
+pub(crate) mod agent;
 mod plot;
 pub(crate) mod simulate;
 mod story;
