@@ -1,3 +1,5 @@
+//! What detectors find, and what they do not.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! What guests are estimated to want.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Series, means and predictions against figures worked out by hand.
+
 use proptest::prelude::*;
 
 use super::ar1::{self, Fit};
