@@ -327,6 +327,10 @@ pub struct SendArgs {
     /// Print one JSON object on stdout at the end.
     #[arg(long)]
     pub json: bool,
+    /// Write progress to this file, too, from its beginning: one JSON object a line, four a second. For programs that
+    /// run this one.
+    #[arg(long, value_name = "FILE")]
+    pub progress_file: Option<PathBuf>,
     /// Leave the source's QEMU paused after success instead of quitting it.
     #[arg(long)]
     pub keep_source: bool,

@@ -1,4 +1,4 @@
-//! What detectors find, and what they do not.
+//! Hotspots that are found, and those that are none.
 
 use proptest::prelude::*;
 

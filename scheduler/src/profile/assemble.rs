@@ -11,6 +11,7 @@
 //! | a guest on two hosts, on one of which it is expected | it is on its way, and so both hosts are in a migration |
 //! | a guest on two hosts, one of them silent | it is where it was heard of |
 //! | a guest runs on two hosts | nobody may touch it: it counts as on its way, and both hosts as in a migration |
+//! | a guest's monitor does not answer | the guest counts as on its way: nobody can do anything with it |
 //! | two guests of one name | both are there; the second one's name has its UUID behind it |
 //! | two guests of one Ethernet address | what is sent there is sent to nobody that is known |
 //! | a guest sends more than goes through its interfaces | what it sends is scaled down to that |
@@ -211,6 +212,8 @@ impl<'a> Assembly<'a> {
         }
         self.tell_of_doubles(best, &others);
         let name = self.free_name(best.guest);
+        // Nobody can move a guest whose monitor does not answer; its host is judged as ever.
+        let is_migrating = is_migrating || best.guest.is_held;
         self.cluster.vms.push(vm(name, best, is_migrating, settings));
         self.guests.push(best.guest);
     }

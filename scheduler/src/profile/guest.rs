@@ -3,20 +3,22 @@
 //! QEMU is asked over its monitor, which is connected to for each reading and let go at once: it serves one client at a
 //! time, and a migration needs it, too. While somebody else holds it, what was known of it stays, and what the kernel says
 //! of the process goes on being read.
+//!
+//! Waiting that the guest's own limit of processor time brings about is no steal: elsewhere it would wait as long.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use qemu_glue::procfs::{self, Identity};
-use qemu_glue::qmp::{Client, QmpError, RunState};
-use qemu_glue::vm;
-use serde_json::{Value, json};
+use qemu_glue::procfs::Identity;
+use qemu_glue::qmp::{Client, QmpError};
 
 use super::host::MBIT_PER_BYTE;
 use super::memory::Look;
-use super::parse::qmp::{self, BalloonStats};
+use super::monitor::{Asked, Parts, told};
+use super::parse::qmp::BalloonStats;
 use super::rates::{Counter, share};
 use super::report::{GuestMemory, GuestReport, GuestState, MemorySource, NAME_BYTES_MAX, cut};
 use super::{parse, read};
@@ -27,12 +29,14 @@ const MIB: f64 = 1_048_576.0;
 const GREETING_PATIENCE: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// How often a balloon asks its guest for figures, and how old they may be, seconds.
-const BALLOON_INTERVAL_S: u64 = 10;
+/// How old figures of a balloon may be, seconds.
 const BALLOON_AGE_MAX_S: f64 = 45.0;
 
-/// Where QEMU keeps devices.
-const DEVICE_FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+/// How often it is asked for what may be plugged, seconds.
+const PARTS_INTERVAL_S: f64 = 60.0;
+
+/// From this share of its own limit on, it is the limit that a guest waits for.
+const LIMIT_SHARE: f64 = 0.95;
 
 /// A QEMU that is looked at, at an interval.
 #[derive(Debug)]
@@ -47,26 +51,14 @@ struct Attached {
     identity: Identity,
     name: String,
     uuid: String,
-    vcpu_threads: Vec<i32>,
-    vcpus: u32,
-    ram_mib: f64,
-    taps: Vec<String>,
     is_in_our_network: bool,
-    addresses: Vec<String>,
-    balloon: Option<String>,
+    parts: Parts,
+    parts_at_s: f64,
     asked: Asked,
+    disk_mib: f64,
+    is_held: bool,
     counters: Counters,
     look: Look,
-}
-
-/// What QEMU said last.
-#[derive(Debug, Clone, Copy, Default)]
-struct Asked {
-    state: GuestState,
-    is_migrating: bool,
-    disk_bytes: u64,
-    balloon_leaves_mib: Option<f64>,
-    balloon_stats: Option<BalloonStats>,
 }
 
 #[derive(Debug, Default)]
@@ -79,8 +71,8 @@ struct Counters {
     taps: BTreeMap<String, Counter>,
 }
 
-/// When something is read.
-#[derive(Debug, Clone, Copy)]
+/// When something is read, and what is the same for all guests.
+#[derive(Debug, Clone)]
 pub struct Moment {
     /// On a clock that only goes forward, seconds.
     pub at_s: f64,
@@ -92,6 +84,35 @@ pub struct Moment {
     pub page_bytes: f64,
     /// Whether there is time to look for kernels.
     pub may_find: bool,
+    /// Whether the monitor may be asked now.
+    pub may_ask: bool,
+    /// Bytes through the interfaces of this program's network namespace.
+    pub interfaces: Arc<BTreeMap<String, u64>>,
+    /// The control group that is the host's.
+    pub cgroup: Option<Arc<Path>>,
+}
+
+/// Why QEMU said nothing.
+enum Silence {
+    /// It serves somebody else, or hangs.
+    Held(String),
+    /// Anything else.
+    Other(String),
+}
+
+impl From<String> for Silence {
+    fn from(why: String) -> Self {
+        Self::Other(why)
+    }
+}
+
+impl From<QmpError> for Silence {
+    fn from(error: QmpError) -> Self {
+        match &error {
+            QmpError::NoGreeting { .. } => Self::Held(told(error)),
+            _ => Self::Other(told(error)),
+        }
+    }
 }
 
 impl GuestProbe {
@@ -107,11 +128,24 @@ impl GuestProbe {
         &self.socket
     }
 
+    /// The guest's name, once it is known.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.attached.as_ref().map(|attached| attached.name.as_str())
+    }
+
+    /// Its process, and when that was started in clock ticks since the host was.
+    #[must_use]
+    pub fn process(&self) -> Option<(i32, u64)> {
+        let identity = &self.attached.as_ref()?.identity;
+        Some((identity.pid(), identity.start_ticks()))
+    }
+
     /// The interfaces by which the guest sends, if they are in this program's network namespace.
     #[must_use]
     pub fn taps(&self) -> &[String] {
         let attached = self.attached.as_ref().filter(|attached| attached.is_in_our_network);
-        attached.map_or(&[], |attached| &attached.taps)
+        attached.map_or(&[], |attached| &attached.parts.taps)
     }
 
     /// Whether its kernel is to be looked for.
@@ -123,7 +157,7 @@ impl GuestProbe {
     /// Reads. None if there is no QEMU, or nothing is known of it yet; `troubles` has why.
     pub async fn read(
         &mut self,
-        moment: Moment,
+        moment: &Moment,
         troubles: &mut Vec<String>,
     ) -> Option<GuestReport> {
         if let Some(attached) = &self.attached
@@ -132,95 +166,98 @@ impl GuestProbe {
             self.attached = None;
         }
         let socket = self.socket.display().to_string();
-        match tokio::time::timeout(PATIENCE, self.ask(moment)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(why)) => troubles.push(format!("{socket}: {why}")),
-            Err(_) => {
-                troubles.push(format!("{socket}: no answer for {} s", PATIENCE.as_secs()));
-            }
+        let asked =
+            async { if moment.may_ask { self.ask(moment, troubles).await } else { Ok(()) } };
+        let asked = tokio::time::timeout(PATIENCE, asked).await;
+        let silence = match asked {
+            Ok(answer) => answer.err(),
+            Err(_) => Some(Silence::Held(format!("no answer for {} s", PATIENCE.as_secs()))),
+        };
+        let is_held = matches!(silence, Some(Silence::Held(_)));
+        if let Some(Silence::Held(why) | Silence::Other(why)) = silence {
+            troubles.push(format!("{socket}: {why}"));
         }
         let attached = self.attached.as_mut()?;
+        attached.is_held = is_held;
         let report = attached.report(moment);
         if let Err(why) = &report {
-            // A processor was plugged or unplugged, or the process ended: everything is asked again next time.
+            // A processor was unplugged, or the process ended: everything is asked again next time.
             troubles.push(format!("{socket}: {why}"));
             self.attached = None;
         }
         report.ok()
     }
 
-    async fn ask(&mut self, moment: Moment) -> Result<(), String> {
-        let client = Client::connect_within(&self.socket, GREETING_PATIENCE).await.map_err(told)?;
+    async fn ask(&mut self, moment: &Moment, troubles: &mut Vec<String>) -> Result<(), Silence> {
+        let client = Client::connect_within(&self.socket, GREETING_PATIENCE).await?;
         let attached = match &mut self.attached {
             Some(attached) => attached,
-            None => self.attached.insert(Attached::attach(&client, &self.socket).await?),
+            None => self.attached.insert(Attached::attach(&client, &self.socket, moment).await?),
         };
-        attached.asked = ask(&client, attached.balloon.as_deref()).await.map_err(told)?;
+        attached.ask(&client, moment).await?;
         let is_running = attached.asked.state == GuestState::Running;
         if moment.may_find && is_running && attached.look.is_due(moment.at_s) {
             attached.look.find(&client, moment.at_s).await;
+            let why = attached.look.why_not();
+            troubles.extend(why.map(|why| {
+                format!("{}: its memory cannot be seen from outside: {why}", attached.name)
+            }));
         }
         Ok(())
     }
 }
 
 impl Attached {
-    async fn attach(client: &Client, socket: &Path) -> Result<Self, String> {
-        let process = vm::process(client).await.map_err(told)?;
-        let identity = Identity::of(process.pid).map_err(told)?;
-        let mut vcpu_threads = process.vcpu_threads;
-        let vcpus = u32::try_from(vcpu_threads.len()).unwrap_or(u32::MAX);
-        vcpu_threads.sort_unstable();
-        vcpu_threads.dedup();
+    async fn attach(client: &Client, socket: &Path, moment: &Moment) -> Result<Self, String> {
+        let parts = Parts::ask(client, moment.cgroup.as_deref()).await?;
+        let identity = Identity::of(parts.pid).map_err(told)?;
         let name = client.query_name().await.map_err(told)?;
         let file_name = || socket.file_stem().map(|name| name.to_string_lossy().into_owned());
-        let name = name.or_else(file_name).unwrap_or_default();
+        let name = name.filter(|name| !name.is_empty()).or_else(file_name).unwrap_or_default();
         let name: String = name.chars().filter(|letter| !letter.is_control()).collect();
-        let ram = client.execute("query-memory-size-summary", Value::Null).await.map_err(told)?;
-        // A machine without network cards has no such list.
-        let cards = client.execute("query-rx-filter", Value::Null).await.unwrap_or_default();
-        let balloon = find_balloon(client).await.map_err(told)?;
-        if let Some(path) = &balloon {
-            let interval = json!({
-                "path": path, "property": "guest-stats-polling-interval", "value": BALLOON_INTERVAL_S,
-            });
-            client.execute("qom-set", interval).await.map_err(told)?;
-        }
         Ok(Self {
-            taps: taps(process.pid)?,
-            is_in_our_network: network_of("self") == network_of(&process.pid.to_string()),
-            identity,
             name: cut(&name, NAME_BYTES_MAX),
             uuid: client.query_uuid().await.map_err(told)?,
-            vcpu_threads,
-            vcpus,
-            ram_mib: qmp::ram_mib(&ram).ok_or("QEMU does not say how much RAM the guest has")?,
-            addresses: qmp::ethernet_addresses(&cards),
-            balloon,
+            is_in_our_network: network_of("self") == network_of(&parts.pid.to_string()),
+            identity,
+            parts,
+            parts_at_s: moment.at_s,
             asked: Asked::default(),
+            disk_mib: 0.0,
+            is_held: false,
             counters: Counters::default(),
             look: Look::default(),
         })
     }
 
-    fn report(&mut self, moment: Moment) -> Result<GuestReport, String> {
+    async fn ask(&mut self, client: &Client, moment: &Moment) -> Result<(), Silence> {
+        if moment.at_s - self.parts_at_s >= PARTS_INTERVAL_S {
+            self.parts = Parts::ask(client, moment.cgroup.as_deref()).await?;
+            self.parts_at_s = moment.at_s;
+        }
+        self.asked = Asked::ask(client, self.parts.balloon.as_deref()).await?;
+        let rate = self.counters.disk.rate(moment.at_s, self.asked.disk_bytes as f64);
+        self.disk_mib = rate.unwrap_or(0.0) / MIB;
+        Ok(())
+    }
+
+    fn report(&mut self, moment: &Moment) -> Result<GuestReport, String> {
         let pid = self.identity.pid();
         let ticks = read::figure(format!("/proc/{pid}/stat"), parse::process_ticks)?;
         let ticks = self.counters.process.rate(moment.at_s, ticks as f64).unwrap_or(0.0);
-        let steal = self.steal(pid, moment.at_s)?;
-        let disk_bytes = self.counters.disk.rate(moment.at_s, self.asked.disk_bytes as f64);
         Ok(GuestReport {
             name: self.name.clone(),
             uuid: self.uuid.clone(),
             state: self.asked.state,
             is_migrating: self.asked.is_migrating,
-            vcpus: self.vcpus,
+            is_held: self.is_held,
+            vcpus: self.parts.vcpus,
             cpu_cores: ticks / moment.ticks_per_s,
-            steal,
+            steal: self.steal(pid, moment.at_s)?,
             memory: self.memory(pid, moment)?,
-            network_mbit: self.network_mbit(pid, moment.at_s)?,
-            disk_mib: disk_bytes.unwrap_or(0.0) / MIB,
-            addresses: self.addresses.clone(),
+            network_mbit: self.network_mbit(pid, moment)?,
+            disk_mib: self.disk_mib,
+            addresses: self.parts.addresses.clone(),
             ..GuestReport::default()
         })
     }
@@ -228,37 +265,43 @@ impl Attached {
     /// Of the time in which processors ran or could have, the share in which they waited.
     fn steal(&mut self, pid: i32, at_s: f64) -> Result<f64, String> {
         let (mut ran_ns, mut waited_ns) = (0_u64, 0_u64);
-        for thread in &self.vcpu_threads {
+        for thread in &self.parts.vcpu_threads {
             let path = format!("/proc/{pid}/task/{thread}/schedstat");
             let time = read::figure(path, parse::thread_time)?;
             ran_ns = ran_ns.saturating_add(time.ran_ns);
             waited_ns = waited_ns.saturating_add(time.waited_ns);
         }
-        let ran = self.counters.ran.rate(at_s, ran_ns as f64);
-        let waited = self.counters.waited.rate(at_s, waited_ns as f64);
-        Ok(share(waited.unwrap_or(0.0), ran.unwrap_or(0.0)))
+        let ran = self.counters.ran.rate(at_s, ran_ns as f64).unwrap_or(0.0);
+        let waited = self.counters.waited.rate(at_s, waited_ns as f64).unwrap_or(0.0);
+        let is_at_limit =
+            self.parts.limit_cores.is_some_and(|cores| ran / 1e9 >= cores * LIMIT_SHARE);
+        Ok(if is_at_limit { 0.0 } else { share(waited, ran) })
     }
 
-    fn network_mbit(&mut self, pid: i32, at_s: f64) -> Result<f64, String> {
-        if self.taps.is_empty() {
+    fn network_mbit(&mut self, pid: i32, moment: &Moment) -> Result<f64, String> {
+        if self.parts.taps.is_empty() {
             return Ok(0.0);
         }
-        let path = format!("/proc/{pid}/net/dev");
-        let interfaces = read::figure(path, |text| Some(parse::interfaces(text)))?;
+        let interfaces = if self.is_in_our_network {
+            Arc::clone(&moment.interfaces)
+        } else {
+            let path = format!("/proc/{pid}/net/dev");
+            Arc::new(read::figure(path, |text| Some(parse::interfaces(text)))?)
+        };
         let mut all_mbit = 0.0;
-        for tap in &self.taps {
+        for tap in &self.parts.taps {
             let Some(bytes) = interfaces.get(tap) else { continue };
             let counter = self.counters.taps.entry(tap.clone()).or_default();
-            all_mbit += counter.rate(at_s, *bytes as f64).unwrap_or(0.0) * MBIT_PER_BYTE;
+            all_mbit += counter.rate(moment.at_s, *bytes as f64).unwrap_or(0.0) * MBIT_PER_BYTE;
         }
         Ok(all_mbit)
     }
 
-    fn memory(&mut self, pid: i32, moment: Moment) -> Result<GuestMemory, String> {
+    fn memory(&mut self, pid: i32, moment: &Moment) -> Result<GuestMemory, String> {
         let pages = read::figure(format!("/proc/{pid}/statm"), parse::resident_pages)?;
         let resident_mib = pages as f64 * moment.page_bytes / MIB;
-        let left_mib = self.asked.balloon_leaves_mib.unwrap_or(self.ram_mib);
-        let allocated_mib = left_mib.min(self.ram_mib);
+        let ram_mib = self.parts.ram_mib;
+        let allocated_mib = self.asked.balloon_leaves_mib.map_or(ram_mib, |left| left.min(ram_mib));
         let is_fresh =
             |stats: &BalloonStats| (moment.unix_s - stats.at_s as f64).abs() <= BALLOON_AGE_MAX_S;
         let mib = |bytes: u64| bytes as f64 / MIB;
@@ -271,11 +314,11 @@ impl Attached {
             let free_mib = (allocated_mib - resident_mib).max(0.0);
             (free_mib, free_mib, None, MemorySource::Resident)
         };
-        // Another source's counter may begin elsewhere: the first reading of it is no rate.
+        // Both sources count what the guest's kernel does.
         let swaps = swapped.and_then(|pages| self.counters.swap.rate(moment.at_s, pages as f64));
         Ok(GuestMemory {
             allocated_mib,
-            max_mib: self.ram_mib,
+            max_mib: ram_mib,
             resident_mib,
             used_mib: (allocated_mib - free_mib).max(0.0),
             needed_mib: (allocated_mib - available_mib).max(0.0),
@@ -285,57 +328,6 @@ impl Attached {
     }
 }
 
-async fn ask(client: &Client, balloon: Option<&str>) -> Result<Asked, QmpError> {
-    let status = client.query_status().await?;
-    let state = match (status.running, &status.state) {
-        (true, _) => GuestState::Running,
-        (false, RunState::InMigrate) => GuestState::Incoming,
-        (false, _) => GuestState::Paused,
-    };
-    let is_migrating = client.query_migrate().await?.is_under_way();
-    let disks = client.execute("query-blockstats", Value::Null).await?;
-    let mut asked =
-        Asked { state, is_migrating, disk_bytes: qmp::disk_bytes(&disks), ..Asked::default() };
-    if let Some(path) = balloon {
-        let leaves = client.execute("query-balloon", Value::Null).await?;
-        asked.balloon_leaves_mib = qmp::balloon_leaves_mib(&leaves);
-        asked.balloon_stats = qmp::balloon_stats(&client.qom_get(path, "guest-stats").await?);
-    }
-    Ok(asked)
-}
-
-async fn find_balloon(client: &Client) -> Result<Option<String>, QmpError> {
-    for folder in DEVICE_FOLDERS {
-        let children = client.qom_list(folder).await?;
-        let is_balloon =
-            |kind: Option<&str>| kind.is_some_and(|kind| kind.starts_with("virtio-balloon"));
-        let found = children.iter().find(|child| is_balloon(child.child_type()));
-        if let Some(child) = found {
-            return Ok(Some(format!("{folder}/{}", child.name)));
-        }
-    }
-    Ok(None)
-}
-
-/// The interfaces that the process has open, whatever they are called and whoever made them.
-fn taps(pid: i32) -> Result<Vec<String>, String> {
-    let mut found = vec![];
-    for fd in procfs::descriptors(pid).map_err(told)? {
-        let target = fs::read_link(format!("/proc/{pid}/fd/{fd}"));
-        if !target.is_ok_and(|target| target.ends_with("net/tun")) {
-            continue;
-        }
-        let info = read::text(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
-        let name = parse::tap_name(&info).map(str::to_owned);
-        found.extend(name.filter(|name| !found.contains(name)));
-    }
-    Ok(found)
-}
-
 fn network_of(process: &str) -> Option<PathBuf> {
     fs::read_link(format!("/proc/{process}/ns/net")).ok()
-}
-
-fn told(error: impl std::error::Error) -> String {
-    error.to_string()
 }

@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::cgroup::Cgroup;
 use super::rates::Counter;
 use super::report::Pressure;
 use super::{parse, read};
 use crate::model::Amounts;
-
-const MIB: f64 = 1_048_576.0;
 
 /// Bits of a byte, over those of a megabit.
 pub(super) const MBIT_PER_BYTE: f64 = 8.0 / 1e6;
@@ -21,7 +20,8 @@ pub(super) const MBIT_PER_BYTE: f64 = 8.0 / 1e6;
 pub struct Settings {
     /// What it has, where it is not to be found out; 0 to find out. Disks' rate cannot be found out.
     pub capacity: Amounts,
-    /// The control group (a folder below /sys/fs/cgroup) whose limits are the host's, and whose use is the host's.
+    /// The control group (a folder below /sys/fs/cgroup) whose limits are the host's, and whose use is the host's. Of
+    /// version 1 that of any controller: /sys/fs/cgroup/cpu/...
     pub cgroup: Option<PathBuf>,
     /// Interfaces that lead outside; none to take those that have a device.
     pub uplinks: Vec<String>,
@@ -63,10 +63,11 @@ impl HostProbe {
         told(self.read_cpu(at_s, &mut figures));
         told(read_memory(&mut figures));
         told(self.read_network(at_s, &mut figures));
-        if let Some(cgroup) = self.settings.cgroup.clone() {
-            told(self.read_cgroup(&cgroup, at_s, &mut figures));
+        let cgroup = self.settings.cgroup.as_deref().map(Cgroup::at);
+        if let Some(cgroup) = &cgroup {
+            told(self.read_cgroup(cgroup, at_s, &mut figures));
         }
-        told(self.read_pressure(at_s, &mut figures.pressure));
+        told(self.read_pressure(cgroup.as_ref(), at_s, &mut figures.pressure));
         let set = self.settings.capacity;
         for resource in crate::model::Resource::ALL {
             if set[resource] > 0.0 {
@@ -112,32 +113,31 @@ impl HostProbe {
 
     fn read_cgroup(
         &mut self,
-        cgroup: &Path,
+        cgroup: &Cgroup,
         at_s: f64,
         figures: &mut Figures,
     ) -> Result<(), String> {
-        if let Ok(cores) = read::figure(cgroup.join("cpu.max"), parse::cpu_max_cores) {
+        if let Some(cores) = cgroup.limit_cores() {
             figures.capacity.cpu_cores = cores;
         }
-        let used_us = read::figure(cgroup.join("cpu.stat"), parse::cgroup_cpu_us)?;
-        let used_us = self.cgroup_cpu.rate(at_s, used_us as f64);
-        figures.used.cpu_cores = used_us.unwrap_or(0.0) / 1e6;
-        if let Ok(bytes) = read::figure(cgroup.join("memory.max"), parse::number) {
-            figures.capacity.memory_mib = bytes as f64 / MIB;
+        let used_cores = self.cgroup_cpu.rate(at_s, cgroup.used_s()?);
+        figures.used.cpu_cores = used_cores.unwrap_or(0.0);
+        if let Some(mib) = cgroup.limit_mib() {
+            figures.capacity.memory_mib = mib;
         }
-        let bytes = read::figure(cgroup.join("memory.current"), parse::number)?;
-        let cache = read::figure(cgroup.join("memory.stat"), parse::cgroup_cache_bytes)?;
-        figures.used.memory_mib = bytes.saturating_sub(cache) as f64 / MIB;
+        figures.used.memory_mib = cgroup.used_mib()?;
         Ok(())
     }
 
-    fn read_pressure(&mut self, at_s: f64, pressure: &mut Pressure) -> Result<(), String> {
+    fn read_pressure(
+        &mut self,
+        cgroup: Option<&Cgroup>,
+        at_s: f64,
+        pressure: &mut Pressure,
+    ) -> Result<(), String> {
         let read = |what: &str| {
-            let path = match &self.settings.cgroup {
-                Some(cgroup) => cgroup.join(format!("{what}.pressure")),
-                None => PathBuf::from("/proc/pressure").join(what),
-            };
-            read::figure(path, parse::stalled)
+            let whole = || PathBuf::from("/proc/pressure").join(what);
+            read::figure(cgroup.map_or_else(whole, |cgroup| cgroup.pressure(what)), parse::stalled)
         };
         // Many kernels have it switched off (psi=1 switches it on); all else works without.
         let (cpu, memory, disk) = (read("cpu")?, read("memory")?, read("io")?);

@@ -14,8 +14,10 @@
 //! | [`report`] | what a host says of itself and its guests | none |
 //! | [`assemble`] | reports of several hosts, as a cluster | none |
 //! | [`read`] | files, up to a limit | yes |
+//! | [`cgroup`] | limits and use of control groups | yes |
 //! | [`host`] | the host's own figures | yes |
 //! | [`guest`] | a guest's process, processors, interfaces and disks | yes |
+//! | `monitor` | what QEMU says of it | yes |
 //! | [`memory`] | a guest's memory, without its help | yes |
 //! | [`traffic`] | what guests send to whom | yes |
 //! | [`profiler`] | all of it, at an interval | yes |
@@ -28,9 +30,11 @@
 //! at a time.
 
 pub mod assemble;
+pub mod cgroup;
 pub mod guest;
 pub mod host;
 pub mod memory;
+mod monitor;
 pub mod parse;
 pub mod profiler;
 pub mod rates;

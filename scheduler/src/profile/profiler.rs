@@ -3,8 +3,9 @@
 //! Cost: a guest takes some reads of small files and five to seven questions over its monitor for each reading; one
 //! program (nft) is started for all. Kernels are looked for in a few guests at a time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -12,9 +13,9 @@ use tokio::task::JoinSet;
 
 use super::guest::{GuestProbe, Moment};
 use super::host::{self, HostProbe};
-use super::read;
 use super::report::{GUESTS_MAX, GuestReport, HostReport, VERSION};
 use super::traffic::TrafficProbe;
+use super::{parse, read};
 use crate::detect::SettingsError;
 
 /// Guests whose kernels are looked for in one reading.
@@ -90,6 +91,7 @@ pub struct Profiler {
     host: HostProbe,
     guests: Vec<GuestProbe>,
     traffic: TrafficProbe,
+    left_alone: BTreeSet<PathBuf>,
 }
 
 impl Profiler {
@@ -105,18 +107,41 @@ impl Profiler {
             host: HostProbe::new(settings.host.clone()),
             guests: vec![],
             traffic: TrafficProbe::new(settings.nft.clone()),
+            left_alone: BTreeSet::new(),
             settings,
         }
+    }
+
+    /// Monitors that are not to be asked now: a migration needs them. What is known of their guests stays.
+    pub fn leave_alone(&mut self, sockets: BTreeSet<PathBuf>) {
+        self.left_alone = sockets;
+    }
+
+    /// Other settings from now on.
+    pub fn set(&mut self, settings: Settings) {
+        if settings.host != self.settings.host {
+            self.host = HostProbe::new(settings.host.clone());
+        }
+        self.settings = settings;
+    }
+
+    /// The monitors of the guests that are known, by the guests' names.
+    #[must_use]
+    pub fn sockets(&self) -> BTreeMap<String, PathBuf> {
+        let known = self.guests.iter();
+        known
+            .filter_map(|guest| Some((guest.name()?.to_owned(), guest.socket().to_owned())))
+            .collect()
     }
 
     /// Reads everything once. Rates are those since the last time, and 0 the first time. To be called at the interval;
     /// whoever does so decides what to do when one takes longer.
     pub async fn report(&mut self) -> HostReport {
-        let moment = self.moment();
         let mut troubles = vec![];
+        let moment = self.moment();
         let figures = self.host.read(moment.at_s, &mut troubles);
         self.find_sockets(&mut troubles);
-        let mut guests = self.read_guests(moment, &mut troubles).await;
+        let mut guests = self.read_guests(&moment, &mut troubles).await;
         if self.settings.traffic {
             self.read_traffic(moment.at_s, &mut guests, &mut troubles).await;
         }
@@ -153,6 +178,12 @@ impl Profiler {
             ticks_per_s: rustix::param::clock_ticks_per_second() as f64,
             page_bytes: rustix::param::page_size() as f64,
             may_find: false,
+            may_ask: true,
+            // What is wrong with it is told with the host's own figures.
+            interfaces: read::figure("/proc/net/dev", |text| Some(parse::interfaces(text)))
+                .unwrap_or_default()
+                .into(),
+            cgroup: self.settings.host.cgroup.as_deref().map(Arc::from),
         }
     }
 
@@ -171,13 +202,17 @@ impl Profiler {
         let known: BTreeSet<PathBuf> =
             self.guests.iter().map(|guest| guest.socket().to_owned()).collect();
         self.guests.extend(sockets.difference(&known).cloned().map(GuestProbe::new));
-        self.guests.truncate(GUESTS_MAX);
+        let left_out = self.guests.len().saturating_sub(GUESTS_MAX);
+        if left_out > 0 {
+            troubles.push(format!("{left_out} monitors are not looked at: too many"));
+            self.guests.truncate(GUESTS_MAX);
+        }
     }
 
     /// All at once, so that one that does not answer delays no other.
     async fn read_guests(
         &mut self,
-        moment: Moment,
+        moment: &Moment,
         troubles: &mut Vec<String>,
     ) -> Vec<(Vec<String>, GuestReport)> {
         let mut looks = if self.settings.introspection { LOOKS_MAX } else { 0 };
@@ -185,22 +220,29 @@ impl Profiler {
         for mut probe in std::mem::take(&mut self.guests) {
             let may_find = looks > 0 && probe.is_look_due(moment.at_s);
             looks -= usize::from(may_find);
-            let moment = Moment { may_find, ..moment };
+            let may_ask = !self.left_alone.contains(probe.socket());
+            let moment = Moment { may_find, may_ask, ..moment.clone() };
             readings.spawn(async move {
                 let mut troubles = vec![];
-                let report = probe.read(moment, &mut troubles).await;
+                let report = probe.read(&moment, &mut troubles).await;
                 (probe, report, troubles)
             });
         }
-        let mut guests = vec![];
+        let mut read = vec![];
         while let Some(reading) = readings.join_next().await {
             // A reading that ended badly takes its probe along: the socket is found again.
-            let Ok((probe, report, told)) = reading else { continue };
+            read.extend(reading.ok());
+        }
+        read.sort_by(|(one, ..), (other, ..)| one.socket().cmp(other.socket()));
+        let (mut guests, mut seen) = (vec![], BTreeSet::new());
+        for (probe, report, told) in read {
             troubles.extend(told);
+            // A QEMU may have several monitors.
+            let is_first = probe.process().is_none_or(|process| seen.insert(process));
+            let report = report.filter(|_| is_first);
             guests.extend(report.map(|report| (probe.taps().to_vec(), report)));
             self.guests.push(probe);
         }
-        self.guests.sort_by(|one, other| one.socket().cmp(other.socket()));
         guests.sort_by(|(_, one), (_, other)| {
             (&one.name, &one.uuid).cmp(&(&other.name, &other.uuid))
         });

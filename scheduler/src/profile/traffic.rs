@@ -15,11 +15,11 @@
 //! 12 Gbit/s, whose packets are of 64 KiB; reading the set takes 4 ms of processor time, most of it starting nft.
 //!
 //! What is not seen: guests that are not on a Linux bridge of this program's network namespace (macvtap, Open vSwitch,
-//! user-mode networking): their traffic counts as with the outside. Traffic that is routed between guests goes to the
+//! user-mode networking): the traffic of their taps counts as with the outside, and without taps none is known. Traffic that is routed between guests goes to the
 //! router's address, and counts as with the outside, too.
 //!
 //! Invariants: no packet is dropped or changed, also when the set is full; what is counted for addresses that a guest
-//! makes up is forgotten after [`FORGOTTEN_AFTER`].
+//! makes up is forgotten after ten minutes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;

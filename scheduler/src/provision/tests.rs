@@ -1,4 +1,4 @@
-//! What guests are estimated to want.
+//! Estimates of peaks, and what they are made of.
 
 use proptest::prelude::*;
 

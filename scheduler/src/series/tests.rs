@@ -1,4 +1,4 @@
-//! Series, means and predictions against figures worked out by hand.
+//! Series, averages and predictions against what they must be.
 
 use proptest::prelude::*;
 

@@ -1,3 +1,5 @@
+//! Reports that agree, and that contradict each other.
+
 use proptest::prelude::*;
 
 use super::*;

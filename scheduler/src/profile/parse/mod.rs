@@ -155,8 +155,25 @@ pub fn cgroup_cpu_us(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("usage_usec "))?.trim().parse().ok()
 }
 
-/// What of a cgroup's memory can be had back at once: page cache that is not used (memory.stat).
+/// What of a cgroup's memory can be had back at once: page cache that is not used (memory.stat). Version 1 tells that of
+/// the group alone, and with those below it.
 #[must_use]
 pub fn cgroup_cache_bytes(text: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix("inactive_file "))?.trim().parse().ok()
+    let figure = |name| text.lines().find_map(|line| line.strip_prefix(name));
+    figure("total_inactive_file ").or_else(|| figure("inactive_file "))?.trim().parse().ok()
+}
+
+/// The group by which a task's processor time is limited, from /proc/PID/task/TID/cgroup: of version 1 that of the
+/// controller, else that of version 2.
+#[must_use]
+pub fn cpu_cgroup(text: &str) -> Option<&str> {
+    fn parts(line: &str) -> Option<(&str, &str)> {
+        line.split_once(':')?.1.split_once(':')
+    }
+    let of = |wanted: &dyn Fn(&str) -> bool| {
+        let mut lines = text.lines().filter_map(parts);
+        lines.find(|(controllers, _)| wanted(controllers)).map(|(_, group)| group)
+    };
+    let found = of(&|controllers| controllers.split(',').any(|one| one == "cpu"));
+    found.or_else(|| of(&str::is_empty)).filter(|group| group.starts_with('/'))
 }

@@ -1,3 +1,5 @@
+//! Texts of real kernels and programs, and what is made of damaged ones.
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -43,7 +45,7 @@ fn the_kernels_texts_are_read() {
     assert_eq!(time.total_ticks, time.busy_ticks + 2_677_073 + 47_789);
     assert_eq!(time.processors, 2);
     let memory = host_memory(MEMINFO).unwrap();
-    assert_eq!((memory.total_mib.round(), memory.available_mib.round()), (24105.0, 23403.0));
+    assert_eq!((memory.total_mib.trunc(), memory.available_mib.trunc()), (24105.0, 23403.0));
     let waited = Stalled { some_us: 13_390_947_685, full_us: 17 };
     assert_eq!(stalled(PRESSURE), Some(waited));
     assert_eq!(stalled("some avg10=0.00 total=5\n").unwrap().full_us, 0);
@@ -65,6 +67,8 @@ fn the_kernels_texts_are_read() {
     );
     assert_eq!(cgroup_cpu_us("usage_usec 1234\nuser_usec 1000\n"), Some(1234));
     assert_eq!(cgroup_cache_bytes("anon 1\ninactive_file 4096\n"), Some(4096));
+    let split = "3:cpuset:/\n2:cpuacct,cpu:/vm/a\n0::/b\n";
+    assert_eq!((cpu_cgroup(split), cpu_cgroup("0::/b/c\n")), (Some("/vm/a"), Some("/b/c")));
     assert_eq!((number("4096\n"), number("max\n")), (Some(4096), None));
 }
 
@@ -178,13 +182,16 @@ proptest! {
         prop_assert!(cpu_max_cores(&text).is_none_or(f64::is_finite));
         prop_assert!(nft::sent(&bytes).is_none_or(|sent| sent.len() <= nft::ELEMENTS_MAX));
         prop_assert!(tap_name(&text).is_none_or(|name| !name.is_empty()));
-        drop((stalled(&text), interfaces(&text), thread_time(&text), process_ticks(&text)));
-        drop((resident_pages(&text), number(&text), cgroup_cpu_us(&text), cgroup_cache_bytes(&text)));
+        prop_assert!(interfaces(&text).len() <= INTERFACES_MAX);
+        prop_assert!(cpu_cgroup(&text).is_none_or(|group| group.starts_with('/')));
+        let _ = (stalled(&text), thread_time(&text), process_ticks(&text));
+        let _ = (resident_pages(&text), number(&text), cgroup_cpu_us(&text));
+        let _ = cgroup_cache_bytes(&text);
     }
 
     #[test]
     fn no_answer_does_harm(answer in any_json()) {
-        qmp::disk_bytes(&answer);
+        let _ = qmp::disk_bytes(&answer);
         prop_assert!(qmp::ethernet_addresses(&answer).iter().all(|one| qmp::is_ethernet_address(one)));
         prop_assert!(qmp::ram_mib(&answer).is_none_or(f64::is_finite));
         prop_assert!(qmp::balloon_leaves_mib(&answer).is_none_or(f64::is_finite));

@@ -1,3 +1,5 @@
+//! What nft is told, and what is made of its counters.
+
 use super::*;
 
 #[test]
