@@ -10,5 +10,6 @@ use clap::Parser;
 fn main() -> ExitCode {
     match args::Cli::parse().command {
         args::Command::Simulate(args) => commands::simulate::run(&args),
+        args::Command::Web(args) => commands::web::run(args),
     }
 }

@@ -5,3 +5,4 @@ pub(crate) mod simulate;
 mod story;
 mod summary;
 mod timed;
+pub(crate) mod web;
