@@ -1,5 +1,6 @@
 //! What can be typed, and its help. What it means is in [`crate::commands`].
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -20,6 +21,22 @@ pub(crate) enum Command {
     Simulate(SimulateArgs),
     /// Runs this host's agent: it sees its load, finds hotspots, and moves guests away from them.
     Agent(AgentArgs),
+    /// Shows the web page to a browser on this machine, asking agents with an identity of the cluster's authority.
+    Web(WebArgs),
+}
+
+/// `godwit-scheduler web`.
+#[derive(Debug, Args)]
+pub(crate) struct WebArgs {
+    /// An agent's address; repeat it for those that are asked when it does not answer.
+    #[arg(long, value_name = "HOST:PORT", required = true)]
+    pub(crate) agent: Vec<String>,
+    /// Directory of the identity to ask with, made by `migrate pki issue`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+    /// Where the browser finds it: an address of this machine alone. Port 0 chooses one.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) listen: SocketAddr,
 }
 
 /// `godwit-scheduler simulate`.

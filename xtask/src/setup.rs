@@ -20,8 +20,9 @@ use crate::{etcd, initrd, kernel, qemu};
 /// From the system's own package sources. libclang is what the userfaultfd bindings are made with;
 /// libc6-dev has the static C library of the guest's programs. Of libvirt only programs are taken: the
 /// package with its services, libvirt-daemon-system, is not, so that none is started. protobuf-compiler and
-/// libprotobuf-dev are what etcd's client is made with.
-const PACKAGES: [&str; 12] = [
+/// libprotobuf-dev are what etcd's client is made with. The scheduler's page is tested in Chromium, of which the shell
+/// without windows is the smaller package: 100 MB with what it needs.
+const PACKAGES: [&str; 13] = [
     "qemu-system-x86",
     "busybox-static",
     "iproute2",
@@ -34,6 +35,7 @@ const PACKAGES: [&str; 12] = [
     "libvirt-daemon",
     "libvirt-daemon-driver-qemu",
     "libvirt-clients",
+    "chromium-headless-shell",
 ];
 
 /// What tests are told, also written to env.json.

@@ -12,6 +12,7 @@
 //! | [`view`] | what is told, as types with a stable JSON form |
 //! | [`control`] | what may be asked of an agent |
 //! | [`client`] | asks an agent |
+//! | `sample` | a cluster and an agent for tests |
 //!
 //! This is apart from the scheduler so that programs which only ask need none of its dependencies.
 
@@ -19,6 +20,8 @@ pub mod amounts;
 pub mod client;
 pub mod control;
 pub mod figures;
+#[cfg(feature = "sample")]
+pub mod sample;
 pub mod view;
 
 pub use self::client::Client;

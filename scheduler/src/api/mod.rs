@@ -15,6 +15,7 @@
 //! | [`routes`] | paths, and how they are answered |
 //! | [`openapi`] | the description for other programs |
 //! | [`page`] | the web page's files |
+//! | [`web`] | the page for a browser without a certificate |
 //!
 //! The first three are the crate `scheduler-api`, for programs that only ask.
 
@@ -22,6 +23,7 @@ pub mod openapi;
 mod page;
 mod routes;
 pub mod server;
+pub mod web;
 
 pub use scheduler_api::{ApiError, Client, Control, View, client, control, view};
 

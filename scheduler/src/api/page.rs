@@ -9,13 +9,23 @@ use axum::routing::get;
 use super::routes::with_type;
 
 const HTML: &str = "text/html; charset=utf-8";
-#[cfg(any())]
 const CSS: &str = "text/css; charset=utf-8";
-#[cfg(any())]
 const JS: &str = "text/javascript; charset=utf-8";
+const SVG: &str = "image/svg+xml";
 
 /// Path, media type and text of each file.
-const FILES: [(&str, &str, &str); 1] = [("/", HTML, include_str!("page/index.html"))];
+const FILES: [(&str, &str, &str); 10] = [
+    ("/", HTML, include_str!("page/index.html")),
+    ("/style.css", CSS, include_str!("page/style.css")),
+    ("/icon.svg", SVG, include_str!("page/icon.svg")),
+    ("/main.js", JS, include_str!("page/main.js")),
+    ("/dom.js", JS, include_str!("page/dom.js")),
+    ("/ask.js", JS, include_str!("page/ask.js")),
+    ("/chart.js", JS, include_str!("page/chart.js")),
+    ("/heat.js", JS, include_str!("page/heat.js")),
+    ("/lists.js", JS, include_str!("page/lists.js")),
+    ("/detail.js", JS, include_str!("page/detail.js")),
+];
 
 /// What browsers are told with every answer: only the page's own files count, and nobody else shows them.
 pub(super) const HEADERS: [(&str, &str); 5] = [

@@ -6,3 +6,4 @@ pub(crate) mod simulate;
 mod story;
 mod summary;
 mod timed;
+pub(crate) mod web;
