@@ -20,11 +20,12 @@ use crate::{etcd, initrd, kernel, qemu};
 /// From the system's own package sources. libclang is what the userfaultfd bindings are made with;
 /// libc6-dev has the static C library of the guest's programs. Of libvirt only programs are taken: the
 /// package with its services, libvirt-daemon-system, is not, so that none is started. protobuf-compiler and
-/// libprotobuf-dev are what etcd's client is made with.
-const PACKAGES: [&str; 12] = [
+/// libprotobuf-dev are what etcd's client is made with; nftables counts what guests send to each other.
+const PACKAGES: [&str; 13] = [
     "qemu-system-x86",
     "busybox-static",
     "iproute2",
+    "nftables",
     "util-linux",
     "gcc",
     "libc6-dev",
