@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use qemu_glue::procfs::Identity;
 use qemu_glue::qmp::{Client, QmpError};
@@ -26,7 +26,7 @@ use super::{parse, read};
 const MIB: f64 = 1_048_576.0;
 
 /// How long QEMU may take to greet, and for all questions of one reading.
-const GREETING_PATIENCE: Duration = Duration::from_millis(500);
+const GREETING_PATIENCE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How old figures of a balloon may be, seconds.
@@ -36,7 +36,7 @@ const BALLOON_AGE_MAX_S: f64 = 45.0;
 const PARTS_INTERVAL_S: f64 = 60.0;
 
 /// From this share of its own limit on, it is the limit that a guest waits for.
-const LIMIT_SHARE: f64 = 0.95;
+const LIMIT_SHARE: f64 = 0.9;
 
 /// A QEMU that is looked at, at an interval.
 #[derive(Debug)]
@@ -74,7 +74,9 @@ struct Counters {
 /// When something is read, and what is the same for all guests.
 #[derive(Debug, Clone)]
 pub struct Moment {
-    /// On a clock that only goes forward, seconds.
+    /// Where the clock begins that only goes forward.
+    pub began: Instant,
+    /// On that clock, when this reading began and `interfaces` were read, seconds.
     pub at_s: f64,
     /// Since 1970, seconds.
     pub unix_s: f64,
@@ -90,6 +92,13 @@ pub struct Moment {
     pub interfaces: Arc<BTreeMap<String, u64>>,
     /// The control group that is the host's.
     pub cgroup: Option<Arc<Path>>,
+}
+
+impl Moment {
+    /// By now, seconds: QEMU may have taken its time to answer.
+    fn now_s(&self) -> f64 {
+        self.began.elapsed().as_secs_f64()
+    }
 }
 
 /// Why QEMU said nothing.
@@ -218,7 +227,7 @@ impl Attached {
         Ok(Self {
             name: cut(&name, NAME_BYTES_MAX),
             uuid: client.query_uuid().await.map_err(told)?,
-            is_in_our_network: network_of("self") == network_of(&parts.pid.to_string()),
+            is_in_our_network: network_of("thread-self") == network_of(&parts.pid.to_string()),
             identity,
             parts,
             parts_at_s: moment.at_s,
@@ -236,7 +245,7 @@ impl Attached {
             self.parts_at_s = moment.at_s;
         }
         self.asked = Asked::ask(client, self.parts.balloon.as_deref()).await?;
-        let rate = self.counters.disk.rate(moment.at_s, self.asked.disk_bytes as f64);
+        let rate = self.counters.disk.rate(moment.now_s(), self.asked.disk_bytes as f64);
         self.disk_mib = rate.unwrap_or(0.0) / MIB;
         Ok(())
     }
@@ -244,7 +253,11 @@ impl Attached {
     fn report(&mut self, moment: &Moment) -> Result<GuestReport, String> {
         let pid = self.identity.pid();
         let ticks = read::figure(format!("/proc/{pid}/stat"), parse::process_ticks)?;
-        let ticks = self.counters.process.rate(moment.at_s, ticks as f64).unwrap_or(0.0);
+        let ticks = self.counters.process.rate(moment.now_s(), ticks as f64).unwrap_or(0.0);
+        let cpu_cores = ticks / moment.ticks_per_s;
+        let steal = self.steal(pid, moment)?;
+        let is_at_limit =
+            self.parts.limit_cores.is_some_and(|cores| cpu_cores >= cores * LIMIT_SHARE);
         Ok(GuestReport {
             name: self.name.clone(),
             uuid: self.uuid.clone(),
@@ -252,8 +265,8 @@ impl Attached {
             is_migrating: self.asked.is_migrating,
             is_held: self.is_held,
             vcpus: self.parts.vcpus,
-            cpu_cores: ticks / moment.ticks_per_s,
-            steal: self.steal(pid, moment.at_s)?,
+            cpu_cores,
+            steal: if is_at_limit { 0.0 } else { steal },
             memory: self.memory(pid, moment)?,
             network_mbit: self.network_mbit(pid, moment)?,
             disk_mib: self.disk_mib,
@@ -263,7 +276,7 @@ impl Attached {
     }
 
     /// Of the time in which processors ran or could have, the share in which they waited.
-    fn steal(&mut self, pid: i32, at_s: f64) -> Result<f64, String> {
+    fn steal(&mut self, pid: i32, moment: &Moment) -> Result<f64, String> {
         let (mut ran_ns, mut waited_ns) = (0_u64, 0_u64);
         for thread in &self.parts.vcpu_threads {
             let path = format!("/proc/{pid}/task/{thread}/schedstat");
@@ -271,28 +284,28 @@ impl Attached {
             ran_ns = ran_ns.saturating_add(time.ran_ns);
             waited_ns = waited_ns.saturating_add(time.waited_ns);
         }
-        let ran = self.counters.ran.rate(at_s, ran_ns as f64).unwrap_or(0.0);
-        let waited = self.counters.waited.rate(at_s, waited_ns as f64).unwrap_or(0.0);
-        let is_at_limit =
-            self.parts.limit_cores.is_some_and(|cores| ran / 1e9 >= cores * LIMIT_SHARE);
-        Ok(if is_at_limit { 0.0 } else { share(waited, ran) })
+        let at_s = moment.now_s();
+        let ran = self.counters.ran.rate(at_s, ran_ns as f64);
+        let waited = self.counters.waited.rate(at_s, waited_ns as f64);
+        Ok(share(waited.unwrap_or(0.0), ran.unwrap_or(0.0)))
     }
 
     fn network_mbit(&mut self, pid: i32, moment: &Moment) -> Result<f64, String> {
         if self.parts.taps.is_empty() {
             return Ok(0.0);
         }
-        let interfaces = if self.is_in_our_network {
-            Arc::clone(&moment.interfaces)
+        let (interfaces, at_s) = if self.is_in_our_network {
+            (Arc::clone(&moment.interfaces), moment.at_s)
         } else {
             let path = format!("/proc/{pid}/net/dev");
-            Arc::new(read::figure(path, |text| Some(parse::interfaces(text)))?)
+            let interfaces = read::figure(path, |text| Some(parse::interfaces(text)))?;
+            (Arc::new(interfaces), moment.now_s())
         };
         let mut all_mbit = 0.0;
         for tap in &self.parts.taps {
             let Some(bytes) = interfaces.get(tap) else { continue };
             let counter = self.counters.taps.entry(tap.clone()).or_default();
-            all_mbit += counter.rate(moment.at_s, *bytes as f64).unwrap_or(0.0) * MBIT_PER_BYTE;
+            all_mbit += counter.rate(at_s, *bytes as f64).unwrap_or(0.0) * MBIT_PER_BYTE;
         }
         Ok(all_mbit)
     }
@@ -315,7 +328,7 @@ impl Attached {
             (free_mib, free_mib, None, MemorySource::Resident)
         };
         // Both sources count what the guest's kernel does.
-        let swaps = swapped.and_then(|pages| self.counters.swap.rate(moment.at_s, pages as f64));
+        let swaps = swapped.and_then(|pages| self.counters.swap.rate(moment.now_s(), pages as f64));
         Ok(GuestMemory {
             allocated_mib,
             max_mib: ram_mib,

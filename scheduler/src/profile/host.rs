@@ -14,6 +14,9 @@ use crate::model::Amounts;
 /// Bits of a byte, over those of a megabit.
 pub(super) const MBIT_PER_BYTE: f64 = 8.0 / 1e6;
 
+/// Interfaces of the network namespace of whoever reads: a thread may have one of its own.
+pub(super) const INTERFACES: &str = "/proc/thread-self/net/dev";
+
 /// What is known of a host beforehand.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -90,7 +93,7 @@ impl HostProbe {
     }
 
     fn read_network(&mut self, at_s: f64, figures: &mut Figures) -> Result<(), String> {
-        let interfaces = read::figure("/proc/net/dev", |text| Some(parse::interfaces(text)))?;
+        let interfaces = read::figure(INTERFACES, |text| Some(parse::interfaces(text)))?;
         let settings = &self.settings;
         let is_uplink = |name: &&String| match settings.uplinks.is_empty() {
             true => Path::new("/sys/class/net").join(name).join("device").exists(),

@@ -19,6 +19,7 @@
 //! | [`guest`] | a guest's process, processors, interfaces and disks | yes |
 //! | `monitor` | what QEMU says of it | yes |
 //! | [`memory`] | a guest's memory, without its help | yes |
+//! | [`graybox`] | applications' figures out of logs | yes |
 //! | [`traffic`] | what guests send to whom | yes |
 //! | [`profiler`] | all of it, at an interval | yes |
 //!
@@ -31,6 +32,7 @@
 
 pub mod assemble;
 pub mod cgroup;
+pub mod graybox;
 pub mod guest;
 pub mod host;
 pub mod memory;

@@ -11,6 +11,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
+use super::graybox::{LogProbe, Rule};
 use super::guest::{GuestProbe, Moment};
 use super::host::{self, HostProbe};
 use super::report::{GUESTS_MAX, GuestReport, HostReport, VERSION};
@@ -29,7 +30,7 @@ pub struct Settings {
     pub interval_s: f64,
     /// Guests' monitors (`-qmp unix:...`).
     pub sockets: Vec<PathBuf>,
-    /// A folder in which every socket is a guest's monitor.
+    /// A folder in which every socket, or link to one, is a guest's monitor.
     pub socket_folder: Option<PathBuf>,
     /// Whether guests' memory is looked into.
     pub introspection: bool,
@@ -39,6 +40,8 @@ pub struct Settings {
     pub nft: PathBuf,
     /// What is known of the host.
     pub host: host::Settings,
+    /// Logs of guests' applications.
+    pub gray_box: Vec<Rule>,
 }
 
 impl Default for Settings {
@@ -51,6 +54,7 @@ impl Default for Settings {
             traffic: true,
             nft: "nft".into(),
             host: host::Settings::default(),
+            gray_box: vec![],
         }
     }
 }
@@ -64,6 +68,17 @@ impl Settings {
         if !(0.5..=3600.0).contains(&self.interval_s) {
             let remedy = "take seconds, from 0.5 to 3600 (papers: 10)";
             return Err(SettingsError { key: "interval-s", value: self.interval_s, remedy });
+        }
+        for rule in &self.gray_box {
+            let (response_s, drops) = (rule.promised_response_s, rule.promised_drops);
+            if !(0.0..=86_400.0).contains(&response_s) {
+                let (key, remedy) = ("gray-box.promised-response-s", "take seconds, or 0 for none");
+                return Err(SettingsError { key, value: response_s, remedy });
+            }
+            if !(0.0..=1.0).contains(&drops) {
+                let (key, remedy) = ("gray-box.promised-drops", "take a share, from 0 to 1");
+                return Err(SettingsError { key, value: drops, remedy });
+            }
         }
         for (key, value) in [
             ("host.capacity.cpu_cores", self.host.capacity.cpu_cores),
@@ -92,6 +107,7 @@ pub struct Profiler {
     guests: Vec<GuestProbe>,
     traffic: TrafficProbe,
     left_alone: BTreeSet<PathBuf>,
+    logs: Vec<LogProbe>,
 }
 
 impl Profiler {
@@ -108,6 +124,7 @@ impl Profiler {
             guests: vec![],
             traffic: TrafficProbe::new(settings.nft.clone()),
             left_alone: BTreeSet::new(),
+            logs: settings.gray_box.iter().cloned().map(LogProbe::new).collect(),
             settings,
         }
     }
@@ -121,6 +138,9 @@ impl Profiler {
     pub fn set(&mut self, settings: Settings) {
         if settings.host != self.settings.host {
             self.host = HostProbe::new(settings.host.clone());
+        }
+        if settings.gray_box != self.settings.gray_box {
+            self.logs = settings.gray_box.iter().cloned().map(LogProbe::new).collect();
         }
         self.settings = settings;
     }
@@ -143,8 +163,9 @@ impl Profiler {
         self.find_sockets(&mut troubles);
         let mut guests = self.read_guests(&moment, &mut troubles).await;
         if self.settings.traffic {
-            self.read_traffic(moment.at_s, &mut guests, &mut troubles).await;
+            self.read_traffic(&mut guests, &mut troubles).await;
         }
+        self.read_logs(moment.at_s, &mut guests, &mut troubles);
         self.seq += 1;
         let mut report = HostReport {
             v: VERSION,
@@ -173,6 +194,7 @@ impl Profiler {
     fn moment(&self) -> Moment {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH);
         Moment {
+            began: self.began,
             at_s: self.began.elapsed().as_secs_f64(),
             unix_s: unix.map_or(0.0, |unix| unix.as_secs_f64()),
             ticks_per_s: rustix::param::clock_ticks_per_second() as f64,
@@ -180,7 +202,7 @@ impl Profiler {
             may_find: false,
             may_ask: true,
             // What is wrong with it is told with the host's own figures.
-            interfaces: read::figure("/proc/net/dev", |text| Some(parse::interfaces(text)))
+            interfaces: read::figure(host::INTERFACES, |text| Some(parse::interfaces(text)))
                 .unwrap_or_default()
                 .into(),
             cgroup: self.settings.host.cgroup.as_deref().map(Arc::from),
@@ -249,9 +271,28 @@ impl Profiler {
         guests
     }
 
-    async fn read_traffic(
+    fn read_logs(
         &mut self,
         at_s: f64,
+        guests: &mut [(Vec<String>, GuestReport)],
+        troubles: &mut Vec<String>,
+    ) {
+        for log in &mut self.logs {
+            let Some((_, guest)) = guests.iter_mut().find(|(_, guest)| guest.name == log.guest())
+            else {
+                // It runs elsewhere, where its log is read, too, or nowhere.
+                log.skip();
+                continue;
+            };
+            match log.read(at_s) {
+                Ok(seen) => guest.gray_box = seen,
+                Err(why) => troubles.push(why),
+            }
+        }
+    }
+
+    async fn read_traffic(
+        &mut self,
         guests: &mut [(Vec<String>, GuestReport)],
         troubles: &mut Vec<String>,
     ) {
@@ -260,6 +301,7 @@ impl Profiler {
         if interfaces.is_empty() {
             return;
         }
+        let at_s = self.began.elapsed().as_secs_f64();
         match self.traffic.read(at_s, &interfaces).await {
             Ok(mut sent) => {
                 for (taps, guest) in guests {
@@ -275,9 +317,10 @@ fn sockets_in(folder: &std::path::Path) -> std::io::Result<Vec<PathBuf>> {
     use std::os::unix::fs::FileTypeExt as _;
     let mut sockets = vec![];
     for entry in std::fs::read_dir(folder)?.take(4 * GUESTS_MAX) {
-        let entry = entry?;
-        if entry.file_type().is_ok_and(|kind| kind.is_socket()) {
-            sockets.push(entry.path());
+        let path = entry?.path();
+        // Behind links, too; those that lead nowhere are of guests that have ended.
+        if std::fs::metadata(&path).is_ok_and(|file| file.file_type().is_socket()) {
+            sockets.push(path);
         }
     }
     Ok(sockets)

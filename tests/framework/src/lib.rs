@@ -12,6 +12,8 @@
 //! Blocking code and threads, no async runtime. Everything that is started or created here is
 //! stopped or removed by `Drop`, processes by their ids; and by the kernel if the test itself dies.
 
+pub mod cgroup;
+pub mod cluster;
 pub mod cpu;
 pub mod disk;
 pub mod engine;
@@ -20,6 +22,7 @@ pub mod guest;
 pub mod heartbeat;
 pub mod hugepages;
 pub mod libvirt;
+pub mod load;
 pub mod memory;
 pub mod memory_server;
 pub mod metrics;
@@ -40,6 +43,8 @@ pub mod worker;
 
 mod console;
 
+pub use cgroup::Cgroup;
+pub use cluster::{Cluster, ClusterHost, HostPlan};
 pub use console::Console;
 pub use engine::{Engine, EngineOutput, Pki};
 pub use env::{Env, QemuKind};

@@ -4,6 +4,8 @@
 //! `setpriv`). Tests start VMs from short-lived threads, so all are started by one thread that
 //! lives as long as the process.
 
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -15,6 +17,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::wait;
+
+/// Enters the control groups named before `--` and becomes what is behind it.
+const ENTER: &str = r#"while [ "$1" != -- ]; do
+    echo $$ > "$1/cgroup.procs" || exit 125
+    shift
+done
+shift
+exec "$@""#;
 
 type Order = (Command, Sender<std::io::Result<Child>>);
 
@@ -36,16 +46,28 @@ fn starter() -> &'static Mutex<Sender<Order>> {
 /// The process id is the program's own: every step in between replaces itself. SIGINT ends it unless it
 /// does otherwise by itself: who runs tests in the background of a script has it ignored.
 #[must_use]
-pub fn bound(program: &std::path::Path, netns: Option<&str>) -> Command {
-    let mut command = match netns {
-        None => Command::new("setpriv"),
-        Some(name) => {
-            let mut command = Command::new("ip");
-            command.args(["netns", "exec", name, "setpriv"]);
-            command
-        }
-    };
-    command.args(["--pdeathsig", "KILL", "env", "--default-signal=INT"]).arg(program);
+pub fn bound(program: &Path, netns: Option<&str>) -> Command {
+    bound_in(program, netns, &[])
+}
+
+/// As [`bound`], inside control groups, which are named by their folders.
+#[must_use]
+pub fn bound_in(program: &Path, netns: Option<&str>, cgroups: &[PathBuf]) -> Command {
+    let mut words: Vec<OsString> = vec![];
+    // Before the namespace, in which /sys is another one.
+    if !cgroups.is_empty() {
+        words.extend(["sh", "-c", ENTER, "enter"].map(OsString::from));
+        words.extend(cgroups.iter().map(|folder| folder.as_os_str().to_owned()));
+        words.push("--".into());
+    }
+    if let Some(name) = netns {
+        words.extend(["ip", "netns", "exec", name].map(OsString::from));
+    }
+    let rest = ["setpriv", "--pdeathsig", "KILL", "env", "--default-signal=INT"];
+    words.extend(rest.map(OsString::from));
+    words.push(program.as_os_str().to_owned());
+    let mut command = Command::new(words.remove(0));
+    command.args(words);
     command
 }
 
@@ -147,7 +169,6 @@ impl Drop for Process {
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
-    use std::path::Path;
 
     fn sleeper() -> Process {
         let mut command = bound(Path::new("sleep"), None);

@@ -86,6 +86,8 @@ pub struct VmSpec {
     pub incoming: bool,
     /// The network namespace that QEMU runs in.
     pub netns: Option<String>,
+    /// The folders of control groups that QEMU runs in.
+    pub cgroups: Vec<PathBuf>,
     /// Further arguments for QEMU.
     pub extra: Vec<String>,
     /// Environment variables for QEMU. Not kept by [`VmSpec::successor`].
@@ -111,6 +113,7 @@ impl VmSpec {
             cmdline: Vec::new(),
             incoming: false,
             netns: None,
+            cgroups: Vec::new(),
             extra: Vec::new(),
             variables: Vec::new(),
         }
@@ -195,11 +198,12 @@ impl VmSpec {
     }
 
     /// The same machine waiting for a guest (`-incoming defer`), with its own RAM and sockets and
-    /// the same disk image, in `qemu`. The namespace is not taken over.
+    /// the same disk image, in `qemu`. Namespace and control groups are not taken over.
     #[must_use]
     pub fn successor(&self, name: &str, qemu: QemuKind) -> Self {
         let name = name.to_owned();
-        Self { name, qemu, incoming: true, netns: None, variables: Vec::new(), ..self.clone() }
+        let (cgroups, variables) = (Vec::new(), Vec::new());
+        Self { name, qemu, incoming: true, netns: None, cgroups, variables, ..self.clone() }
     }
 
     /// RAM backends as (id, MiB).

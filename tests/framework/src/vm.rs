@@ -15,7 +15,7 @@ use crate::env::Env;
 use crate::guest::Guest;
 use crate::heartbeat::Heartbeat;
 use crate::ports::Ports;
-use crate::process::{Process, bound};
+use crate::process::{Process, bound_in};
 use crate::qmp::Qmp;
 use crate::spec::VmSpec;
 use crate::wait;
@@ -86,7 +86,7 @@ impl Vm {
         let ram_files = RamFiles(spec.ram_files(&stem)?);
         let qemu = &env.qemu(spec.qemu)?.bin;
         // Set for QEMU alone, not for what starts it.
-        let mut command = bound(Path::new("env"), spec.netns.as_deref());
+        let mut command = bound_in(Path::new("env"), spec.netns.as_deref(), &spec.cgroups);
         command
             .args(spec.variables.iter().map(|(name, value)| format!("{name}={value}")))
             .arg(qemu);

@@ -8,6 +8,7 @@
 //!   ├─ checker    owns memory and verifies every byte of it
 //!   ├─ diskread   reads /dev/vda with O_DIRECT and verifies every block
 //!   ├─ freed      fills page cache and frees it again
+//!   ├─ load       takes processor time, memory and network of its host as it is told
 //!   ├─ worker     works on memory in phases that are measured, and verifies it
 //!   └─ app        drives one of Debian's programs, if the initramfs has them
 //! ```
@@ -22,6 +23,7 @@ mod diskread;
 mod freed;
 mod heartbeat;
 mod init;
+mod load;
 mod memory;
 mod shell;
 mod worker;
@@ -40,11 +42,12 @@ fn run(program: &str, options: &str) -> Result<()> {
         "checker" => checker::run(options),
         "diskread" => diskread::run(options),
         "freed" => freed::run(options),
+        "load" => load::run(options),
         "worker" => worker::run(options),
         "app" => app::run(options),
         other => {
             bail!(
-                "Unknown program {other}; there are heartbeat, writer, checker, diskread, freed, worker, app"
+                "Unknown program {other}; there are heartbeat, writer, checker, diskread, freed, load, worker, app"
             )
         }
     }
