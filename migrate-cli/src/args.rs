@@ -1,6 +1,7 @@
 //! What can be typed, and its help. What it means is in [`crate::commands`].
 
 mod gateway;
+mod top;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use migrate_core::codec_choice::Wanted;
 use transport::LaneKind;
 
 pub use self::gateway::{GatewayArgs, GatewayCommand, GatewayDestinationArgs, GatewaySourceArgs};
+pub use self::top::TopArgs;
 use crate::journal;
 
 /// Moves running QEMU virtual machines between hosts.
@@ -68,6 +70,8 @@ pub enum Command {
     /// Passes on migrations that QEMU, libvirt or others drive themselves.
     #[command(subcommand)]
     Gateway(GatewayCommand),
+    /// Shows hosts, guests, hotspots, migrations and plans of a scheduler's cluster, live.
+    Top(TopArgs),
     /// Boots a guest on this machine, migrates it over loopback and prints a report.
     Demo(DemoArgs),
 }

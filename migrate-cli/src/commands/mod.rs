@@ -6,6 +6,7 @@ mod inspect;
 mod pager;
 mod pki;
 mod resolve;
+mod top;
 
 use std::process::ExitCode;
 
@@ -41,6 +42,7 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Gateway(GatewayCommand::Destination(args)) => {
             over(gateway::destination(&args).await)
         }
+        Command::Top(args) => top::run(&args).await,
         Command::Demo(args) => demo::run(&args).await,
     }
 }
