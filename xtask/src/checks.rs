@@ -31,6 +31,19 @@ pub(crate) fn demo_split(root: &Path) -> Result<()> {
     step("demo", || run(&mut command))
 }
 
+/// Builds the commands for release and shows the scheduler by them.
+pub(crate) fn demo_scheduler(root: &Path) -> Result<()> {
+    let environment = step("setup", || setup::setup(root))?;
+    let build = ["build", "--release", "-p", "migrate-cli", "-p", "scheduler"];
+    step("build", || run(cargo(root).args(build)))?;
+    step("build the demo", || run(cargo(root).args(["build", "--release", "-p", "e2e"])))?;
+    let mut command = Command::new(root.join("target/release/demo-scheduler"));
+    command.env("GODWIT_MIGRATE", root.join("target/release/migrate"));
+    command.env("GODWIT_SCHEDULER", root.join("target/release/godwit-scheduler"));
+    environment.pass_to(&mut command);
+    step("demo", || run(&mut command))
+}
+
 /// Runs the bench program.
 pub(crate) fn bench(root: &Path, arguments: &[String]) -> Result<()> {
     let environment = step("setup", || setup::setup(root))?;

@@ -26,6 +26,8 @@ Usage: cargo xtask TASK [ARGUMENTS]
   demo    migrate a guest on this machine and show it; arguments go to `migrate demo`
   demo split
           split a guest over two memory servers on this machine, let it work, merge it, and show it
+  demo scheduler
+          three hosts on this machine, guests that work too much, and agents that see to it
   test    all tests; those with guests run one at a time. Arguments filter tests by name
   bench   the comparison and the reports; arguments go to the bench program
   applications
@@ -54,6 +56,7 @@ fn dispatch(task: &str, arguments: &[String]) -> Result<()> {
     match task {
         "setup" => run::step("setup", || setup::setup(&root)).map(drop),
         "demo" if arguments == ["split"] => checks::demo_split(&root),
+        "demo" if arguments == ["scheduler"] => checks::demo_scheduler(&root),
         "demo" => checks::demo(&root, arguments),
         "test" => tests::test(&root, arguments),
         "bench" => checks::bench(&root, arguments),

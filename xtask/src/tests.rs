@@ -20,10 +20,11 @@ use crate::setup::{self, Environment};
 const GUEST_PACKAGES: [&str; 2] = ["framework", "e2e"];
 
 /// Test programs that take minutes: they begin first, so that no long one is left for the end.
-const LONG: [&str; 13] = [
+const LONG: [&str; 14] = [
     "moves",
     "faults",
     "split",
+    "scheduler",
     "send_stream",
     "stream_postcopy",
     "disks",

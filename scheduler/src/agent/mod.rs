@@ -225,10 +225,18 @@ impl<S: Store> Agent<S> {
             return;
         }
         let view = deciding::shown(&plan, &world, &config.policy.name, now_s);
-        for step in &view.steps {
-            tracing::info!(guest = step.guest, reason = step.reason, "Planned");
+        let mut shown = self.shared.plan.lock();
+        match shown.as_mut().filter(|_| view.steps.is_empty()) {
+            // What was done last stays in sight; why nothing more is done is said beside it.
+            Some(last) => last.notes = view.notes,
+            None => {
+                for step in &view.steps {
+                    tracing::info!(guest = step.guest, reason = step.reason, "Planned");
+                }
+                *shown = Some(view);
+            }
         }
-        *self.shared.plan.lock() = Some(view);
+        drop(shown);
         if !config.policy.dry_run && !plan.steps.is_empty() {
             let shared = self.shared();
             self.carrying = Some(tokio::spawn(async move { deciding::carry_out(&shared).await }));

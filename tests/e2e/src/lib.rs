@@ -1,5 +1,6 @@
 //! What the end-to-end tests share: identities, journals, and migrations with their checks.
 
+pub mod fleet;
 pub mod gateways;
 pub mod reading;
 pub mod split;

@@ -1,19 +1,19 @@
 //! The scheduler for real: hosts in namespaces with processors of their own, agents on them, and guests that work.
 
-mod fleet;
 mod members;
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::fleet::{Fleet, INTERVAL_S};
 use e2e::turn;
-use fleet::Fleet;
 use framework::cluster::guest_address;
 use framework::{HostPlan, load};
 use members::Members;
-use scheduler::api::View;
-use scheduler::api::view::MoveStage;
-use scheduler::model::Resource;
+use scheduler_api::View;
+use scheduler_api::amounts::Resource;
+use scheduler_api::control::MoveRequest;
+use scheduler_api::view::MoveStage;
 
 /// A hotspot is to be found within this time (Sandpiper's figure).
 const FOUND_WITHIN: Duration = Duration::from_secs(20);
@@ -58,15 +58,22 @@ fn cpu_hotspot(fleet: &Fleet) -> Result<()> {
     }
     fleet.wait(0, "a CPU hotspot on a", FOUND_WITHIN, |view| is_hot(view, "a", Resource::Cpu))?;
     let found = began.elapsed();
-    fleet.wait(0, "a guest has left a", MOVED_WITHIN, |view| completed(view) >= 1 && is_quiet(view))?;
-    let moved = began.elapsed();
-    let (_, view) = fleet.wait(0, "the hotspot is gone", MOVED_WITHIN, |view| {
-        !is_hot(view, "a", Resource::Cpu)
+    fleet.wait(0, "a guest has left a", MOVED_WITHIN, |view| {
+        completed(view) >= 1 && is_quiet(view)
     })?;
-    println!("CPU hotspot: found after {found:?}, guest moved after {moved:?}, gone after {:?}", began.elapsed());
+    let moved = began.elapsed();
+    let (_, view) = fleet
+        .wait(0, "the hotspot is gone", MOVED_WITHIN, |view| !is_hot(view, "a", Resource::Cpu))?;
+    println!(
+        "CPU hotspot: found after {found:?}, guest moved after {moved:?}, gone after {:?}",
+        began.elapsed()
+    );
     let after = fleet.places()?;
     let moves: Vec<&String> = after.keys().filter(|name| before[*name] != after[*name]).collect();
-    ensure!(moves.len() == 1 && ["vm1", "vm2"].contains(&moves[0].as_str()), "{moves:?} have moved");
+    ensure!(
+        moves.len() == 1 && ["vm1", "vm2"].contains(&moves[0].as_str()),
+        "{moves:?} have moved"
+    );
     let plan = view.plan.context("There is no plan")?;
     let reason = &plan.steps.first().context("The plan is empty")?.reason;
     ensure!(reason.contains("CPU"), "{reason}");
@@ -79,7 +86,7 @@ fn cpu_hotspot(fleet: &Fleet) -> Result<()> {
 /// One interval of work is no hotspot.
 fn transient_spike(fleet: &Fleet) -> Result<()> {
     let before = fleet.places()?;
-    let spike = Duration::from_secs_f64(fleet::INTERVAL_S);
+    let spike = Duration::from_secs_f64(INTERVAL_S);
     fleet.with("vm3", |vm| load::spike(vm, 100, spike))?;
     let until = Instant::now() + FOUND_WITHIN;
     while Instant::now() < until {
@@ -96,7 +103,9 @@ fn talking_pair(fleet: &Fleet) -> Result<()> {
     let began = Instant::now();
     fleet.with("vm3", |vm| load::send(vm, guest_address(5), 9_000))?;
     fleet.wait(1, "the talking pair is on one host", FOUND_WITHIN + MOVED_WITHIN, |view| {
-        let host = |name: &str| view.guests.iter().find(|guest| guest.name == name).map(|guest| &guest.host);
+        let host = |name: &str| {
+            view.guests.iter().find(|guest| guest.name == name).map(|guest| &guest.host)
+        };
         is_quiet(view) && host("vm3").is_some() && host("vm3") == host("vm5")
     })?;
     println!("The talking pair is on one host after {:?}", began.elapsed());
@@ -110,7 +119,8 @@ fn drain(fleet: &Fleet, host: usize) -> Result<()> {
     let name = fleet.cluster().host(host).plan().name.clone();
     let began = Instant::now();
     let drained = name.clone();
-    fleet.ask(host, |client, addr| async move { client.drain(&addr, None, &drained, true).await })?;
+    fleet
+        .ask(host, |client, addr| async move { client.drain(&addr, None, &drained, true).await })?;
     fleet.wait(host, "the host is empty", MOVED_WITHIN * 3, |view| {
         is_quiet(view) && view.guests.iter().all(|guest| guest.host != name)
     })?;
@@ -120,7 +130,8 @@ fn drain(fleet: &Fleet, host: usize) -> Result<()> {
 }
 
 #[test]
-fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empties_a_host() -> Result<()> {
+fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empties_a_host()
+-> Result<()> {
     let _turn = turn();
     let mut fleet = Fleet::create(&hosts())?;
     let store = embedded(&fleet);
@@ -138,25 +149,21 @@ fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empt
 fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     let _turn = turn();
     let mut fleet = Fleet::create(&hosts())?;
-    let mut members = Members::start(fleet.cluster())?;
+    let mut members = Members::start(&fleet.cluster())?;
     fleet.configure(&members.store(), RULES);
     fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 2)], |_, spec| Ok(spec))?;
     fleet.start_agents()?;
     // A member dies; decisions go on.
     members.kill(1)?;
     cpu_hotspot(&fleet)?;
-    members.restart(1, fleet.cluster())?;
+    members.restart(1, &fleet.cluster())?;
     // The agent that moves a guest dies in the middle of it, and is started again.
     let places = fleet.places()?;
     let mover = places["vm3"];
     let to = (mover + 1) % 3;
     let target = fleet.cluster().host(to).plan().name.clone();
     fleet.ask(mover, |client, addr| async move {
-        let request = scheduler::api::control::MoveRequest {
-            guest: "vm3".into(),
-            to: Some(target),
-            reason: String::new(),
-        };
+        let request = MoveRequest { guest: "vm3".into(), to: Some(target), reason: String::new() };
         client.begin_move(&addr, None, &request).await
     })?;
     fleet.kill_agent(mover)?;
@@ -176,11 +183,7 @@ fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     let to = (from + 1) % 3;
     let target = fleet.cluster().host(to).plan().name.clone();
     fleet.ask(from, |client, addr| async move {
-        let request = scheduler::api::control::MoveRequest {
-            guest: "vm4".into(),
-            to: Some(target),
-            reason: String::new(),
-        };
+        let request = MoveRequest { guest: "vm4".into(), to: Some(target), reason: String::new() };
         client.begin_move(&addr, None, &request).await
     })?;
     fleet.kill_agent(to)?;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use framework::cluster::guest;
 use framework::{Cluster, Engine, Env, HostPlan, QemuKind, Vm, VmSpec};
-use scheduler::api::{ApiError, Client, View};
+use scheduler_api::{ApiError, Client, View};
 use transport::{Identity, pki};
 
 /// How often agents look. Three of five figures make a hotspot.
@@ -57,6 +57,9 @@ fn lock(guests: &Guests) -> std::sync::MutexGuard<'_, BTreeMap<String, Guest>> {
 
 impl Fleet {
     /// Hosts without agents and guests yet.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn create(plans: &[HostPlan]) -> Result<Self> {
         let env = Env::load()?;
         let cluster = Arc::new(Cluster::create(plans)?);
@@ -80,8 +83,21 @@ impl Fleet {
     }
 
     /// The hosts.
-    pub fn cluster(&self) -> &Cluster {
-        &self.cluster
+    #[must_use]
+    pub fn cluster(&self) -> Arc<Cluster> {
+        Arc::clone(&self.cluster)
+    }
+
+    /// Where a host's agent is asked.
+    #[must_use]
+    pub fn address(&self, host: usize) -> String {
+        format!("{}:{PORT}", self.cluster.host(host).address())
+    }
+
+    /// The identity of an operator.
+    #[must_use]
+    pub fn operator(&self) -> PathBuf {
+        self.identities.path().join("ca/ops")
     }
 
     /// The table `store` of agents' configurations; further tables behind it.
@@ -95,6 +111,9 @@ impl Fleet {
     }
 
     /// Boots guests, each by its number on its host, and gives hosts their limits.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn boot(
         &mut self,
         on: &[(u8, usize)],
@@ -115,6 +134,9 @@ impl Fleet {
     }
 
     /// Starts a host's agent, or starts it again.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn start_agent(&mut self, host: usize) -> Result<()> {
         let config = self.write_config(host)?;
         let program = scheduler_program()?;
@@ -126,6 +148,9 @@ impl Fleet {
     }
 
     /// Starts all agents and waits until each knows all hosts.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn start_agents(&mut self) -> Result<()> {
         let count = self.cluster.hosts().len();
         (0..count).try_for_each(|host| self.start_agent(host))?;
@@ -167,6 +192,9 @@ impl Fleet {
     }
 
     /// Ends an agent in an instant, as a crash does; engines that it started go on.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn kill_agent(&mut self, host: usize) -> Result<()> {
         let agent = self.agents[host].take().context("It has no agent")?;
         drop(agent);
@@ -179,6 +207,9 @@ impl Fleet {
     }
 
     /// Asks a host's agent, as an operator.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn ask<T, F>(
         &self,
         host: usize,
@@ -188,8 +219,7 @@ impl Fleet {
         T: Send + 'static,
         F: Future<Output = Result<T, ApiError>>,
     {
-        let identity = Identity::load(&self.identities.path().join("ca/ops"))?;
-        let addr = format!("{}:{PORT}", self.cluster.host(host).address());
+        let (identity, addr) = (Identity::load(&self.operator())?, self.address(host));
         let asking = self.cluster.host(host).spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             Ok(runtime.block_on(ask(Client::new(Arc::new(identity)), addr))?)
@@ -198,11 +228,17 @@ impl Fleet {
     }
 
     /// What an agent sees.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn view(&self, host: usize) -> Result<View> {
         self.ask(host, |client, addr| async move { client.state(&addr, None).await })
     }
 
     /// Waits until an agent sees something, and returns how long that took.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn wait(
         &self,
         host: usize,
@@ -228,6 +264,9 @@ impl Fleet {
     }
 
     /// Does something with a guest where it runs.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn with<T>(&self, name: &str, work: impl FnOnce(&mut Vm) -> Result<T>) -> Result<T> {
         let mut guests = lock(&self.guests);
         let guest = guests.get_mut(name).with_context(|| format!("No guest {name}"))?;
@@ -236,6 +275,9 @@ impl Fleet {
     }
 
     /// Where all guests run, by asking their QEMUs. Fails if one runs twice or not at all.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn places(&self) -> Result<BTreeMap<String, usize>> {
         let mut places = BTreeMap::new();
         for (name, guest) in lock(&self.guests).iter_mut() {
@@ -252,6 +294,9 @@ impl Fleet {
     }
 
     /// Every guest answers, and found nothing wrong in its memory.
+    ///
+    /// # Errors
+    /// What went wrong.
     pub fn assert_guests_are_well(&self) -> Result<()> {
         for guest in lock(&self.guests).values_mut() {
             for (_, vm) in &mut guest.qemus {
@@ -334,7 +379,10 @@ fn start(
 }
 
 /// The command under test: `GODWIT_SCHEDULER`, or the one that cargo built for development.
-fn scheduler_program() -> Result<PathBuf> {
+///
+/// # Errors
+/// There is none.
+pub fn scheduler_program() -> Result<PathBuf> {
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/godwit-scheduler");
     let path = std::env::var_os("GODWIT_SCHEDULER").map_or(built, PathBuf::from);
     path.canonicalize()

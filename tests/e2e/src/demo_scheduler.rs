@@ -1,0 +1,186 @@
+//! `cargo xtask demo scheduler`: three hosts on this machine, an agent on each, and guests that begin to work too much.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::fleet::{Fleet, scheduler_program};
+use framework::{Cluster, Engine, HostPlan, load};
+use scheduler_api::View;
+use scheduler_api::amounts::Resource;
+use scheduler_api::view::{MoveStage, StepAction};
+
+/// Processors of a host.
+const CORES: f64 = 0.5;
+
+/// How long the guests' work is measured.
+const MEASURED: Duration = Duration::from_secs(8);
+
+/// Longest wait for anything.
+const WITHIN: Duration = Duration::from_secs(120);
+
+fn main() -> Result<()> {
+    ensure!(std::env::args().len() == 1, "The demo takes no arguments");
+    println!(
+        "Three hosts on this machine, a, b and c: each a network namespace with {CORES} of a processor for its guests.\n\
+         An agent runs on each; they share a store, see load, and move guests without anybody pressing a button.\n"
+    );
+    let plans = ["a", "b", "c"].map(|name| HostPlan::new(name, CORES, 400));
+    let mut fleet = Fleet::create(&plans)?;
+    let store = format!("kind = \"embedded\"\npath = {:?}", fleet.shared("store.sqlite"));
+    fleet.configure(&store, "");
+    let began = Instant::now();
+    fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 2)], |_, spec| Ok(spec))?;
+    println!("4 guests have booted ({:.1} s, QEMU under TCG)", began.elapsed().as_secs_f64());
+    fleet.start_agents()?;
+    let page = Page::open(&fleet)?;
+    println!("3 agents know each other; the page: {}\n", page.address);
+    show_hosts(&fleet.view(0)?);
+
+    println!(
+        "\nvm1 and vm2, both on a, begin to work: each wants 0.45 of a processor, and a has {CORES}."
+    );
+    let began = Instant::now();
+    for guest in ["vm1", "vm2"] {
+        fleet.with(guest, |vm| load::cpu(vm, 45))?;
+    }
+    let (_, view) = fleet.wait(0, "a hotspot on a", WITHIN, |view| !hot(view).is_empty())?;
+    let seconds = || began.elapsed().as_secs_f64();
+    for why in hot(&view) {
+        println!("  {:5.1} s  hotspot: {why}", seconds());
+    }
+    let before = work(&fleet)?;
+    let (_, view) = fleet.wait(0, "a plan", WITHIN, |view| {
+        view.plan.as_ref().is_some_and(|plan| !plan.steps.is_empty())
+    })?;
+    for step in view.plan.iter().flat_map(|plan| &plan.steps) {
+        if let StepAction::Migrate { from, to, .. } = &step.action {
+            println!(
+                "  {:5.1} s  plan: {} from {from} to {to}: {}",
+                seconds(),
+                step.guest,
+                step.reason
+            );
+        }
+    }
+    let (_, view) = fleet.wait(0, "a move that has ended", WITHIN, |view| {
+        view.moves.iter().any(|one| one.stage == MoveStage::Completed)
+    })?;
+    for one in view.moves.iter().filter(|one| one.stage == MoveStage::Completed) {
+        println!(
+            "  {:5.1} s  moved: {} runs on {} now, {:.1} s in all, downtime {:.1} ms, {:.1} MiB over the wire",
+            seconds(),
+            one.guest,
+            one.to,
+            one.ended_s.unwrap_or(one.began_s) - one.began_s,
+            one.downtime_ms.unwrap_or_default(),
+            one.wire_bytes.unwrap_or_default() as f64 / f64::from(1 << 20),
+        );
+    }
+    fleet.wait(0, "the hotspot is gone", WITHIN, |view| hot(view).is_empty())?;
+    println!("  {:5.1} s  the hotspot is gone\n", seconds());
+    let after = work(&fleet)?;
+    show_hosts(&fleet.view(0)?);
+    println!();
+    for ((name, before), (_, after)) in before.iter().zip(&after) {
+        println!("{name} got {before:.2} of a processor in the hotspot, and gets {after:.2} now");
+    }
+    fleet.assert_guests_are_well()?;
+    println!("all guests are well, and none runs twice: {:?}", fleet.places()?);
+    page.wait_for_the_reader(&fleet)
+}
+
+fn hot(view: &View) -> Vec<&str> {
+    let open = view.hotspots.iter().filter(|hotspot| hotspot.ended_s.is_none());
+    let of_cpu = open.filter(|hotspot| hotspot.resource == Resource::Cpu);
+    of_cpu.map(|hotspot| hotspot.why.as_str()).collect()
+}
+
+/// Processors that the working guests get.
+fn work(fleet: &Fleet) -> Result<Vec<(&'static str, f64)>> {
+    let names = ["vm1", "vm2"];
+    let first = names.map(|name| (Instant::now(), fleet.with(name, load::report)));
+    std::thread::sleep(MEASURED);
+    let mut got = vec![];
+    for (name, (at, first)) in names.into_iter().zip(first) {
+        let worked_us = fleet.with(name, load::report)?.worked_us.saturating_sub(first?.worked_us);
+        got.push((name, worked_us as f64 / 1e6 / at.elapsed().as_secs_f64()));
+    }
+    Ok(got)
+}
+
+fn show_hosts(view: &View) {
+    for host in &view.hosts {
+        let guests: Vec<&str> = view
+            .guests
+            .iter()
+            .filter(|guest| guest.host == host.name)
+            .map(|guest| guest.name.as_str())
+            .collect();
+        println!(
+            "  {}  {:.2} of {:.2} processors in use  {}",
+            host.name,
+            host.used.cpu_cores,
+            host.capacity.cpu_cores,
+            guests.join(" ")
+        );
+    }
+}
+
+/// The page, shown by a program in a host's namespace and passed on to this machine's own loopback.
+struct Page {
+    address: String,
+    _web: Engine,
+}
+
+impl Page {
+    fn open(fleet: &Fleet) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0").context("No port for the page")?;
+        let addr = listener.local_addr()?;
+        let (agent, listen) = (fleet.address(0), addr.to_string());
+        let identity = fleet.operator().display().to_string();
+        let words = ["web", "--agent", &agent, "--identity", &identity, "--listen", &listen];
+        let mut web = fleet.cluster().host(0).run(&scheduler_program()?, &words)?;
+        web.wait_stderr("Ctrl-C ends it", Duration::from_secs(30))?;
+        let address = web.stdout().trim().to_owned();
+        let cluster = fleet.cluster();
+        std::thread::spawn(move || pass_on(&listener, addr, &cluster));
+        Ok(Self { address, _web: web })
+    }
+
+    /// The page stays as long as somebody sits there.
+    fn wait_for_the_reader(&self, fleet: &Fleet) -> Result<()> {
+        if !io::stdin().is_terminal() {
+            return Ok(());
+        }
+        print!("\nThe page is still there: {}\nEnter ends the demo. ", self.address);
+        io::stdout().flush()?;
+        io::stdin().read_line(&mut String::new())?;
+        fleet.assert_guests_are_well()
+    }
+}
+
+/// Passes connections on to the same address in the first host's namespace.
+fn pass_on(listener: &TcpListener, addr: SocketAddr, cluster: &Cluster) {
+    for outside in listener.incoming().flatten() {
+        if let Err(error) = join(outside, addr, cluster) {
+            eprintln!("A connection to the page was lost: {error:#}");
+        }
+    }
+}
+
+fn join(outside: TcpStream, addr: SocketAddr, cluster: &Cluster) -> Result<()> {
+    let connecting = cluster.host(0).spawn(move || Ok(TcpStream::connect(addr)?))?;
+    let inside = connecting.join().map_err(|_| anyhow::anyhow!("Connecting panicked"))??;
+    let (to_outside, to_inside) = (outside.try_clone()?, inside.try_clone()?);
+    std::thread::spawn(move || copy(outside, to_inside));
+    std::thread::spawn(move || copy(inside, to_outside));
+    Ok(())
+}
+
+fn copy(mut from: TcpStream, mut to: TcpStream) {
+    // Either end may close at any time.
+    drop(io::copy(&mut from, &mut to));
+    drop(to.shutdown(Shutdown::Write));
+}
