@@ -1,5 +1,6 @@
 //! An agent behind `godwit-scheduler web`, on loopback.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -19,7 +20,10 @@ pub(crate) struct Site {
     runtime: Runtime,
     identity: Arc<Identity>,
     pub(crate) agent: Arc<Remembering>,
-    addr: String,
+    /// Where the agent is asked.
+    pub(crate) addr: String,
+    /// The folder of the identity that the page has.
+    pub(crate) operator: PathBuf,
     serving: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
     /// What is opened in the browser.
     pub(crate) url: String,
@@ -35,15 +39,17 @@ impl Site {
             let issued = pki::issue(dir.path(), name, &IssueOptions::default())?;
             Ok(Arc::new(Identity::load(&issued)?))
         };
-        let (host, operator) = (identity("host-001")?, identity("operator")?);
+        let (host, client) = (identity("host-001")?, Client::new(identity("operator")?));
+        let operator = dir.path().join("operator");
         let agent = Arc::new(Remembering::new(view));
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"))?;
         let addr = listener.local_addr()?.to_string();
         let listen = "127.0.0.1:0".parse()?;
-        let web = runtime.block_on(Web::bind(listen, Client::new(operator), vec![addr.clone()]))?;
+        let web = runtime.block_on(Web::bind(listen, client, vec![addr.clone()]))?;
         let url = web.url();
         runtime.spawn(web.serve(std::future::pending()));
-        let mut site = Self { runtime, identity: host, agent, addr, serving: None, url, _pki: dir };
+        let mut site =
+            Self { runtime, identity: host, agent, addr, operator, serving: None, url, _pki: dir };
         site.serve(listener);
         Ok(site)
     }
