@@ -14,6 +14,9 @@ use tempfile::TempDir;
 /// A page is loaded, or a command answered, within this time even on a busy machine.
 const WITHIN: Duration = Duration::from_secs(60);
 
+/// A browser that was asked to ends within this time.
+const ENDS_WITHIN: Duration = Duration::from_secs(10);
+
 const POLL: Duration = Duration::from_millis(50);
 
 /// File descriptors 3 and 4 are the debugging pipe: what the shell has as its own input and output.
@@ -234,6 +237,13 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
+        // Asked to end, it ends its helpers first, which would go on writing into the profile that is removed next.
+        self.session = None;
+        let _asked = self.call("Browser.close", json!({}));
+        let until = Instant::now() + ENDS_WITHIN;
+        while Instant::now() < until && matches!(self.process.try_wait(), Ok(None)) {
+            thread::sleep(POLL);
+        }
         // It may have ended already.
         let _ended = self.process.kill();
         let _reaped = self.process.wait();
