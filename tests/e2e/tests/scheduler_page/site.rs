@@ -12,8 +12,10 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use transport::Identity;
 use transport::pki::{self, InitOptions, IssueOptions};
+use transport::{Identity, IdentityError};
+
+type Serving = JoinHandle<Result<(), IdentityError>>;
 
 /// An agent and its page.
 pub(crate) struct Site {
@@ -24,7 +26,7 @@ pub(crate) struct Site {
     pub(crate) addr: String,
     /// The folder of the identity that the page has.
     pub(crate) operator: PathBuf,
-    serving: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
+    serving: Option<(oneshot::Sender<()>, Serving)>,
     /// What is opened in the browser.
     pub(crate) url: String,
     _pki: TempDir,
@@ -59,7 +61,7 @@ impl Site {
         let (identity, agent) = (Arc::clone(&self.identity), Arc::clone(&self.agent));
         let serving = self.runtime.spawn(async move {
             let stopped = async { stopped.await.unwrap_or_default() };
-            api::serve(listener, &identity, agent, stopped).await.unwrap();
+            api::serve(listener, &identity, agent, stopped).await
         });
         self.serving = Some((stop, serving));
     }
@@ -69,7 +71,7 @@ impl Site {
         let (stop, serving) = self.serving.take().context("The agent has ended already")?;
         // If it is gone it needs not be told.
         let _told = stop.send(());
-        Ok(self.runtime.block_on(serving)?)
+        Ok(self.runtime.block_on(serving)??)
     }
 
     /// Begins the agent again where it was.
