@@ -222,7 +222,7 @@ impl Client {
             Ok(answer) => answer,
             Err(_) => Err(unavailable(addr, &format!("it does not answer within {within:?}"))),
         }
-        .map_err(|error| if sent && !is_read { in_doubt(error) } else { error })
+        .map_err(|error| if sent && !is_read { in_doubt(&error) } else { error })
     }
 
     async fn get<T: DeserializeOwned>(&self, agent: Agent<'_>, path: &str) -> Result<T, ApiError> {
@@ -367,7 +367,7 @@ fn unavailable(addr: &str, why: &str) -> ApiError {
     ApiError::Unavailable { what: format!("The agent at {addr} cannot be asked: {why}") }
 }
 
-fn in_doubt(error: ApiError) -> ApiError {
+fn in_doubt(error: &ApiError) -> ApiError {
     ApiError::Unavailable { what: format!("{error}; whether it did what was asked is not known") }
 }
 

@@ -300,7 +300,7 @@ impl Remembering {
         self.asked.lock().clone()
     }
 
-    fn remember(&self, caller: &Caller, what: String) -> Result<(), ApiError> {
+    fn remember(&self, caller: &Caller, what: &str) -> Result<(), ApiError> {
         self.asked.lock().push(format!("{}: {what}", caller.name));
         self.refusal.lock().clone().map_or(Ok(()), Err)
     }
@@ -331,7 +331,7 @@ impl Control for Remembering {
         request: MoveRequest,
     ) -> Result<MoveAnswer, ApiError> {
         let MoveRequest { guest, to, reason } = request;
-        self.remember(caller, format!("move {guest} to {to:?} ({reason})"))?;
+        self.remember(caller, &format!("move {guest} to {to:?} ({reason})"))?;
         let view = self.view();
         let found = view.guests.iter().find(|known| known.name == guest);
         let found = found
@@ -342,12 +342,12 @@ impl Control for Remembering {
     }
 
     async fn abort_move(&self, caller: &Caller, guest: &str) -> Result<(), ApiError> {
-        self.remember(caller, format!("abort {guest}"))
+        self.remember(caller, &format!("abort {guest}"))
     }
 
     async fn drain(&self, caller: &Caller, host: &str, is_drained: bool) -> Result<(), ApiError> {
         let what = if is_drained { "drain" } else { "undrain" };
-        self.remember(caller, format!("{what} {host}"))
+        self.remember(caller, &format!("{what} {host}"))
     }
 
     async fn receive(
@@ -355,12 +355,12 @@ impl Control for Remembering {
         caller: &Caller,
         request: ReceiveRequest,
     ) -> Result<ReceiveAnswer, ApiError> {
-        self.remember(caller, format!("receive {} {}", request.guest, request.uuid))?;
+        self.remember(caller, &format!("receive {} {}", request.guest, request.uuid))?;
         Ok(ReceiveAnswer { addr: "127.0.0.1:7700".into() })
     }
 
     async fn stop_receiving(&self, caller: &Caller, guest: &str) -> Result<(), ApiError> {
-        self.remember(caller, format!("stop receiving {guest}"))
+        self.remember(caller, &format!("stop receiving {guest}"))
     }
 
     async fn resize(
@@ -369,7 +369,7 @@ impl Control for Remembering {
         guest: &str,
         request: ResizeRequest,
     ) -> Result<(), ApiError> {
-        self.remember(caller, format!("resize {guest} to {} MiB", request.to_mib))
+        self.remember(caller, &format!("resize {guest} to {} MiB", request.to_mib))
     }
 
     async fn set_gray_box(
@@ -378,6 +378,6 @@ impl Control for Remembering {
         guest: &str,
         figures: GrayBox,
     ) -> Result<(), ApiError> {
-        self.remember(caller, format!("{guest} serves {}", figures.served_per_s))
+        self.remember(caller, &format!("{guest} serves {}", figures.served_per_s))
     }
 }

@@ -1,7 +1,8 @@
 //! What a page, a program or another agent sees of a cluster.
 //!
 //! Names instead of indices, times in seconds since 1970 on the answering agent's clock, and the same units as the model.
-//! Invariant: everything here is bounded by what reports may hold (`profile::report`) and by the limits named here.
+//! Invariants: everything here is bounded by what reports may hold (the scheduler's `profile::report`) and by the limits
+//! named here; figures are finite, since JSON knows no others and clients refuse a view without them.
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

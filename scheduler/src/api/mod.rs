@@ -12,9 +12,9 @@
 //! | [`control`] | what may be asked of an agent |
 //! | [`client`] | asks an agent |
 //! | [`server`] | connections, certificates and limits |
-//! | [`routes`] | paths, and how they are answered |
+//! | `routes` | paths, and how they are answered |
 //! | [`openapi`] | the description for other programs |
-//! | [`page`] | the web page's files |
+//! | `page` | the web page's files |
 //! | [`web`] | the page for a browser without a certificate |
 //!
 //! The first three are the crate `scheduler-api`, for programs that only ask.

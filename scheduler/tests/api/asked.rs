@@ -1,13 +1,20 @@
 //! What the client asks and the server answers.
 
+use std::time::{Duration, Instant};
+
 use bytes::Bytes;
 use hyper::{Request, StatusCode};
-use scheduler::api::ApiError;
+use scheduler::api::{ApiError, Client};
+use scheduler_api::client::CONNECT_WITHIN;
 use scheduler_api::control::{MoveRequest, ReceiveRequest, ResizeRequest};
 use scheduler_api::figures::GrayBox;
 use scheduler_api::sample;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+use transport::https;
 
-use super::agent_and_client;
+use super::{Authority, agent_and_client};
 
 const NAME: Option<&str> = Some("host-001");
 
@@ -109,4 +116,37 @@ async fn an_agent_that_ends_lets_go_of_its_port() {
     served.serving.await.unwrap().unwrap();
     let error = client.state(&served.addr, NAME).await.unwrap_err();
     assert!(matches!(error, ApiError::Unavailable { what } if what.contains("refused")));
+}
+
+#[tokio::test]
+async fn an_agent_that_says_nothing_is_given_up() {
+    let authority = Authority::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let client = Client::new(authority.identity("operator"));
+    let began = Instant::now();
+    let error = client.state(&addr, NAME).await.unwrap_err();
+    assert!(error.to_string().contains("no connection in 5s"), "{error}");
+    assert!(began.elapsed() < CONNECT_WITHIN + Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn whether_something_was_done_is_not_known_if_the_answer_is_lost() {
+    let authority = Authority::new();
+    let acceptor = TlsAcceptor::from(https::server(&authority.identity("host-001")).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let mut stream = acceptor.accept(stream).await.unwrap();
+            // The request is taken, and the connection ends without a word.
+            let taken = stream.read(&mut [0; 4096]).await.unwrap();
+            assert_ne!(taken, 0, "a request");
+        }
+    });
+    let client = Client::new(authority.identity("operator"));
+    let error = client.drain(&addr, NAME, "host-002", true).await.unwrap_err().to_string();
+    assert!(error.contains("whether it did what was asked is not known"), "{error}");
+    let error = client.state(&addr, NAME).await.unwrap_err().to_string();
+    assert!(!error.contains("whether"), "{error}");
 }

@@ -133,7 +133,7 @@ fn draw_tab(frame: &mut Frame<'_>, area: Rect, screen: &mut Screen, view: &View)
         Tab::Guests => {
             let guests = rows::guests(view, screen.column, screen.is_reversed);
             let titles = guest_titles(screen.column, screen.is_reversed);
-            let widths = [24, 18, 6, 6, 9, 9, 8, 8, 18].map(Constraint::Length);
+            let widths = [28, 18, 6, 6, 9, 9, 8, 8, 18].map(Constraint::Length);
             draw_table(frame, area, title, titles, &widths, &guests, from);
         }
         Tab::Hotspots => {

@@ -14,6 +14,7 @@ mod screen;
 mod tests;
 mod text;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -81,7 +82,8 @@ impl Agents {
 async fn once(agents: &mut Agents) -> ExitCode {
     match agents.ask().await {
         Ok(view) => {
-            print!("{}", text::picture(&view));
+            // Whoever reads it may have had enough after the first lines.
+            let _left = std::io::stdout().write_all(text::picture(&view).as_bytes());
             ExitCode::SUCCESS
         }
         Err(error) => {

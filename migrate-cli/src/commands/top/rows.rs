@@ -107,11 +107,11 @@ pub(super) fn warnings(view: &View) -> Vec<String> {
         view.hosts.iter().filter(|host| host.is_stale).map(|host| host.name.as_str()).collect();
     if !silent.is_empty() {
         let names = silent.iter().take(8).copied().collect::<Vec<_>>().join(", ");
-        let more = if silent.len() > 8 { ", …" } else { "" };
-        warnings.push(format!(
-            "{} hosts are silent, their figures are old: {names}{more}",
-            silent.len()
-        ));
+        let more = match silent.len().saturating_sub(8) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        warnings.push(format!("Silent, with old figures: {names}{more}"));
     }
     warnings.iter().map(|text| clean(text)).collect()
 }

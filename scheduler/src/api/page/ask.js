@@ -29,21 +29,26 @@ export async function ask(method, path, body, etag) {
   return { value, etag: answer.headers.get("etag") };
 }
 
+// Ends the last question with no, if it has no answer yet.
+let refuse = () => {};
+
 // Asks the person; true if it shall be done.
 export function confirmed(question, yes) {
   const dialog = byId("confirm");
   if (dialog.open) return Promise.resolve(false);
   setText(byId("confirm-text"), question);
   setText(byId("confirm-yes"), yes);
+  // A dialog tells of its end a moment later: the next question may stand by then, and is not ended by it.
+  refuse();
   return new Promise((resolve) => {
-    let answer = false;
-    const close = (value) => () => {
-      answer = value;
+    refuse = () => resolve(false);
+    const close = (answer) => () => {
+      resolve(answer);
       dialog.close();
     };
     byId("confirm-yes").onclick = close(true);
     byId("confirm-no").onclick = close(false);
-    dialog.onclose = () => resolve(answer);
+    dialog.onclose = () => dialog.open || resolve(false);
     dialog.showModal();
     byId("confirm-no").focus();
   });

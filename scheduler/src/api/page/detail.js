@@ -33,6 +33,7 @@ export function show(kind, name, view, now_s) {
   box.dataset.kind = kind;
   box.hidden = false;
   draw(view, now_s);
+  closer.focus();
   if (kind === "host") drawHistory();
 }
 

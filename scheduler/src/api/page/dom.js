@@ -56,6 +56,8 @@ export function keyed(parent, items, keyOf, make, update) {
 
 const finite = (value) => typeof value === "number" && Number.isFinite(value);
 
+export const many = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
 export function percent(share) {
   return finite(share) ? `${Math.round(share * 100)} %` : "?";
 }

@@ -1,6 +1,6 @@
 // The heat map: a box a host, a square a guest.
 
-import { RESOURCES, byId, el, heat, keyed, percent, setAttribute, setClass, setText, share, span } from "./dom.js";
+import { RESOURCES, byId, el, heat, keyed, many, percent, setAttribute, setClass, setText, share, span } from "./dom.js";
 
 const map = byId("map");
 const settings = { resource: "cpu", find: "", order: "name" };
@@ -108,8 +108,8 @@ export function draw(view, now_s) {
     if (ended_s === null) hot.set(host, [...(hot.get(host) ?? []), RESOURCES[resource].name]);
   }
   const stale = view.hosts.filter((host) => host.is_stale).length;
-  setText(byId("count"), `${view.hosts.length} hosts, ${view.guests.length} guests`
-    + (stale ? `, ${stale} hosts silent` : "") + (settings.find ? `; ${boxes.length} hosts shown` : ""));
+  setText(byId("count"), `${many(view.hosts.length, "host")}, ${many(view.guests.length, "guest")}`
+    + (stale ? `, ${stale} silent` : "") + (settings.find ? `; ${many(boxes.length, "host")} shown` : ""));
   keyed(map, boxes, ({ host }) => host.name, makeBox, (box, entry) => drawBox(box, entry, hot.get(entry.host.name), matches, now_s));
   if (!reached?.isConnected) reach(map.querySelector(".vm"));
 }
@@ -153,7 +153,7 @@ function drawMarks(marks, host, hot, now_s) {
   else if (host.is_stale || host.state === "silent") words.push(["warn", `silent for ${span(now_s - host.heard_at_s)}`]);
   if (host.state === "draining") words.push(["warn", "draining"]);
   if (host.is_migrating) words.push(["", "migrating"]);
-  if (host.troubles.length > 0) words.push(["warn", `${host.troubles.length} troubles`]);
+  if (host.troubles.length > 0) words.push(["warn", many(host.troubles.length, "trouble")]);
   keyed(marks, words, ([, text]) => text.replace(/[0-9]+ .*/, ""), ([cls]) => el("span", { cls }), (mark, [, text]) => setText(mark, `${text} `));
 }
 

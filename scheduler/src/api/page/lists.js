@@ -1,6 +1,6 @@
 // Hotspots, migrations, plans, groups of guests that talk, and what is odd.
 
-import { RESOURCES, byId, bytes, clock, el, keyed, mib, number, percent, setText, span } from "./dom.js";
+import { RESOURCES, byId, bytes, clock, el, keyed, many, mib, number, percent, setText, span } from "./dom.js";
 import * as chart from "./chart.js";
 import { act, ask } from "./ask.js";
 
@@ -47,13 +47,13 @@ export function draw(view, now_s) {
   const hot = view.hotspots.filter((hotspot) => hotspot.ended_s === null);
   const cooled = view.hotspots.filter((hotspot) => hotspot.ended_s !== null);
   fill(byId("hot"), hot, hotspotKey, makeHotspot, (card, item) => drawHotspot(card, item, now_s), "None.");
-  setText(byId("cooled-title"), `${cooled.length} that are gone`);
+  setText(byId("cooled-title"), `Gone (${cooled.length})`);
   byId("cooled-box").hidden = cooled.length === 0;
   fill(byId("cooled"), cooled, hotspotKey, makeHotspot, (card, item) => drawHotspot(card, item, now_s), "None.");
   const moving = view.moves.filter((move) => move.ended_s === null);
   const moved = view.moves.filter((move) => move.ended_s !== null);
   fill(byId("moves"), moving, moveKey, makeMove, (card, move) => drawMove(card, move, now_s), "None under way.");
-  setText(byId("moved-title"), `${moved.length} that ended`);
+  setText(byId("moved-title"), `Ended (${moved.length})`);
   byId("moved-box").hidden = moved.length === 0;
   fill(byId("moved"), moved, moveKey, makeMove, (card, move) => drawMove(card, move, now_s), "None.");
   drawPlan(byId("plan"), view.plan, now_s, "This agent has made no plan yet.");
@@ -237,6 +237,6 @@ function makeGroup({ members }) {
 function drawGroup(card, { members, mbit, across }) {
   const [words, list] = card.children;
   const hosts = new Set(members.map(({ host }) => host)).size;
-  setText(words, `${members.length} guests on ${hosts} hosts: ${number(mbit)} Mbit/s, ${number(across)} of it between hosts`);
+  setText(words, `${many(members.length, "guest")} on ${many(hosts, "host")}: ${number(mbit)} Mbit/s, ${number(across)} of it between hosts`);
   members.slice(0, 32).forEach(({ host }, index) => setText(list.children[2 * index + 1], ` (${host})`));
 }

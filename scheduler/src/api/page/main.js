@@ -11,7 +11,7 @@ const POLL_HIDDEN_MS = 15_000;
 // The agent makes its view anew at its interval: this many missed count as trouble.
 const MISSED = 3;
 
-const state = { view: null, etag: null, heard_ms: null, changed_ms: null, lost: null, chosen: null };
+const state = { view: null, etag: null, heard_ms: null, changed_ms: null, lost: null, chosen: null, from: null };
 
 // The agent's clock, as far as it can be told from here.
 function now_s() {
@@ -74,7 +74,9 @@ function draw() {
 
 function choose(kind, name) {
   if (!state.view) return;
-  state.chosen = { kind, name };
+  // Where the focus goes back to; what is within the panel goes with it.
+  const from = byId("detail").contains(document.activeElement) ? state.from : document.activeElement;
+  Object.assign(state, { chosen: { kind, name }, from });
   heat.mark(kind, name);
   detail.show(kind, name, state.view, now_s());
 }
@@ -82,13 +84,9 @@ function choose(kind, name) {
 function unchoose() {
   heat.mark(null, null);
   detail.hide();
-  const chosen = state.chosen;
-  state.chosen = null;
-  if (!chosen) return;
-  const data = chosen.kind === "host" ? "host" : "guest";
-  for (const element of byId("map").querySelectorAll(`[data-${data}]`)) {
-    if (element.dataset[data] === chosen.name) element.focus();
-  }
+  const back = state.from?.isConnected ? state.from : byId("map");
+  Object.assign(state, { chosen: null, from: null });
+  back.focus();
 }
 
 heat.begin(choose);

@@ -14,6 +14,9 @@ use tempfile::TempDir;
 /// A page is loaded, or a command answered, within this time even on a busy machine.
 const WITHIN: Duration = Duration::from_secs(60);
 
+/// A browser that was asked to ends within this time.
+const ENDS_WITHIN: Duration = Duration::from_secs(10);
+
 const POLL: Duration = Duration::from_millis(50);
 
 /// File descriptors 3 and 4 are the debugging pipe: what the shell has as its own input and output.
@@ -82,19 +85,19 @@ impl Browser {
     }
 
     fn attach(&mut self) -> Result<()> {
-        let target = self.call("Target.createTarget", json!({ "url": "about:blank" }))?;
+        let target = self.call("Target.createTarget", &json!({ "url": "about:blank" }))?;
         let id = target["targetId"].clone();
         let attached =
-            self.call("Target.attachToTarget", json!({ "targetId": id, "flatten": true }))?;
+            self.call("Target.attachToTarget", &json!({ "targetId": id, "flatten": true }))?;
         self.session = attached["sessionId"].as_str().map(ToOwned::to_owned);
         ensure!(self.session.is_some(), "no session: {attached}");
         for domain in ["Page", "Runtime", "Log"] {
-            self.call(&format!("{domain}.enable"), json!({}))?;
+            self.call(&format!("{domain}.enable"), &json!({}))?;
         }
         Ok(())
     }
 
-    fn call(&mut self, method: &str, params: Value) -> Result<Value> {
+    fn call(&mut self, method: &str, params: &Value) -> Result<Value> {
         self.asked += 1;
         let mut message = json!({ "id": self.asked, "method": method, "params": params });
         if let Some(session) = &self.session {
@@ -133,7 +136,7 @@ impl Browser {
 
     /// Goes to an address.
     pub(crate) fn open(&mut self, url: &str) -> Result<()> {
-        let went = self.call("Page.navigate", json!({ "url": url }))?;
+        let went = self.call("Page.navigate", &json!({ "url": url }))?;
         ensure!(went["errorText"].is_null(), "{url}: {}", went["errorText"]);
         Ok(())
     }
@@ -142,7 +145,7 @@ impl Browser {
     pub(crate) fn value(&mut self, expression: &str) -> Result<Value> {
         let params =
             json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
-        let answer = self.call("Runtime.evaluate", params)?;
+        let answer = self.call("Runtime.evaluate", &params)?;
         if !answer["exceptionDetails"].is_null() {
             bail!("{expression}: {}", answer["exceptionDetails"]);
         }
@@ -197,7 +200,7 @@ impl Browser {
             let params = json!({
                 "type": kind, "x": middle[0], "y": middle[1], "button": "left", "clickCount": 1,
             });
-            self.call("Input.dispatchMouseEvent", params)?;
+            self.call("Input.dispatchMouseEvent", &params)?;
         }
         Ok(())
     }
@@ -218,7 +221,7 @@ impl Browser {
             if key == "Enter" && kind == "keyDown" {
                 params["text"] = json!("\r");
             }
-            self.call("Input.dispatchKeyEvent", params)?;
+            self.call("Input.dispatchKeyEvent", &params)?;
         }
         Ok(())
     }
@@ -234,6 +237,13 @@ impl Browser {
 
 impl Drop for Browser {
     fn drop(&mut self) {
+        // Asked to end, it ends its helpers first, which would go on writing into the profile that is removed next.
+        self.session = None;
+        let _asked = self.call("Browser.close", &json!({}));
+        let until = Instant::now() + ENDS_WITHIN;
+        while Instant::now() < until && matches!(self.process.try_wait(), Ok(None)) {
+            thread::sleep(POLL);
+        }
         // It may have ended already.
         let _ended = self.process.kill();
         let _reaped = self.process.wait();

@@ -1,13 +1,15 @@
 //! The scheduler's page in Chromium, on an agent whose figures are known: what is seen, what buttons do, and what is
-//! shown when something is away. Needs neither guests nor a kernel, only the package chromium-headless-shell.
+//! shown when something is away; and the same in `migrate top`. No guests are run.
 
 mod browser;
 mod site;
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use browser::Browser;
+use framework::Env;
 use scheduler_api::ApiError;
 use scheduler_api::sample;
 use scheduler_api::view::{GuestView, View};
@@ -167,8 +169,12 @@ fn guests_are_migrated_by_the_keyboard_alone() -> Result<()> {
     ensure!(label == json!("vm-0004"), "{label} has the focus");
     browser.press("Enter")?;
     browser.wait_text("#detail h3", "vm-0004")?;
-    browser.value("document.querySelector('#target').value = '=host-003'")?;
-    browser.value("document.querySelector('#migrate').focus()")?;
+    // From the button that closes it: where to, then the button.
+    browser.press("Tab")?;
+    browser.wait("document.activeElement.id === 'target'")?;
+    browser.press("ArrowDown")?;
+    browser.wait("document.activeElement.value === '=host-003'")?;
+    browser.press("Tab")?;
     browser.press("Enter")?;
     browser.wait_text("#confirm-text", "Migrate vm-0004 to host-003?")?;
     browser.press("Escape")?;
@@ -176,7 +182,10 @@ fn guests_are_migrated_by_the_keyboard_alone() -> Result<()> {
     ensure!(site.agent.asked().is_empty());
     browser.press("Enter")?;
     browser.wait("document.querySelector('#confirm').open")?;
-    browser.value("document.querySelector('#confirm-yes').focus()")?;
+    // The button that does nothing has the focus first; the other one is behind it.
+    browser.wait("document.activeElement.id === 'confirm-no'")?;
+    browser.press("Tab")?;
+    browser.wait("document.activeElement.id === 'confirm-yes'")?;
     browser.press("Enter")?;
     browser.wait_text("#detail [role=status]", "The agent does it")?;
     let expected = "operator: move vm-0004 to Some(\"host-003\") (asked for on the page)";
@@ -259,6 +268,35 @@ fn an_agent_that_stands_still_and_a_store_that_is_away_are_shown() -> Result<()>
     browser.wait_text("#link", "live")?;
     browser.wait("!document.querySelector('#alerts').textContent.includes('store')")?;
     browser.assert_quiet()
+}
+
+#[test]
+fn top_prints_the_same_and_says_when_nobody_answers() -> Result<()> {
+    let mut site = Site::begin(small())?;
+    let once = |site: &Site| {
+        Command::new(Env::load()?.migrate()?)
+            .args(["top", "--once", "--agent", site.addr.as_str(), "--identity"])
+            .arg(&site.operator)
+            .output()
+            .context("migrate top")
+    };
+    let printed = once(&site)?;
+    let text = String::from_utf8(printed.stdout)?;
+    ensure!(printed.status.success(), "{}", String::from_utf8_lossy(&printed.stderr));
+    for part in [
+        "agent of host-001",
+        "Silent, with old figures: host-004",
+        sample::MARKUP,
+        "4 of 5 intervals",
+    ] {
+        ensure!(text.contains(part), "no {part} in\n{text}");
+    }
+    site.end_agent()?;
+    let away = once(&site)?;
+    let error = String::from_utf8(away.stderr)?;
+    ensure!(away.status.code() == Some(1) && away.stdout.is_empty(), "{:?}", away.status);
+    ensure!(error.contains("cannot be asked"), "{error}");
+    Ok(())
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! An agent behind `godwit-scheduler web`, on loopback.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -11,16 +12,21 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use transport::Identity;
 use transport::pki::{self, InitOptions, IssueOptions};
+use transport::{Identity, IdentityError};
+
+type Serving = JoinHandle<Result<(), IdentityError>>;
 
 /// An agent and its page.
 pub(crate) struct Site {
     runtime: Runtime,
     identity: Arc<Identity>,
     pub(crate) agent: Arc<Remembering>,
-    addr: String,
-    serving: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
+    /// Where the agent is asked.
+    pub(crate) addr: String,
+    /// The folder of the identity that the page has.
+    pub(crate) operator: PathBuf,
+    serving: Option<(oneshot::Sender<()>, Serving)>,
     /// What is opened in the browser.
     pub(crate) url: String,
     _pki: TempDir,
@@ -35,15 +41,17 @@ impl Site {
             let issued = pki::issue(dir.path(), name, &IssueOptions::default())?;
             Ok(Arc::new(Identity::load(&issued)?))
         };
-        let (host, operator) = (identity("host-001")?, identity("operator")?);
+        let (host, client) = (identity("host-001")?, Client::new(identity("operator")?));
+        let operator = dir.path().join("operator");
         let agent = Arc::new(Remembering::new(view));
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0"))?;
         let addr = listener.local_addr()?.to_string();
         let listen = "127.0.0.1:0".parse()?;
-        let web = runtime.block_on(Web::bind(listen, Client::new(operator), vec![addr.clone()]))?;
+        let web = runtime.block_on(Web::bind(listen, client, vec![addr.clone()]))?;
         let url = web.url();
         runtime.spawn(web.serve(std::future::pending()));
-        let mut site = Self { runtime, identity: host, agent, addr, serving: None, url, _pki: dir };
+        let mut site =
+            Self { runtime, identity: host, agent, addr, operator, serving: None, url, _pki: dir };
         site.serve(listener);
         Ok(site)
     }
@@ -53,7 +61,7 @@ impl Site {
         let (identity, agent) = (Arc::clone(&self.identity), Arc::clone(&self.agent));
         let serving = self.runtime.spawn(async move {
             let stopped = async { stopped.await.unwrap_or_default() };
-            api::serve(listener, &identity, agent, stopped).await.unwrap();
+            api::serve(listener, &identity, agent, stopped).await
         });
         self.serving = Some((stop, serving));
     }
@@ -63,7 +71,7 @@ impl Site {
         let (stop, serving) = self.serving.take().context("The agent has ended already")?;
         // If it is gone it needs not be told.
         let _told = stop.send(());
-        Ok(self.runtime.block_on(serving)?)
+        Ok(self.runtime.block_on(serving)??)
     }
 
     /// Begins the agent again where it was.
