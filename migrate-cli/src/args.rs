@@ -1,6 +1,7 @@
 //! What can be typed, and its help. What it means is in [`crate::commands`].
 
 mod gateway;
+mod top;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use migrate_core::codec_choice::Wanted;
 use transport::LaneKind;
 
 pub use self::gateway::{GatewayArgs, GatewayCommand, GatewayDestinationArgs, GatewaySourceArgs};
+pub use self::top::TopArgs;
 use crate::journal;
 
 /// Moves running QEMU virtual machines between hosts.
@@ -68,6 +70,8 @@ pub enum Command {
     /// Passes on migrations that QEMU, libvirt or others drive themselves.
     #[command(subcommand)]
     Gateway(GatewayCommand),
+    /// Shows hosts, guests, hotspots, migrations and plans of a scheduler's cluster, live.
+    Top(TopArgs),
     /// Boots a guest on this machine, migrates it over loopback and prints a report.
     Demo(DemoArgs),
 }
@@ -327,6 +331,10 @@ pub struct SendArgs {
     /// Print one JSON object on stdout at the end.
     #[arg(long)]
     pub json: bool,
+    /// Write progress to this file, too, from its beginning: one JSON object a line, four a second. For programs that
+    /// run this one.
+    #[arg(long, value_name = "FILE")]
+    pub progress_file: Option<PathBuf>,
     /// Leave the source's QEMU paused after success instead of quitting it.
     #[arg(long)]
     pub keep_source: bool,

@@ -1,15 +1,72 @@
-//! Progress on stderr: a bar on a terminal, a line a second elsewhere.
+//! Progress on stderr: a bar on a terminal, a line a second elsewhere; and for programs, a JSON object a line in a file.
 
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::fs::File;
+use std::io::{IsTerminal, Write as _};
+use std::path::Path;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use crate::error::EngineError;
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Time between two lines of the file.
+const FILE_INTERVAL: Duration = Duration::from_millis(250);
+
+/// The file for programs, of this process.
+static FILE: OnceLock<Mutex<Lines>> = OnceLock::new();
+
+/// Lines for programs.
+#[derive(Debug)]
+struct Lines {
+    file: File,
+    last: Option<Instant>,
+}
+
+/// A line: what [`Snapshot`] has, and when.
+#[derive(Debug, Serialize)]
+struct Line {
+    /// Seconds since 1970.
+    at_s: f64,
+    #[serde(flatten)]
+    seen: Snapshot,
+}
+
+/// Has progress written to a file, too, from its beginning.
+///
+/// # Errors
+/// The file cannot be made.
+pub fn write_to(path: &Path) -> Result<(), EngineError> {
+    let file = File::create(path).map_err(|error| EngineError::Misuse {
+        what: format!("Progress cannot be written to {}: {error}", path.display()),
+        remedy: "Name a file in a directory that is there and may be written".into(),
+    })?;
+    FILE.get_or_init(|| Mutex::new(Lines { file, last: None }));
+    Ok(())
+}
+
+fn write_line(seen: &Snapshot) {
+    let Some(lines) = FILE.get() else { return };
+    let mut lines = lines.lock();
+    if lines.last.is_some_and(|at| at.elapsed() < FILE_INTERVAL) {
+        return;
+    }
+    lines.last = Some(Instant::now());
+    let at_s = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let Ok(mut text) = serde_json::to_string(&Line { at_s, seen: *seen }) else { return };
+    text.push('\n');
+    if let Err(error) = lines.file.write_all(text.as_bytes()) {
+        tracing::debug!(%error, "A line of progress is lost");
+    }
+}
+
 /// What is shown.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Snapshot {
     /// Round in progress.
     pub round: u32,
@@ -49,6 +106,7 @@ impl Progress {
 
     /// Shows where things stand.
     pub fn show(&mut self, seen: &Snapshot) {
+        write_line(seen);
         if let Some(bar) = &self.bar {
             bar.set_length(seen.expected_bytes.max(seen.applied_bytes));
             bar.set_position(seen.applied_bytes);

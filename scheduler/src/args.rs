@@ -1,5 +1,6 @@
 //! What can be typed, and its help. What it means is in [`crate::commands`].
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -18,6 +19,24 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Runs a scenario on paper under several policies and compares what comes out.
     Simulate(SimulateArgs),
+    /// Runs this host's agent: it sees its load, finds hotspots, and moves guests away from them.
+    Agent(AgentArgs),
+    /// Shows the web page to a browser on this machine, asking agents with an identity of the cluster's authority.
+    Web(WebArgs),
+}
+
+/// `godwit-scheduler web`.
+#[derive(Debug, Args)]
+pub(crate) struct WebArgs {
+    /// An agent's address; repeat it for those that are asked when it does not answer.
+    #[arg(long, value_name = "HOST:PORT", required = true)]
+    pub(crate) agent: Vec<String>,
+    /// Directory of the identity to ask with, made by `migrate pki issue`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+    /// Where the browser finds it: an address of this machine alone. Port 0 chooses one.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
+    pub(crate) listen: SocketAddr,
 }
 
 /// `godwit-scheduler simulate`.
@@ -55,4 +74,23 @@ pub(crate) struct SimulateArgs {
     /// Draw overload-seconds of each policy, and overloaded hosts over time, into a file.
     #[arg(long, value_name = "OUT")]
     pub(crate) svg: Option<PathBuf>,
+}
+
+/// `godwit-scheduler agent`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A first cluster on one machine, and one of several: docs/SCHEDULER.md.\n\n\
+    SIGHUP has it read the file again. SIGTERM and Ctrl-C end it: guests run on, and migrations under way go on; the next\n\
+    agent picks them up."
+)]
+pub(crate) struct AgentArgs {
+    /// What to do (TOML).
+    #[arg(long, value_name = "FILE", required_unless_present = "example")]
+    pub(crate) config: Option<PathBuf>,
+    /// Only say whether the file makes sense.
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Print a file with all keys, their defaults and what they mean, to begin with.
+    #[arg(long, conflicts_with_all = ["config", "check"])]
+    pub(crate) example: bool,
 }

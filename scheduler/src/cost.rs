@@ -4,7 +4,7 @@
 //! rounds, with what Godwit was measured to make of pages (docs/BENCHMARKS.md): unused memory does not travel, what is
 //! written again travels as changes.
 
-use serde::{Deserialize, Serialize};
+pub use scheduler_api::figures::MigrationCost;
 
 use crate::model::Vm;
 
@@ -23,17 +23,6 @@ const FIXED_S: f64 = 0.5;
 
 /// Pause of an idle guest.
 const FIXED_DOWNTIME_MS: f64 = 30.0;
-
-/// What a migration takes.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct MigrationCost {
-    /// Over the wire, MiB.
-    pub wire_mib: f64,
-    /// From start to end, seconds.
-    pub total_s: f64,
-    /// The guest stands still, milliseconds.
-    pub downtime_ms: f64,
-}
 
 /// What it takes to move a guest over a link with so much left for it, in Mbit/s.
 #[must_use]

@@ -20,9 +20,13 @@
 //!
 //! | module | what it does |
 //! |---|---|
+//! | [`agent`] | a host's agent: all of this together |
+//! | [`api`] | what is told and asked over HTTP |
 //! | [`profile`] | real hosts' figures, and the cluster that they make |
 //! | [`store`] | what agents share: entries, leases, and who moves which guest |
 
+pub mod agent;
+pub mod api;
 pub mod cost;
 pub mod detect;
 pub mod model;

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`pki`] | making a certificate authority and host identities |
 //! | [`identity`] | loading one's own identity; what a peer must present |
+//! | [`https`] | the same identities for HTTP |
 //! | [`messages`] | the control messages, their limits and their validation |
 //! | [`wire`] | control frames: header, sequence, encoding |
 //! | [`lane_wire`] | lane frames: the greeting and batches of pages |
@@ -34,6 +35,7 @@ pub mod auto;
 pub mod control;
 pub mod error;
 pub mod fuzz;
+pub mod https;
 pub mod identity;
 pub mod lane;
 pub mod lane_wire;

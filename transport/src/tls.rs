@@ -90,7 +90,7 @@ pub(crate) fn pages_client(
     Ok(Arc::new(client(identity, expected_peer, PAGES_ALPN)?))
 }
 
-fn server(identity: &Identity, alpn: &[u8]) -> Result<ServerConfig, IdentityError> {
+pub(crate) fn server(identity: &Identity, alpn: &[u8]) -> Result<ServerConfig, IdentityError> {
     let provider = provider();
     let verifier =
         WebPkiClientVerifier::builder_with_provider(Arc::clone(&identity.roots), provider.clone())
@@ -108,7 +108,7 @@ fn server(identity: &Identity, alpn: &[u8]) -> Result<ServerConfig, IdentityErro
     Ok(config)
 }
 
-fn client(
+pub(crate) fn client(
     identity: &Identity,
     expected_peer: Option<&str>,
     alpn: &[u8],

@@ -20,8 +20,9 @@ use crate::{etcd, initrd, kernel, qemu};
 /// From the system's own package sources. libclang is what the userfaultfd bindings are made with;
 /// libc6-dev has the static C library of the guest's programs. Of libvirt only programs are taken: the
 /// package with its services, libvirt-daemon-system, is not, so that none is started. protobuf-compiler and
-/// libprotobuf-dev are what etcd's client is made with; nftables counts what guests send to each other.
-const PACKAGES: [&str; 13] = [
+/// libprotobuf-dev are what etcd's client is made with; nftables counts what guests send to each other. The scheduler's
+/// page is tested in Chromium, of which the shell without windows is the smaller package: 100 MB with what it needs.
+const PACKAGES: [&str; 14] = [
     "qemu-system-x86",
     "busybox-static",
     "iproute2",
@@ -35,6 +36,7 @@ const PACKAGES: [&str; 13] = [
     "libvirt-daemon",
     "libvirt-daemon-driver-qemu",
     "libvirt-clients",
+    "chromium-headless-shell",
 ];
 
 /// What tests are told, also written to env.json.

@@ -162,28 +162,29 @@ fn show(name: &str, ended: &Output, began: Instant, tally: &mut Tally) {
     }
 }
 
-/// Builds `migrate` as tests use it: the plain one, and one with failpoints.
-fn build_commands(root: &Path) -> Result<(PathBuf, PathBuf)> {
+/// Builds the commands as tests use them, each with the variable that names it: `migrate`, the same with failpoints, and
+/// `godwit-scheduler`.
+fn build_commands(root: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
     let built = root.join("target/debug/migrate");
     let failpoints = root.join("target/failpoints/debug/migrate");
     // One after the other in the same place: their dependencies are compiled once.
     run(cargo(root).args(["build", "-p", "migrate-cli", "--features", "failpoints"]))?;
     std::fs::create_dir_all(root.join("target/failpoints/debug")).context("No folder for it")?;
     std::fs::copy(&built, &failpoints).context("Cannot set the command aside")?;
-    run(cargo(root).args(["build", "-p", "migrate-cli", "-p", "qemu-glue-preload"]))?;
-    Ok((built, failpoints))
+    let packages = ["migrate-cli", "scheduler", "qemu-glue-preload"];
+    run(cargo(root).arg("build").args(packages.iter().flat_map(|package| ["-p", package])))?;
+    Ok(vec![
+        (built, "GODWIT_MIGRATE"),
+        (failpoints, "GODWIT_MIGRATE_FAILPOINTS"),
+        (root.join("target/debug/godwit-scheduler"), "GODWIT_SCHEDULER"),
+    ])
 }
 
 /// Everything, or what the arguments name (passed on to the test programs).
 pub(crate) fn test(root: &Path, filters: &[String]) -> Result<()> {
     let environment = step("setup", || setup::setup(root))?;
-    let (migrate, failpoints) = step("build the command", || build_commands(root))?;
-    test_with(
-        root,
-        &environment,
-        &[(migrate, "GODWIT_MIGRATE"), (failpoints, "GODWIT_MIGRATE_FAILPOINTS")],
-        filters,
-    )
+    let commands = step("build the commands", || build_commands(root))?;
+    test_with(root, &environment, &commands, filters)
 }
 
 fn test_with(

@@ -6,16 +6,17 @@ mod inspect;
 mod pager;
 mod pki;
 mod resolve;
+mod top;
 
 use std::process::ExitCode;
 
 use migrate_core::handover::Outcome;
 
-use crate::args::{AgentArgs, Command, GatewayCommand, MemoryServerArgs, ReceiveArgs};
+use crate::args::{AgentArgs, Command, GatewayCommand, MemoryServerArgs, ReceiveArgs, SendArgs};
 use crate::destination::remote::Watched;
 use crate::error::EngineError;
 use crate::report::{Report, ReportOutcome};
-use crate::{agent, destination, gateway, http, memory_server, source};
+use crate::{agent, destination, gateway, http, memory_server, progress, source};
 
 /// Runs a command; errors are told on stderr.
 pub async fn run(command: Command) -> ExitCode {
@@ -26,8 +27,11 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Receive(args) => receive(&args).await,
         Command::Split(args) if pager::is_here(&args.send.common) => pager::leave(&args).await,
         Command::Send(args) if pager::is_here(&args.common) => pager::refuse_send(),
-        Command::Send(args) => sent(&source::send(&args).await, args.json),
-        Command::Split(args) => sent(&source::split(&args).await, args.send.json),
+        Command::Send(args) => send(&args).await,
+        Command::Split(args) => match write_progress(&args.send) {
+            Ok(()) => sent(&source::split(&args).await, args.send.json),
+            Err(error) => misused(&error),
+        },
         Command::Status(args) => pager::status(&args).await,
         Command::Merge(args) => pager::merge(&args).await,
         Command::MoveFragment(args) => pager::move_fragment(&args).await,
@@ -38,8 +42,26 @@ pub async fn run(command: Command) -> ExitCode {
         Command::Gateway(GatewayCommand::Destination(args)) => {
             over(gateway::destination(&args).await)
         }
+        Command::Top(args) => top::run(&args).await,
         Command::Demo(args) => demo::run(&args).await,
     }
+}
+
+async fn send(args: &SendArgs) -> ExitCode {
+    match write_progress(args) {
+        Ok(()) => sent(&source::send(args).await, args.json),
+        Err(error) => misused(&error),
+    }
+}
+
+fn write_progress(args: &SendArgs) -> Result<(), EngineError> {
+    args.progress_file.as_deref().map_or(Ok(()), progress::write_to)
+}
+
+/// Nothing was begun.
+fn misused(error: &EngineError) -> ExitCode {
+    eprintln!("error: {}", error.tell());
+    ExitCode::from(2)
 }
 
 fn sent(report: &Report, json: bool) -> ExitCode {

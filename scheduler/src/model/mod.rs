@@ -3,16 +3,16 @@
 //! Everything that detects, plans and simulates works on these types; none of it reads a clock, a file or a socket.
 //! Invariant: indices in a [`Cluster`] that [`Cluster::check`] accepts are valid, and its traffic is symmetric.
 
-pub mod amounts;
 pub mod placement;
 pub mod rules;
 #[cfg(test)]
 pub(crate) mod synthetic;
 pub mod traffic;
 
+pub use scheduler_api::amounts::{self, Amounts, Resource};
+pub use scheduler_api::figures::{GrayBox, HostState};
 use serde::{Deserialize, Serialize};
 
-pub use self::amounts::{Amounts, Resource};
 pub use self::placement::Placement;
 pub use self::rules::{Obstacle, Rules};
 pub use self::traffic::Traffic;
@@ -25,19 +25,6 @@ pub struct HostIndex(pub usize);
 /// A guest, by its place in [`Cluster::vms`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct VmIndex(pub usize);
-
-/// What may be done with a host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum HostState {
-    /// Guests run there and may come.
-    #[default]
-    Active,
-    /// Guests are to leave.
-    Draining,
-    /// Nothing was heard of it for too long: nothing is decided about it.
-    Silent,
-}
 
 /// A host.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,28 +65,6 @@ pub struct LastMove {
     pub at_s: f64,
     /// Where the guest was before.
     pub from: HostIndex,
-}
-
-/// What a guest's application says of itself, where it was asked (gray box).
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GrayBox {
-    /// Requests that were served, a second.
-    pub served_per_s: f64,
-    /// Requests that were turned away or not answered, a second.
-    pub dropped_per_s: f64,
-    /// Mean time from a request to its answer, seconds.
-    pub response_s: f64,
-    /// Mean time that the whole guest is busy with one request, seconds.
-    pub service_s: f64,
-    /// Variance of the times between requests, s².
-    pub arrival_variance_s2: f64,
-    /// Variance of the times that requests keep the guest busy, s².
-    pub service_variance_s2: f64,
-    /// Response time that was promised, seconds; 0 if none was.
-    pub promised_response_s: f64,
-    /// Share of requests that may be dropped, 0 to 1; 1 if nothing was promised.
-    pub promised_drops: f64,
 }
 
 /// A guest.

@@ -217,7 +217,8 @@ impl<'a> Draft<'a> {
         (guest.peak - guest.usage).max(&Amounts::ZERO)
     }
 
-    fn cost(&self, vm: VmIndex, from: HostIndex, to: HostIndex) -> cost::MigrationCost {
+    /// What it takes to move a guest.
+    pub(crate) fn cost(&self, vm: VmIndex, from: HostIndex, to: HostIndex) -> cost::MigrationCost {
         let link_mbit = self.problem.limits.link_mbit;
         let free_mbit = |host: HostIndex| {
             let (has, taken) = (self.cluster().host(host).capacity, self.placement.usage(host));

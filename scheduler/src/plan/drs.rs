@@ -278,13 +278,14 @@ fn share(of: f64, total: f64) -> f64 {
 }
 
 /// A host's memory as guests may share it.
-fn room(draft: &Draft<'_>, host: HostIndex, incoming_mib: f64) -> Room {
+pub(super) fn room(draft: &Draft<'_>, host: HostIndex, incoming_mib: f64) -> Room {
     let (limit, load) = (draft.limit(host).memory_mib, draft.load(host).memory_mib);
     let total_mib = (limit - draft.cluster().host(host).own.memory_mib).max(0.0);
     Room { total_mib, free_mib: limit - load, incoming_mib }
 }
 
-fn guests(draft: &Draft<'_>, host: HostIndex) -> Vec<Guest> {
+/// Guests whose memory the plan leaves alone so far.
+pub(super) fn guests(draft: &Draft<'_>, host: HostIndex) -> Vec<Guest> {
     let mut guests = draft.placement().guests(host).to_vec();
     guests.sort_unstable();
     let stays = guests.into_iter().filter(|vm| {
@@ -298,7 +299,7 @@ fn guests(draft: &Draft<'_>, host: HostIndex) -> Vec<Guest> {
 }
 
 /// Adds what guests give and get.
-fn apply(draft: &mut Draft<'_>, host: HostIndex, changes: &[Change]) {
+pub(super) fn apply(draft: &mut Draft<'_>, host: HostIndex, changes: &[Change]) {
     for change in changes {
         let (name, at) = (draft.name(change.vm), draft.host_name(host));
         let memory = &draft.cluster().vm(change.vm).memory;

@@ -78,7 +78,7 @@ pub(crate) struct Outcome {
 }
 
 /// Whether so little time has passed. A clock that says nothing sensible counts as too early.
-fn is_within(passed_s: f64, least_s: f64) -> bool {
+pub(super) fn is_within(passed_s: f64, least_s: f64) -> bool {
     passed_s.is_nan() || passed_s < least_s
 }
 

@@ -86,6 +86,8 @@ pub struct Moment {
     pub page_bytes: f64,
     /// Whether there is time to look for kernels.
     pub may_find: bool,
+    /// Whether the monitor may be asked now.
+    pub may_ask: bool,
     /// Bytes through the interfaces of this program's network namespace.
     pub interfaces: Arc<BTreeMap<String, u64>>,
     /// The control group that is the host's.
@@ -135,6 +137,12 @@ impl GuestProbe {
         &self.socket
     }
 
+    /// The guest's name, once it is known.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.attached.as_ref().map(|attached| attached.name.as_str())
+    }
+
     /// Its process, and when that was started in clock ticks since the host was.
     #[must_use]
     pub fn process(&self) -> Option<(i32, u64)> {
@@ -167,7 +175,9 @@ impl GuestProbe {
             self.attached = None;
         }
         let socket = self.socket.display().to_string();
-        let asked = tokio::time::timeout(PATIENCE, self.ask(moment, troubles)).await;
+        let asked =
+            async { if moment.may_ask { self.ask(moment, troubles).await } else { Ok(()) } };
+        let asked = tokio::time::timeout(PATIENCE, asked).await;
         let silence = match asked {
             Ok(answer) => answer.err(),
             Err(_) => Some(Silence::Held(format!("no answer for {} s", PATIENCE.as_secs()))),

@@ -3,7 +3,7 @@
 //! Cost: a guest takes some reads of small files and five to seven questions over its monitor for each reading; one
 //! program (nft) is started for all. Kernels are looked for in a few guests at a time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -106,6 +106,7 @@ pub struct Profiler {
     host: HostProbe,
     guests: Vec<GuestProbe>,
     traffic: TrafficProbe,
+    left_alone: BTreeSet<PathBuf>,
     logs: Vec<LogProbe>,
 }
 
@@ -122,9 +123,35 @@ impl Profiler {
             host: HostProbe::new(settings.host.clone()),
             guests: vec![],
             traffic: TrafficProbe::new(settings.nft.clone()),
+            left_alone: BTreeSet::new(),
             logs: settings.gray_box.iter().cloned().map(LogProbe::new).collect(),
             settings,
         }
+    }
+
+    /// Monitors that are not to be asked now: a migration needs them. What is known of their guests stays.
+    pub fn leave_alone(&mut self, sockets: BTreeSet<PathBuf>) {
+        self.left_alone = sockets;
+    }
+
+    /// Other settings from now on.
+    pub fn set(&mut self, settings: Settings) {
+        if settings.host != self.settings.host {
+            self.host = HostProbe::new(settings.host.clone());
+        }
+        if settings.gray_box != self.settings.gray_box {
+            self.logs = settings.gray_box.iter().cloned().map(LogProbe::new).collect();
+        }
+        self.settings = settings;
+    }
+
+    /// The monitors of the guests that are known, by the guests' names.
+    #[must_use]
+    pub fn sockets(&self) -> BTreeMap<String, PathBuf> {
+        let known = self.guests.iter();
+        known
+            .filter_map(|guest| Some((guest.name()?.to_owned(), guest.socket().to_owned())))
+            .collect()
     }
 
     /// Reads everything once. Rates are those since the last time, and 0 the first time. To be called at the interval;
@@ -173,6 +200,7 @@ impl Profiler {
             ticks_per_s: rustix::param::clock_ticks_per_second() as f64,
             page_bytes: rustix::param::page_size() as f64,
             may_find: false,
+            may_ask: true,
             // What is wrong with it is told with the host's own figures.
             interfaces: read::figure(host::INTERFACES, |text| Some(parse::interfaces(text)))
                 .unwrap_or_default()
@@ -214,7 +242,8 @@ impl Profiler {
         for mut probe in std::mem::take(&mut self.guests) {
             let may_find = looks > 0 && probe.is_look_due(moment.at_s);
             looks -= usize::from(may_find);
-            let moment = Moment { may_find, ..moment.clone() };
+            let may_ask = !self.left_alone.contains(probe.socket());
+            let moment = Moment { may_find, may_ask, ..moment.clone() };
             readings.spawn(async move {
                 let mut troubles = vec![];
                 let report = probe.read(&moment, &mut troubles).await;

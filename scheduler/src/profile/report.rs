@@ -3,6 +3,7 @@
 //! Invariant: a report that was read with [`HostReport::from_json`] is within all limits named here, its figures are
 //! finite and not negative, and its names hold no control characters.
 
+pub use scheduler_api::figures::{GuestState, Pressure};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -33,33 +34,6 @@ const TROUBLE_BYTES_MAX: usize = 512;
 
 /// No figure is larger: it is more than any host has of anything.
 const FIGURE_MAX: f64 = 1e12;
-
-/// Shares of time in which something waited, 0 to 1.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Pressure {
-    /// Some task waited for a processor.
-    pub cpu: f64,
-    /// Some task waited for memory.
-    pub memory: f64,
-    /// All tasks waited for memory.
-    pub memory_full: f64,
-    /// Some task waited for a disk.
-    pub disk: f64,
-}
-
-/// What a guest is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GuestState {
-    /// It runs.
-    #[default]
-    Running,
-    /// It stands still.
-    Paused,
-    /// It is expected: its QEMU waits for a migration.
-    Incoming,
-}
 
 /// Where figures of a guest's memory are from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -315,6 +289,12 @@ impl GuestReport {
             memory.into_iter().chain(rest).chain(sent).chain(self.dirty_mib_per_s).chain(said);
         first_impossible(all).map(|figure| format!("a figure of {figure}"))
     }
+}
+
+/// Whether figures can be.
+#[must_use]
+pub fn is_possible(gray_box: &GrayBox) -> bool {
+    first_impossible(said(gray_box).into_iter()).is_none()
 }
 
 fn said(gray_box: &GrayBox) -> [f64; 8] {

@@ -119,7 +119,7 @@ mod tests {
         {
             assert!(positive > 0.0, "{positive}");
         }
-        assert!(NIC_CORES > 2.0 * INSIDE_CORES);
+        const { assert!(NIC_CORES > 2.0 * INSIDE_CORES) };
         // About 10 Mbit/s between server and database at 90 sessions.
         assert!((5.0..20.0).contains(&(WEB_TALK_MBIT * WEB_SESSIONS)), "{WEB_TALK_MBIT}");
     }

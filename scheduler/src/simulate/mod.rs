@@ -37,6 +37,8 @@ mod share;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod thesis;
 mod world;
 
 pub use self::outcome::{

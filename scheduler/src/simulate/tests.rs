@@ -256,6 +256,7 @@ fn what_is_wrong_is_told_with_its_line_and_a_remedy() {
         ("memory_mib = 64", "memory_mib = 64\nmax_mib = 32", 10, "raise max_mib"),
         ("name = \"a\"\n", "name = \"a\"\n[[host]]\nname = \"a\"\n", 6, "of its own"),
         ("[[host]]", "[detect]\nk = 9\n[[host]]", 4, "from `k`"),
+        ("[[host]]", "[detect.threshold]\ncpu = 85\n[[host]]", 4, "85 % is 0.85"),
         ("[[host]]", "[[talk]]\nbetween = [\"v\", \"w\"]\nmbit = 3\n[[host]]", 4, "no guest w"),
         ("[[host]]", "[generate]\nhosts = 3\n[[host]]", 3, "leave one of both out"),
         (

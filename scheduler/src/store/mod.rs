@@ -10,6 +10,7 @@
 //!
 //! A store that cannot be reached stops decisions, never guests: nothing here touches a guest.
 
+pub mod any;
 pub mod claims;
 pub mod embedded;
 pub mod etcd;
@@ -23,6 +24,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+pub use self::any::AnyStore;
 pub use self::embedded::Embedded;
 pub use self::etcd::Etcd;
 

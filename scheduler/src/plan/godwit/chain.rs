@@ -2,167 +2,158 @@
 //!
 //! ```text
 //!   third   D ─ w ─► E, then H ─ v ─► D
-//!   swap    D ─ w ─► H, then H ─ v ─► D    (or in the other order, as memory allows)
+//!   swap    D ─ w ─► H, then H ─ v ─► D    (or in the other order, as there is room)
 //!   around  D ─ w ─► E, then H ─ v ─► D, then E ─ w ─► H
 //! ```
 //!
 //! Looked at are the guests whose leaving helps most and the hosts that have most left: all pairs would be too many.
 
-use std::collections::BTreeSet;
-
-use super::outlook::Outlook;
 use super::search::{Move, Search};
-use crate::model::{HostIndex, Placement, Resource, VmIndex};
+use super::words;
+use crate::model::{HostIndex, Resource, VmIndex};
+use crate::plan::hot::Hot;
+use crate::plan::room::Want;
 
-/// Guests of the host, other hosts, and third hosts that are looked at.
-const LOOKED_AT: usize = 6;
+/// Guests of the host that are looked at.
+const GUESTS: usize = 4;
 
-/// A chain must be worth so many times what a single move is.
-const BETTER: f64 = 1.5;
+/// Hosts with which they could change places, and third hosts.
+const HOSTS: usize = 6;
 
-/// The best chain that relieves a host, if it is much better than a single move.
+/// Hosts in one plan for which chains are looked for: it has to end.
+pub(super) const CHAINS_MAX: usize = 16;
+
+/// Moves of a chain, in order.
+#[derive(Debug, Clone)]
+pub(super) struct Chain {
+    /// Who goes where.
+    pub(super) steps: Vec<(VmIndex, HostIndex)>,
+    /// Seconds of overload that all of it saves, its price taken off.
+    pub(super) worth_s: f64,
+}
+
+/// The best chain that relieves a host, where no single move does.
 pub(super) fn better(
-    search: &Search<'_>,
-    host: HostIndex,
-    single: Option<Move>,
-) -> Option<Vec<Move>> {
-    let least_s = match single {
-        Some(single) => single.worth_s * BETTER,
-        None => search.settings.margin * search.trouble(host) * search.settings.horizon_s,
-    };
-    // Nothing that a chain could do is worth more than all that is wrong.
-    if least_s > search.trouble(host) * search.settings.horizon_s {
+    search: &mut Search<'_, '_>,
+    hot: &Hot<'_>,
+    pending: &[Resource],
+    single: Option<&Move>,
+) -> Option<Chain> {
+    if single.is_some() || search.draft.moves_left() < 2 || search.chains_left == 0 {
         return None;
     }
-    let mut tries =
-        Tries { search, host, outlook: search.outlook.clone(), best: None, best_s: least_s };
-    let others = roomiest(search, host);
-    for vm in heaviest(search, host) {
-        for to in others.iter().take(LOOKED_AT) {
-            let guests: Vec<VmIndex> = search.placement().guests(*to).to_vec();
+    search.chains_left -= 1;
+    let others: Vec<HostIndex> = search.roomiest().take(HOSTS).collect();
+    let mut best: Option<Chain> = None;
+    for vm in heaviest(search, hot.host, pending) {
+        for to in &others {
+            let mut guests = search.draft.placement().guests(*to).to_vec();
+            guests.sort_unstable();
             for other in guests {
-                tries.swap(vm, other);
-                for third in others.iter().take(LOOKED_AT).filter(|third| *third != to) {
-                    tries.third(vm, other, *third);
+                for steps in ways(hot.host, vm, other, *to, &others) {
+                    let worth_s = worth_s(search, hot.host, pending, &steps);
+                    let least_s = best.as_ref().map_or(0.0, |best| best.worth_s);
+                    if let Some(worth_s) = worth_s.filter(|worth_s| *worth_s > least_s) {
+                        best = Some(Chain { steps, worth_s });
+                    }
                 }
             }
         }
     }
-    tries.best
+    best
+}
+
+/// Makes a chain part of the plan.
+pub(super) fn take(search: &mut Search<'_, '_>, hot: &Hot<'_>, chain: &Chain) {
+    let reason = words::changes_places(search, hot, chain);
+    for (vm, to) in &chain.steps {
+        search.carry_out(&[*vm], *to, &reason);
+    }
 }
 
 /// The host's guests whose leaving would relieve it most.
-fn heaviest(search: &Search<'_>, host: HostIndex) -> Vec<VmIndex> {
-    let cluster = search.problem.cluster;
-    let load = search.outlook.load(host);
-    let limits = &search.problem.limits.share_max;
-    let shares = load.mean.share_of(&cluster.host(host).capacity);
-    let tightest = Placement::tightest(&shares, limits);
-    let mut guests = search.placement().guests(host).to_vec();
-    let taken = |vm: VmIndex| search.placement().taken_by(vm)[tightest];
+fn heaviest(search: &Search<'_, '_>, host: HostIndex, pending: &[Resource]) -> Vec<VmIndex> {
+    let capacity = search.draft.cluster().host(host).capacity;
+    let units = search.draft.movable_units(host);
+    let mut guests: Vec<VmIndex> =
+        units.into_iter().filter(|unit| unit.len() == 1).flatten().collect();
+    let taken = |vm: VmIndex| {
+        let share = search.draft.placement().taken_by(vm).share_of(&capacity);
+        pending.iter().map(|resource| share[*resource]).sum::<f64>()
+    };
     guests.sort_by(|one, other| taken(*other).total_cmp(&taken(*one)).then(one.cmp(other)));
-    guests.truncate(LOOKED_AT);
+    guests.truncate(GUESTS);
     guests
 }
 
-/// Other hosts, those with most left of what they have least of first.
-fn roomiest(search: &Search<'_>, host: HostIndex) -> Vec<HostIndex> {
-    let cluster = search.problem.cluster;
-    let hosts = cluster.host_indices().filter(|other| *other != host);
-    let mut hosts: Vec<(f64, HostIndex)> = hosts
-        .filter(|other| !search.busy.contains(other))
-        .map(|other| {
-            let shares = search.placement().share(other);
-            let tightest = Resource::ALL.into_iter().map(|resource| shares[resource]);
-            (tightest.fold(0.0, f64::max), other)
-        })
-        .collect();
-    hosts.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.1.cmp(&other.1)));
-    hosts.into_iter().map(|(_, host)| host).collect()
+/// How `vm` can get from `here` to `to` by way of `other`, which runs there.
+fn ways(
+    here: HostIndex,
+    vm: VmIndex,
+    other: VmIndex,
+    to: HostIndex,
+    thirds: &[HostIndex],
+) -> Vec<Vec<(VmIndex, HostIndex)>> {
+    let mut ways = vec![vec![(other, here), (vm, to)], vec![(vm, to), (other, here)]];
+    for third in thirds.iter().filter(|third| **third != to && **third != here) {
+        ways.push(vec![(other, *third), (vm, to)]);
+        ways.push(vec![(other, *third), (vm, to), (other, here)]);
+    }
+    ways
 }
 
-/// Chains that are tried on a copy.
-struct Tries<'a, 'b> {
-    search: &'a Search<'b>,
-    /// The one to relieve.
+/// What all steps together are worth, if each may be made and leaves nothing worse than limits allow.
+fn worth_s(
+    search: &mut Search<'_, '_>,
     host: HostIndex,
-    outlook: Outlook<'b>,
-    best: Option<Vec<Move>>,
-    best_s: f64,
+    pending: &[Resource],
+    steps: &[(VmIndex, HostIndex)],
+) -> Option<f64> {
+    if steps.len() > search.draft.moves_left() || !is_possible(search, steps) {
+        return None;
+    }
+    let mut hosts: Vec<HostIndex> =
+        steps.iter().flat_map(|(vm, to)| [search.draft.placement().host_of(*vm), *to]).collect();
+    hosts.sort_unstable();
+    hosts.dedup();
+    let sum = |search: &mut Search<'_, '_>| -> f64 {
+        hosts.iter().map(|host| search.trouble(*host)).sum()
+    };
+    let before = sum(search);
+    let was = search.draft.placement().usage(host);
+    let (after, is) =
+        search.on_trial(steps, |search| (sum(search), search.draft.placement().usage(host)));
+    let (limit, settings) = (search.draft.limit(host), search.settings);
+    let relieves = |resource: &Resource| is[*resource] < was[*resource];
+    if !pending.iter().all(|resource| relieves(resource) && is[*resource] <= limit[*resource]) {
+        return None;
+    }
+    let mut price_s = 0.0;
+    let mut talked = 0.0;
+    for (at, (vm, to)) in steps.iter().enumerate() {
+        let from = search.draft.placement().host_of(*vm);
+        price_s += search.price_s(&search.cost(&[*vm], from, *to));
+        let earlier = steps.get(..at).unwrap_or_default();
+        talked += search.on_trial(earlier, |search| search.quieter(&[*vm], *to));
+    }
+    let cured = pending.len() as f64 * settings.hot_weight;
+    let saved = before - after + cured + settings.talk_weight * talked;
+    Some(saved * settings.horizon_s - price_s)
 }
 
-impl Tries<'_, '_> {
-    /// The two change places.
-    fn swap(&mut self, vm: VmIndex, other: VmIndex) {
-        let placement = self.search.placement();
-        let (here, there) = (placement.host_of(vm), placement.host_of(other));
-        let orders = [[(other, here), (vm, there)], [(vm, there), (other, here)]];
-        for order in orders {
-            self.consider(&order);
-        }
-    }
-
-    /// The other goes to a third host, to stay there or, where that helps more, only until there is room here.
-    fn third(&mut self, vm: VmIndex, other: VmIndex, third: HostIndex) {
-        let placement = self.search.placement();
-        let (here, there) = (placement.host_of(vm), placement.host_of(other));
-        self.consider(&[(other, third), (vm, there)]);
-        self.consider(&[(other, third), (vm, there), (other, here)]);
-    }
-
-    /// Remembers a chain if it may be made and is the best so far.
-    fn consider(&mut self, steps: &[(VmIndex, HostIndex)]) {
-        let mut chain = Vec::with_capacity(steps.len());
-        let mut beside = 0.0;
-        let is_possible = steps.iter().all(|(vm, to)| match self.step(*vm, *to) {
-            Some((step, more)) => {
-                beside += more;
-                chain.push(step);
-                true
-            }
-            None => false,
-        });
-        let worth_s = is_possible.then(|| self.worth_s(&chain, beside)).flatten();
-        for step in chain.iter().rev() {
-            self.outlook.go(step.vm, step.from);
-        }
-        if let (Some(worth_s), Some(last)) = (worth_s, chain.last_mut())
-            && worth_s > self.best_s
+/// Whether each step may be made after those before it, and there is room for the peaks of those who came.
+fn is_possible(search: &mut Search<'_, '_>, steps: &[(VmIndex, HostIndex)]) -> bool {
+    for (at, (vm, to)) in steps.iter().enumerate() {
+        let (vm, to) = (*vm, *to);
+        let is_free = search.draft.unit(vm).len() == 1 && search.draft.held(vm).is_none();
+        let stays = steps.iter().skip(at + 1).all(|(later, _)| *later != vm);
+        let want = if stays { Want::Peak } else { Want::Present };
+        let earlier = steps.get(..at).unwrap_or_default();
+        if !is_free
+            || !search.on_trial(earlier, |search| search.draft.admits(&[vm], to, want).is_ok())
         {
-            last.worth_s = worth_s;
-            self.best_s = worth_s;
-            self.best = Some(chain);
+            return false;
         }
     }
-
-    /// Makes a step on the copy, if it may be made and there is memory for it: the step, and what it saves beside overload.
-    fn step(&mut self, vm: VmIndex, to: HostIndex) -> Option<(Move, f64)> {
-        self.search.may_go(&self.outlook, vm, to).ok()?;
-        let (_, there) = self.outlook.loads_after(vm, to);
-        // Whatever else there is too little of on the way is there again at the end.
-        if !self.outlook.holds(to, &there) {
-            return None;
-        }
-        let beside = self.search.beside(&self.outlook, vm, to);
-        let from = self.outlook.placement().host_of(vm);
-        self.outlook.go(vm, to);
-        Some((Move { vm, from, to, worth_s: 0.0, cost: self.search.cost(vm) }, beside))
-    }
-
-    /// What all steps together are worth, if all hosts but the one to relieve are well then.
-    fn worth_s(&self, chain: &[Move], beside: f64) -> Option<f64> {
-        let hosts: BTreeSet<HostIndex> =
-            chain.iter().flat_map(|step| [step.from, step.to]).collect();
-        let mut saved = beside;
-        for host in hosts {
-            let (before, after) = (self.search.outlook.load(host), self.outlook.load(host));
-            match chain.iter().any(|step| step.to == host) && host != self.host {
-                true => self.search.outlook.carries(host, &after).ok()?,
-                false => self.search.outlook.carries_on(host, &after).ok()?,
-            }
-            saved += self.outlook.overload(host, &before) - self.outlook.overload(host, &after);
-        }
-        let price_s: f64 = chain.iter().map(|step| self.search.price_s(&step.cost)).sum();
-        Some(saved * self.search.settings.horizon_s - price_s)
-    }
+    true
 }

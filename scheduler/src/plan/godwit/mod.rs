@@ -1,20 +1,23 @@
 //! Godwit's own policy: as little overload as possible, for as few bytes and pauses as possible.
 //!
-//! All of it is one sum in seconds: the overload to be expected of all hosts over the next ten minutes (`outlook`), what
-//! guests exchange across network interfaces, and against it what migrations take, as the engine predicts it. A move is
-//! made if it lowers that sum by enough. Moves are looked for from hosts that are hotspots or are to be emptied, the worst
-//! first:
+//! All of it is one sum in seconds: what is wrong with all hosts over the next ten minutes ([`outlook`]), what guests
+//! exchange across network interfaces, and against it what migrations take, as the engine predicts it. A move is made if it
+//! lowers that sum.
 //!
 //! ```text
-//!   one guest to one host           (search)
-//!   ─► if none helps enough: room is made at the other host, whose guest goes to a third or comes here  (chain)
-//!   ─► again, until no hotspot is left, no move helps, or there are enough moves
+//!   memory for guests that lack it, or soon will                        (memory)
+//!   ─► hosts that have too much to do, the worst first                  (search)
+//!        one guest to one host
+//!        ─► if none helps: room is made at the other host, whose guest
+//!           goes to a third or comes here                               (chain)
+//!        ─► again, until the host is well and no move is worth its price
+//!   ─► hosts that are to be emptied
+//!   ─► hosts that are likely to have too much to do, while moves are worth much
 //! ```
 //!
-//! What keeps guests from wandering: a move must be worth a share of what is wrong with its host; a guest that has moved
-//! stays for a while and does not go back for longer; a destination must carry the guest within the limits, and its expected
-//! overload counts. Memory is grown before anything moves, as the papers do, since a guest that swaps needs processors for
-//! that, too.
+//! What keeps guests from wandering: a move must be worth more than it costs, a guest that has moved lately is not moved if
+//! another can be, and a destination must have room for what comes at its peak, and is judged by what is to be expected
+//! there.
 
 mod chain;
 mod memory;
@@ -27,6 +30,8 @@ mod words;
 use serde::{Deserialize, Serialize};
 
 use self::search::Search;
+use super::balloon::BalloonSettings;
+use super::draft::Draft;
 use super::{Plan, Policy, Problem};
 
 /// What counts how much.
@@ -43,8 +48,14 @@ pub struct Settings {
     pub moving_weight_s: f64,
     /// Share of a second of overload that a second of traffic across interfaces counts, where it fills an interface.
     pub talk_weight: f64,
-    /// Share of its host's expected overload that a move must save to be made.
-    pub margin: f64,
+    /// Share of a second of overload that a second counts in which a host has more to do than it should.
+    pub hot_weight: f64,
+    /// By what share of what it wants a guest's load is taken to vary, beside what was seen.
+    pub unknown: f64,
+    /// Seconds of overload that a move must save beyond its price where no hotspot was found.
+    pub margin_s: f64,
+    /// When guests get memory before they lack it.
+    pub balloon: BalloonSettings,
 }
 
 impl Default for Settings {
@@ -55,7 +66,10 @@ impl Default for Settings {
             pause_weight_s: 20.0,
             moving_weight_s: 0.2,
             talk_weight: 0.2,
-            margin: 0.1,
+            hot_weight: 0.1,
+            unknown: 0.25,
+            margin_s: 20.0,
+            balloon: BalloonSettings::default(),
         }
     }
 }
@@ -80,6 +94,9 @@ impl Policy for Godwit {
     }
 
     fn plan(&self, problem: &Problem<'_>) -> Plan {
-        Search::new(problem, &self.settings).run()
+        match Draft::new(problem) {
+            Ok(draft) => Search::new(draft, &self.settings).run(),
+            Err(plan) => plan,
+        }
     }
 }

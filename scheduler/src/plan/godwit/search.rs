@@ -1,200 +1,255 @@
-//! Moves of one guest to one host, and the order in which hosts are relieved.
+//! Which guest goes where, and the order in which hosts are relieved.
 
-use std::collections::BTreeSet;
-
-use super::outlook::Outlook;
+use super::outlook::{Load, Outlook};
 use super::{Settings, chain, memory, words};
-use crate::cost::{self, MigrationCost};
-use crate::model::{HostIndex, HostState, Obstacle, Placement, Resource, VmIndex};
-use crate::plan::{Action, Plan, Problem, Step};
+use crate::cost::MigrationCost;
+use crate::model::{HostIndex, HostState, Resource, VmIndex};
+use crate::plan::Plan;
+use crate::plan::draft::Draft;
+use crate::plan::drain;
+use crate::plan::hot::Hot;
+use crate::plan::room::{Outcome, Want, is_within};
+use crate::plan::words::Refusals;
 
-/// What it is worth to have a guest leave a host that is to be emptied, in horizons of overload.
-const DRAIN_WORTH: f64 = 100.0;
+/// Destinations that are looked at, beside those where a guest's peers are; more only while there is none with room.
+const LOOKED_AT: usize = 24;
 
-/// Expected overload below which a host needs no relief, hotspot or not.
-const QUIET: f64 = 0.02;
+/// Guests on destinations that are judged in one plan: it has to end.
+const JUDGED_MAX: usize = 60_000;
 
-/// A move, and what it is good for.
-#[derive(Debug, Clone, Copy)]
+/// Guests that move together to one host, and what that is good for.
+#[derive(Debug, Clone)]
 pub(super) struct Move {
-    pub(super) vm: VmIndex,
+    pub(super) unit: Vec<VmIndex>,
     pub(super) from: HostIndex,
     pub(super) to: HostIndex,
-    /// Seconds of overload that it saves, its cost taken off.
+    /// Whether one of them has moved not long ago.
+    is_recent: bool,
+    priority: u8,
+    /// Seconds of overload that it saves, its price taken off.
     pub(super) worth_s: f64,
     pub(super) cost: MigrationCost,
 }
 
 /// A plan in the making.
 #[derive(Debug)]
-pub(super) struct Search<'a> {
-    pub(super) problem: &'a Problem<'a>,
+pub(super) struct Search<'a, 'p> {
+    pub(super) draft: Draft<'p>,
     pub(super) settings: &'a Settings,
-    pub(super) outlook: Outlook<'a>,
-    /// Guests that the plan moves already.
-    moved: BTreeSet<VmIndex>,
-    /// Hosts that the plan uses already.
-    pub(super) busy: BTreeSet<HostIndex>,
-    plan: Plan,
+    pub(super) outlook: Outlook,
+    /// Hosts that take guests and how full they are, those with most left first.
+    roomiest: Vec<(f64, HostIndex)>,
+    judged_left: usize,
+    /// Hosts for which chains may still be looked for.
+    pub(super) chains_left: usize,
 }
 
-impl<'a> Search<'a> {
-    pub(super) fn new(problem: &'a Problem<'a>, settings: &'a Settings) -> Self {
-        let cluster = problem.cluster;
-        let migrating = cluster.host_indices().filter(|host| cluster.host(*host).is_migrating);
-        Self {
-            problem,
-            settings,
-            outlook: Outlook::new(cluster, problem.limits.share_max),
-            moved: BTreeSet::new(),
-            busy: migrating.collect(),
-            plan: Plan::default(),
-        }
+impl<'a, 'p> Search<'a, 'p> {
+    pub(super) fn new(draft: Draft<'p>, settings: &'a Settings) -> Self {
+        let weights = (settings.hot_weight, settings.unknown);
+        let share_max = draft.problem().limits.share_max;
+        let outlook = Outlook::new(draft.placement(), share_max, weights);
+        let full = |host| (outlook.fullness(draft.placement(), host), host);
+        let roomiest = draft.destinations().into_iter().map(full).collect();
+        let (judged_left, chains_left) = (JUDGED_MAX, chain::CHAINS_MAX);
+        let mut search = Self { draft, settings, outlook, roomiest, judged_left, chains_left };
+        search.sort();
+        search
     }
 
     pub(super) fn run(mut self) -> Plan {
-        self.grow();
-        let mut hosts = self.hosts();
-        while !hosts.is_empty() && self.plan.moves().count() < self.problem.limits.moves_max {
-            let worst = hosts.iter().copied().enumerate().max_by(|(_, one), (_, other)| {
-                self.trouble(*one).total_cmp(&self.trouble(*other)).then(other.cmp(one))
-            });
-            let Some((place, host)) = worst else { break };
-            let is_draining = self.problem.cluster.host(host).state == HostState::Draining;
-            hosts.swap_remove(place);
-            if self.busy.contains(&host) || (!is_draining && self.trouble(host) < QUIET) {
-                continue;
-            }
-            let best = self.best(host);
-            let enough_s = self.enough_s(host);
-            let single = best.filter(|best| best.worth_s > enough_s);
-            match chain::better(&self, host, single) {
-                Some(chain) => self.take_all(&chain),
-                None => match single {
-                    Some(best) => self.take_all(&[best]),
-                    None => self.plan.notes.push(words::stays(&self, host, best)),
-                },
-            }
+        let mut hot = self.draft.hot_hosts();
+        let trouble = |hot: &Hot<'_>| self.trouble(hot.host);
+        hot.sort_by(|one, other| {
+            trouble(other).total_cmp(&trouble(one)).then(one.host.cmp(&other.host))
+        });
+        for hot in &hot {
+            memory::grow(&mut self, hot);
         }
-        self.plan
+        memory::provide(&mut self);
+        for hot in &hot {
+            self.cure(hot);
+        }
+        drain::drain(&mut self.draft);
+        self.draft.finish()
     }
 
-    /// Gives memory to those who swap; of one host, to one at a time.
-    fn grow(&mut self) {
-        let mut given = BTreeSet::new();
-        for hotspot in self.problem.hotspots {
-            let step = memory::grown(self, hotspot).filter(|_| given.insert(hotspot.host));
-            self.plan.steps.extend(step);
+    /// Relieves a host until it is well and nothing more is worth its price.
+    fn cure(&mut self, hot: &Hot<'_>) {
+        let mut pending = self.draft.pending(hot);
+        if !pending.is_empty() {
+            self.draft.note_held(hot.host);
+        }
+        while !pending.is_empty() {
+            if self.draft.moves_left() == 0 {
+                self.draft.note(format!(
+                    "{}: the plan has no moves left",
+                    self.draft.host_name(hot.host)
+                ));
+                return;
+            }
+            let (best, refusals) = self.best(hot.host, &pending);
+            let single = best.as_ref().filter(|best| best.worth_s > 0.0);
+            match (chain::better(self, hot, &pending, single), single) {
+                (Some(steps), _) => chain::take(self, hot, &steps),
+                (None, Some(best)) => self.take(hot, &best.clone()),
+                (None, None) => {
+                    let words = words::stays(self, hot, best.as_ref(), &refusals);
+                    self.draft.note(words);
+                    return;
+                }
+            }
+            memory::grow(self, hot);
+            pending = self.draft.pending(hot);
+        }
+        while self.draft.moves_left() > 0 {
+            let (best, _) = self.best(hot.host, &[]);
+            let Some(best) = best.filter(|best| best.worth_s > self.settings.margin_s) else {
+                return;
+            };
+            self.take(hot, &best);
         }
     }
 
-    /// Those to relieve: hotspots, and hosts that are to be emptied.
-    fn hosts(&self) -> Vec<HostIndex> {
-        let cluster = self.problem.cluster;
-        let hot = self.problem.hotspots.iter().map(|hotspot| hotspot.host);
-        let draining = cluster.host_indices();
-        let draining = draining.filter(|host| cluster.host(*host).state == HostState::Draining);
-        let found: BTreeSet<HostIndex> = hot.chain(draining).collect();
-        found.into_iter().filter(|host| cluster.host(*host).state != HostState::Silent).collect()
-    }
-
-    /// Expected overload of a host; more than any for one that is to be emptied.
+    /// What is wrong with a host.
     pub(super) fn trouble(&self, host: HostIndex) -> f64 {
-        let overload = self.outlook.overload(host, &self.outlook.load(host));
-        match self.problem.cluster.host(host).state {
-            HostState::Draining => DRAIN_WORTH + overload,
-            _ => overload,
+        let load = self.outlook.load(self.draft.placement(), host);
+        self.trouble_with(host, &load)
+    }
+
+    fn trouble_with(&self, host: HostIndex, load: &Load) -> f64 {
+        self.outlook.trouble(self.draft.cluster(), host, load)
+    }
+
+    /// The best move away from a host that takes something of what is pending off it.
+    fn best(&mut self, host: HostIndex, pending: &[Resource]) -> (Option<Move>, Refusals) {
+        let units = self.draft.movable_units(host);
+        let moves_left = self.draft.moves_left();
+        let units: Vec<_> = units.into_iter().filter(|unit| unit.len() <= moves_left).collect();
+        let mut refusals = Refusals::default();
+        let mut best = None;
+        let mut begin = 0;
+        while best.is_none() && begin < self.roomiest.len() && self.judged_left > 0 {
+            for unit in &units {
+                for to in self.destinations(unit, begin) {
+                    self.judged_left = self.judged_left.saturating_sub(1);
+                    match self.draft.admits(unit, to, Want::Peak) {
+                        Ok(outcome) => {
+                            if !pending.is_empty() && !self.draft.helps(host, pending, &outcome) {
+                                refusals.add_words("that would not relieve its host");
+                                continue;
+                            }
+                            let next = self.judge(unit, to, pending, &outcome);
+                            if best.as_ref().is_none_or(|best| is_better(&next, best)) {
+                                best = Some(next);
+                            }
+                        }
+                        Err(obstacle) => refusals.add(obstacle),
+                    }
+                }
+            }
+            begin += LOOKED_AT;
         }
+        (best, refusals)
     }
 
-    /// What a move away from a host must be worth.
-    fn enough_s(&self, host: HostIndex) -> f64 {
-        let overload = self.outlook.overload(host, &self.outlook.load(host));
-        self.settings.margin * overload * self.settings.horizon_s
-    }
-
-    /// The best move away from a host.
-    fn best(&self, host: HostIndex) -> Option<Move> {
-        let guests = self.outlook.placement().guests(host).iter();
-        let to = |vm: VmIndex| self.problem.cluster.host_indices().map(move |to| (vm, to));
-        let moves = guests.flat_map(|vm| to(*vm));
-        let moves = moves.filter_map(|(vm, to)| self.judged(vm, to).ok());
-        moves.reduce(|best, next| if is_better(&next, &best) { next } else { best })
-    }
-
-    /// What a move is worth, if it may be made.
-    pub(super) fn judged(&self, vm: VmIndex, to: HostIndex) -> Result<Move, Obstacle> {
-        let outlook = &self.outlook;
-        self.may_go(outlook, vm, to)?;
-        let (source, destination) = outlook.loads_after(vm, to);
-        outlook.carries(to, &destination).map_err(Obstacle::Room)?;
-        let from = outlook.placement().host_of(vm);
-        // Who leaves those it talks with makes traffic of that.
-        outlook.carries_on(from, &source).map_err(Obstacle::Room)?;
-        let before = [from, to].map(|host| outlook.overload(host, &outlook.load(host)));
-        let after = [(from, &source), (to, &destination)];
-        let after = after.map(|(host, load)| outlook.overload(host, load));
-        let saved = before.iter().sum::<f64>() - after.iter().sum::<f64>();
-        let saved = saved + self.beside(outlook, vm, to);
-        let cost = self.cost(vm);
-        let worth_s = saved * self.settings.horizon_s - self.price_s(&cost);
-        Ok(Move { vm, from, to, worth_s, cost })
-    }
-
-    /// What a move saves beside overload, in horizons of it.
-    pub(super) fn beside(&self, outlook: &Outlook<'_>, vm: VmIndex, to: HostIndex) -> f64 {
-        let from = outlook.placement().host_of(vm);
-        let is_draining = self.problem.cluster.host(from).state == HostState::Draining;
-        let drained = if is_draining { DRAIN_WORTH } else { 0.0 };
-        drained + self.settings.talk_weight * self.quieter(outlook, vm, to)
-    }
-
-    pub(super) fn cost(&self, vm: VmIndex) -> MigrationCost {
-        cost::predict(self.problem.cluster.vm(vm), self.problem.limits.link_mbit)
-    }
-
-    /// Whether rules and the recent past let a guest go there, and both hosts have no other migration.
-    pub(super) fn may_go(
-        &self,
-        outlook: &Outlook<'_>,
-        vm: VmIndex,
-        to: HostIndex,
-    ) -> Result<(), Obstacle> {
-        let placement = outlook.placement();
-        let from = placement.host_of(vm);
-        placement.may_go(vm, to)?;
-        if self.moved.contains(&vm) {
-            return Err(Obstacle::OnItsWay);
+    /// Where guests could go: some of the hosts with most left, and in the first round those that have to do with them.
+    fn destinations(&self, unit: &[VmIndex], begin: usize) -> Vec<HostIndex> {
+        let roomiest = self.roomiest.iter().skip(begin).take(LOOKED_AT).map(|(_, host)| *host);
+        let mut hosts: Vec<_> = roomiest.collect();
+        if begin > 0 {
+            return hosts;
         }
-        if self.busy.contains(&to) || self.busy.contains(&from) {
-            return Err(Obstacle::HostMigrates);
-        }
-        let (cluster, limits) = (self.problem.cluster, self.problem.limits);
-        if let Some(last) = cluster.vm(vm).last_move {
-            let ago_s = self.problem.now_s - last.at_s;
-            if ago_s < limits.stay_s || (last.from == to && ago_s < limits.back_after_s) {
-                return Err(Obstacle::CameFromThere);
+        let (cluster, placement) = (self.draft.cluster(), self.draft.placement());
+        let peers = unit.iter().flat_map(|vm| cluster.traffic.peers(*vm));
+        let peers = peers.map(|(peer, _)| placement.host_of(*peer));
+        let only = unit.iter().filter_map(|vm| cluster.rules.only_on.get(vm)).flatten().copied();
+        for host in peers.chain(only) {
+            let takes = || {
+                let at = cluster.host(host);
+                at.state == HostState::Active && !at.is_migrating && !self.draft.is_hot(host)
+            };
+            if !hosts.contains(&host) && takes() {
+                hosts.push(host);
             }
         }
-        // A group is not torn for a hotspot; off a host that is to be emptied, all follow the first.
-        let is_draining = cluster.host(from).state == HostState::Draining;
-        let is_left = |host| host == to || (is_draining && host == from);
-        let groups = cluster.rules.together.iter().filter(|group| group.contains(&vm));
-        let mut others = groups.flatten().filter(|other| **other != vm);
-        let stays = others.find(|other| !is_left(placement.host_of(**other)));
-        stays.map_or(Ok(()), |other| Err(Obstacle::Together(*other)))
+        hosts
     }
 
-    /// By how much less of the two hosts' interfaces is used for talk between guests, in shares.
-    fn quieter(&self, outlook: &Outlook<'_>, vm: VmIndex, to: HostIndex) -> f64 {
-        let placement = outlook.placement();
-        let from = placement.host_of(vm);
-        let less_mbit = placement.talk_mbit(vm, to) - placement.talk_mbit(vm, from);
-        let of = |host| {
-            let capacity_mbit = self.problem.cluster.host(host).capacity[Resource::Network];
-            if capacity_mbit > 0.0 { less_mbit / capacity_mbit } else { 0.0 }
+    /// What a move is worth that is possible.
+    fn judge(
+        &mut self,
+        unit: &[VmIndex],
+        to: HostIndex,
+        pending: &[Resource],
+        outcome: &Outcome,
+    ) -> Move {
+        let cluster = self.draft.cluster();
+        let first = unit.first().copied().unwrap_or(VmIndex(0));
+        let from = self.draft.placement().host_of(first);
+        let before = self.trouble(from) + self.trouble(to);
+        let talked = self.quieter(unit, to);
+        let after = if let [vm] = unit {
+            let (source, there) = self.outlook.loads_after(self.draft.placement(), *vm, to);
+            self.trouble_with(from, &source) + self.trouble_with(to, &there)
+        } else {
+            let steps: Vec<_> = unit.iter().map(|vm| (*vm, to)).collect();
+            self.on_trial(&steps, |search| search.trouble(from) + search.trouble(to))
         };
-        of(from) + of(to)
+        let limit = self.draft.limit(from);
+        let cured = |resource: &&Resource| outcome.source[**resource] <= limit[**resource];
+        let cured = pending.iter().filter(cured).count() as f64 * self.settings.hot_weight;
+        let saved = before - after + cured + self.settings.talk_weight * talked;
+        let cost = self.cost(unit, from, to);
+        Move {
+            unit: unit.to_vec(),
+            from,
+            to,
+            is_recent: unit.iter().any(|vm| self.is_recent(*vm)),
+            priority: unit.iter().map(|vm| cluster.vm(*vm).priority).max().unwrap_or_default(),
+            worth_s: saved * self.settings.horizon_s - self.price_s(&cost),
+            cost,
+        }
+    }
+
+    /// What is so after some moves, which are taken back.
+    pub(super) fn on_trial<T>(
+        &mut self,
+        steps: &[(VmIndex, HostIndex)],
+        what: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        let mut gone = vec![];
+        for (vm, to) in steps {
+            let from = self.draft.placement().host_of(*vm);
+            self.outlook.go(*vm, from, *to);
+            self.draft.placement.go(*vm, *to);
+            gone.push((*vm, from, *to));
+        }
+        let found = what(self);
+        for (vm, from, to) in gone.into_iter().rev() {
+            self.outlook.go(vm, to, from);
+            self.draft.placement.go(vm, from);
+        }
+        found
+    }
+
+    /// Whether a guest has moved not long ago.
+    fn is_recent(&self, vm: VmIndex) -> bool {
+        let problem = self.draft.problem();
+        let last = self.draft.cluster().vm(vm).last_move;
+        last.is_some_and(|last| is_within(problem.now_s - last.at_s, problem.limits.back_after_s))
+    }
+
+    /// What it takes to move guests one after the other.
+    pub(super) fn cost(&self, unit: &[VmIndex], from: HostIndex, to: HostIndex) -> MigrationCost {
+        let mut all = MigrationCost { wire_mib: 0.0, total_s: 0.0, downtime_ms: 0.0 };
+        for vm in unit {
+            let one = self.draft.cost(*vm, from, to);
+            all.wire_mib += one.wire_mib;
+            all.total_s += one.total_s;
+            all.downtime_ms += one.downtime_ms;
+        }
+        all
     }
 
     pub(super) fn price_s(&self, cost: &MigrationCost) -> f64 {
@@ -204,30 +259,51 @@ impl<'a> Search<'a> {
             + settings.moving_weight_s * cost.total_s
     }
 
-    /// Makes moves part of the plan, one after the other.
-    fn take_all(&mut self, moves: &[Move]) {
-        for (wave, step) in (0..).zip(moves) {
-            let reason = words::leaves(self, step);
-            self.outlook.go(step.vm, step.to);
-            self.moved.insert(step.vm);
-            let Move { vm, from, to, cost, .. } = *step;
-            self.plan.steps.push(Step {
-                action: Action::Migrate { vm, from, to, cost },
-                wave,
-                reason,
-            });
-        }
-        // Of hosts and interfaces, a migration at a time.
-        self.busy.extend(moves.iter().flat_map(|step| [step.from, step.to]));
+    /// By how much less of the two hosts' interfaces is used for talk between guests, in shares.
+    pub(super) fn quieter(&self, unit: &[VmIndex], to: HostIndex) -> f64 {
+        let Some(from) = unit.first().map(|vm| self.draft.placement().host_of(*vm)) else {
+            return 0.0;
+        };
+        let less_mbit = self.draft.talk_mbit(unit, to) - self.draft.talk_mbit(unit, from);
+        let of = |host| {
+            let capacity_mbit = self.draft.cluster().host(host).capacity[Resource::Network];
+            if capacity_mbit > 0.0 { less_mbit / capacity_mbit } else { 0.0 }
+        };
+        of(from) + of(to)
     }
 
-    pub(super) const fn placement(&self) -> &Placement<'a> {
-        self.outlook.placement()
+    /// Makes a move part of the plan.
+    fn take(&mut self, hot: &Hot<'_>, best: &Move) {
+        let reason = words::leaves(self, hot, best);
+        self.carry_out(&best.unit, best.to, &reason);
+    }
+
+    pub(super) fn carry_out(&mut self, unit: &[VmIndex], to: HostIndex, reason: &str) {
+        for vm in unit {
+            let from = self.draft.placement().host_of(*vm);
+            self.outlook.go(*vm, from, to);
+        }
+        self.draft.migrate(unit, to, reason);
+        self.sort();
+    }
+
+    /// Puts destinations in order as they are now.
+    fn sort(&mut self) {
+        for (full, host) in &mut self.roomiest {
+            *full = self.outlook.fullness(self.draft.placement(), *host);
+        }
+        self.roomiest.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.1.cmp(&other.1)));
+    }
+
+    /// Hosts that take guests, those with most left first.
+    pub(super) fn roomiest(&self) -> impl Iterator<Item = HostIndex> + '_ {
+        self.roomiest.iter().map(|(_, host)| *host)
     }
 }
 
-/// Whether a move is better than another; of equals the one to the earlier host, of the earlier guest.
-pub(super) fn is_better(one: &Move, other: &Move) -> bool {
-    let order = one.worth_s.total_cmp(&other.worth_s);
-    order.then((other.vm, other.to).cmp(&(one.vm, one.to))).is_gt()
+/// Whether a move is better than another; of equals that of the earlier guests to the earlier host.
+fn is_better(one: &Move, other: &Move) -> bool {
+    let key = |of: &Move| (of.is_recent, of.priority);
+    let order = key(other).cmp(&key(one)).then(one.worth_s.total_cmp(&other.worth_s));
+    order.then_with(|| (&other.unit, other.to).cmp(&(&one.unit, one.to))).is_gt()
 }

@@ -73,7 +73,7 @@ fn talkers_are_not_separated_and_are_brought_together() {
 #[test]
 fn guests_change_places_where_nothing_else_helps() {
     // The other host has memory for one of the large ones only after its small one is gone, and here is room for that.
-    let mut cluster = crowded(2, &[2.0, 1.8, 0.2, 0.2]);
+    let mut cluster = crowded(2, &[2.0, 1.8, 0.2, 0.0]);
     let guests = [(0, 7000.0), (0, 7000.0), (1, 7100.0), (1, 1560.0)];
     for (vm, (host, mib)) in cluster.vms.iter_mut().zip(guests) {
         (vm.usage.memory_mib, vm.peak.memory_mib, vm.memory.allocated_mib) = (mib, mib, mib);
@@ -95,15 +95,13 @@ fn guests_change_places_where_nothing_else_helps() {
 fn a_host_is_emptied() {
     let mut cluster = synthetic::cluster(3, 6);
     cluster.hosts[1].state = HostState::Draining;
-    for turn in 0..3 {
-        let now_s = f64::from(turn) * 1000.0;
-        let moves: Vec<_> = plan(&cluster, now_s).moves().collect();
-        assert_eq!(moves.len(), usize::from(turn < 2), "{moves:?}");
-        for (vm, from, to) in moves {
-            assert_eq!(from, HostIndex(1));
-            cluster.vms[vm.0].host = to;
-        }
+    let moves: Vec<_> = plan(&cluster, 0.0).moves().collect();
+    assert_eq!(moves.len(), 2, "{moves:?}");
+    for (vm, from, to) in moves {
+        assert_eq!(from, HostIndex(1));
+        cluster.vms[vm.0].host = to;
     }
+    assert_eq!(plan(&cluster, 1000.0).moves().count(), 0);
 }
 
 #[test]
@@ -113,7 +111,8 @@ fn who_came_does_not_go_back_soon() {
     cluster.vms.iter_mut().for_each(|vm| vm.last_move = last_move);
     let early = plan(&cluster, 300.0);
     assert_eq!(early.moves().count(), 0);
-    assert!(early.notes[0].contains("it came from there not long ago"), "{:?}", early.notes);
+    let says = |note: &String| note.contains("it came from there not long ago");
+    assert!(early.notes.iter().any(says), "{:?}", early.notes);
     assert_eq!(plan(&cluster, 700.0).moves().count(), 1);
 }
 
@@ -176,19 +175,24 @@ prop_compose! {
 }
 
 proptest! {
-    /// No step breaks a rule or fills a host's memory, and where a plan ends nobody is over a limit who was not before.
+    /// No move breaks a rule, and where a plan ends nobody is over a limit who was not before.
     #[test]
     fn plans_are_sound(cluster in clusters()) {
         let plan = plan(&cluster, 0.0);
         let limits = Limits::default();
         let mut placement = Placement::new(&cluster);
         let before = placement.clone();
-        for (vm, from, to) in plan.moves() {
-            prop_assert_eq!(placement.host_of(vm), from);
-            prop_assert_eq!(placement.may_go(vm, to), Ok(()));
-            placement.go(vm, to);
-            let share = placement.share(to).memory_mib;
-            prop_assert!(share <= limits.share_max.memory_mib + 1e-9, "{share}");
+        for step in &plan.steps {
+            match step.action {
+                Action::Migrate { vm, from, to, .. } => {
+                    prop_assert_eq!(placement.host_of(vm), from);
+                    prop_assert_eq!(placement.may_go(vm, to), Ok(()));
+                    placement.go(vm, to);
+                    let share = placement.share(to).memory_mib;
+                    prop_assert!(share <= limits.share_max.memory_mib + 1e-9, "{share}");
+                }
+                Action::Resize { vm, to_mib, .. } => placement.resize(vm, to_mib),
+            }
         }
         for host in cluster.host_indices() {
             for resource in Resource::ALL {

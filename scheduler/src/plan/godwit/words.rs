@@ -1,94 +1,75 @@
 //! Why a guest moves, or none does.
 
+use super::chain::Chain;
 use super::search::{Move, Search};
-use crate::model::{HostIndex, HostState, Placement, Resource};
+use crate::model::HostIndex;
+use crate::plan::hot::Hot;
+use crate::plan::words::{Refusals, list, shares};
 
-/// Why a guest leaves its host.
-pub(super) fn leaves(search: &Search<'_>, step: &Move) -> String {
-    let cluster = search.problem.cluster;
-    let Move { vm, from, to, worth_s, cost } = step;
-    let [source, target] = [from, to].map(|host| &cluster.host(*host).name);
-    let taken = search.placement().taken_by(*vm);
-    let (resource, there) = (tightest(search, *from), search.outlook.loads_after(*vm, *to).1);
-    let capacity = &cluster.host(*to).capacity;
-    let then = percent(there.mean.share_of(capacity)[resource]);
-    let why = match cluster.host(*from).state {
-        HostState::Draining => format!("{source} is to be emptied"),
-        _ => format!("{} of {source} is at {}", resource.name(), now(search, *from, resource)),
+/// Why guests leave a host.
+pub(super) fn leaves(search: &Search<'_, '_>, hot: &Hot<'_>, step: &Move) -> String {
+    let draft = &search.draft;
+    let Move { unit, from, to, worth_s, cost, .. } = step;
+    let (name, there) = (draft.unit_name(unit), draft.host_name(*to));
+    let talk_mbit = draft.talk_mbit(unit, *to);
+    let talk = if talk_mbit > 0.0 {
+        format!(", where it talks with guests ({talk_mbit:.0} Mbit/s)")
+    } else {
+        String::new()
     };
+    let then = draft.placement().share(*to);
     format!(
-        "{why}: {} ({:.2} cores, {:.0} MiB, {:.0} Mbit/s) goes to {target}, where {} is at {then} then; {:.0} MiB in {:.0} s \
-         with {:.0} ms of pause{}",
-        cluster.vm(*vm).name,
-        taken.cpu_cores,
-        taken.memory_mib,
-        taken.network_mbit,
-        resource.name(),
+        "{}. {name} to {there}{talk} is worth most: {worth_s:.0} s of overload to be expected beyond its price ({:.0} MiB in \
+         {:.1} s, {:.0} ms of pause); {there} has {} now",
+        has(search, hot, *from),
         cost.wire_mib,
         cost.total_s,
         cost.downtime_ms,
-        worth(*worth_s),
+        shares(&then),
     )
 }
 
-/// Of the earlier steps of a chain the last one says what they are worth.
-fn worth(worth_s: f64) -> String {
-    match worth_s > 0.0 {
-        true => format!(", worth {worth_s:.0} s of overload"),
-        false => ", which makes room for the next".into(),
-    }
+/// Why guests change places.
+pub(super) fn changes_places(search: &Search<'_, '_>, hot: &Hot<'_>, chain: &Chain) -> String {
+    let draft = &search.draft;
+    let step =
+        |(vm, to): &(_, HostIndex)| format!("{} to {}", draft.name(*vm), draft.host_name(*to));
+    let steps: Vec<String> = chain.steps.iter().map(step).collect();
+    let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
+    format!(
+        "{}, and no single move helps. One after the other, {} are worth {:.0} s of overload to be expected beyond their price",
+        has(search, hot, hot.host),
+        list(&steps),
+        chain.worth_s,
+    )
 }
 
 /// Why nothing leaves a host.
-pub(super) fn stays(search: &Search<'_>, host: HostIndex, best: Option<Move>) -> String {
-    let cluster = search.problem.cluster;
-    let resource = tightest(search, host);
-    let so_far = format!(
-        "{} of {} is at {}",
-        resource.name(),
-        cluster.host(host).name,
-        now(search, host, resource)
-    );
+pub(super) fn stays(
+    search: &Search<'_, '_>,
+    hot: &Hot<'_>,
+    best: Option<&Move>,
+    refusals: &Refusals,
+) -> String {
+    let so_far = has(search, hot, hot.host);
     match best {
-        Some(Move { vm, to, worth_s, cost, .. }) => format!(
+        Some(Move { unit, to, worth_s, cost, .. }) => format!(
             "{so_far}, and nothing moves: the best would be {} to {}, worth {worth_s:.0} s of overload after what {:.0} MiB cost",
-            cluster.vm(vm).name,
-            cluster.host(to).name,
+            search.draft.unit_name(unit),
+            search.draft.host_name(*to),
             cost.wire_mib,
         ),
-        None => format!("{so_far}, and no guest may leave: {}", obstacles(search, host)),
+        None => format!("{so_far}, and no guest may leave: {refusals}"),
     }
 }
 
-/// What keeps its guests, in the order of how often.
-fn obstacles(search: &Search<'_>, host: HostIndex) -> String {
-    let mut counts: Vec<(String, usize)> = vec![];
-    for vm in search.placement().guests(host) {
-        for to in search.problem.cluster.host_indices().filter(|to| *to != host) {
-            let Err(obstacle) = search.judged(*vm, to) else { continue };
-            let words = obstacle.to_string();
-            match counts.iter_mut().find(|(known, _)| *known == words) {
-                Some((_, count)) => *count += 1,
-                None => counts.push((words, 1)),
-            }
-        }
+/// What is wrong with a host.
+fn has(search: &Search<'_, '_>, hot: &Hot<'_>, host: HostIndex) -> String {
+    let (at, lack) = (search.draft.host_name(host), search.draft.lack(hot));
+    if lack.is_empty() {
+        let share = search.draft.placement().share(host);
+        format!("{at} is likely to have too much to do soon ({} now)", shares(&share))
+    } else {
+        format!("{at} has {lack}")
     }
-    counts.sort_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
-    let words: Vec<String> =
-        counts.into_iter().map(|(words, count)| format!("{words} ({count} times)")).collect();
-    if words.is_empty() { "there is none, or nowhere to go".into() } else { words.join(", ") }
-}
-
-fn tightest(search: &Search<'_>, host: HostIndex) -> Resource {
-    let shares = search.placement().share(host);
-    Placement::tightest(&shares, &search.problem.limits.share_max)
-}
-
-fn now(search: &Search<'_>, host: HostIndex, resource: Resource) -> String {
-    let limit = percent(search.problem.limits.share_max[resource]);
-    format!("{} (limit {limit})", percent(search.placement().share(host)[resource]))
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.0} %", share * 100.0)
 }

@@ -142,11 +142,17 @@ fn head(file: &File, lines: &Lines<'_>) -> Result<(), ScenarioError> {
     lines.between(("limits", 0, "link_mbit"), file.limits.link_mbit, (0.1, FIGURE_MAX))?;
     let step_mib = file.limits.memory_step_mib;
     lines.between(("limits", 0, "memory_step_mib"), step_mib, (0.1, FIGURE_MAX))?;
-    let settings = |table, result: Result<(), crate::detect::SettingsError>| {
+    let settings = |table: &str, result: Result<(), crate::detect::SettingsError>| {
         result.map_err(|error| {
             let what = format!("`{} = {}` cannot be", error.key, error.value);
-            let key = error.key.rsplit('.').next().unwrap_or(error.key);
-            lines.error((table, 0, key), what, error.remedy)
+            let (table, key) = match error.key.rsplit_once('.') {
+                Some((part, key)) => (format!("{table}.{part}"), key),
+                None => (table.to_owned(), error.key),
+            };
+            // Where only `k` is written, that is what is wrong with `n`.
+            let is_written = |key| lines.of(&table, 0, key) != lines.of(&table, 0, "");
+            let key = if key == "n" && !is_written(key) { "k" } else { key };
+            lines.error((&table, 0, key), what, error.remedy)
         })
     };
     settings("detect", file.detect.check())?;
@@ -300,7 +306,7 @@ fn fits(file: &File, lines: &Lines<'_>, hosts: &HashMap<&str, usize>) -> Result<
     let mut left: Vec<f64> = file
         .host
         .iter()
-        .map(|part| super::build::machine(part))
+        .map(super::build::machine)
         .map(|machine| machine.capacity.memory_mib - machine.own.memory_mib)
         .collect();
     for (at, vm) in file.vm.iter().enumerate() {

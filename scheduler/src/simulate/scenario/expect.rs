@@ -79,6 +79,7 @@ fn compared(part: &Compare, one: &Outcome, other: &Outcome) -> Verdict {
         Quantity::Talk => "traffic",
         Quantity::Cpu => "CPU in use",
         Quantity::Network => "network in use",
+        Quantity::Overload => "overload",
     };
     let of = part.of.as_deref().unwrap_or("all");
     let measured = part.measured.map(|percent| format!(" (measured: {percent:+.1} %)"));
@@ -90,8 +91,8 @@ fn compared(part: &Compare, one: &Outcome, other: &Outcome) -> Verdict {
     );
     let values = (value(part, one), value(part, other));
     match values {
-        (Some(one), Some(other)) if other > 0.0 => {
-            let percent = (one / other - 1.0) * 100.0;
+        (Some(one), Some(other)) if other > 0.0 || one <= 0.0 => {
+            let percent = if other > 0.0 { (one / other - 1.0) * 100.0 } else { 0.0 };
             let found = format!("{percent:+.1} % ({one:.3} for {other:.3})");
             Verdict { expected, found, holds: (low..=high).contains(&percent) }
         }
@@ -108,6 +109,7 @@ fn value(part: &Compare, outcome: &Outcome) -> Option<f64> {
         Quantity::Talk => services.map(|service| service.talk_mbit).collect(),
         Quantity::Cpu => hosts.map(|host| host.cpu_share).collect(),
         Quantity::Network => hosts.map(|host| host.network_share).collect(),
+        Quantity::Overload => vec![outcome.overload_s],
     };
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }

@@ -244,6 +244,8 @@ pub(super) enum Quantity {
     Cpu,
     /// A host's mean share of the interface in use.
     Network,
+    /// Host-seconds in which more was wanted than there is, of all hosts.
+    Overload,
 }
 
 /// `[[compare]]`: how results of two policies are expected to differ.

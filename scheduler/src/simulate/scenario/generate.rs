@@ -170,24 +170,29 @@ fn scale(part: &GeneratePart, world: &mut World) {
     }
 }
 
+/// Bursts of one guest.
+fn bursts(part: &GeneratePart, random: &mut Random, duration_s: f64) -> Vec<Surge> {
+    let mut bursts = vec![];
+    if part.bursts_per_day <= 0.0 {
+        return bursts;
+    }
+    let mut at_s = 0.0;
+    loop {
+        at_s += random.exponential(DAY_S / part.bursts_per_day).max(GRID_S);
+        if at_s >= duration_s {
+            return bursts;
+        }
+        let lasts_s = random.between(0.05, 1.0) * part.burst_s_max;
+        let factor = random.between(1.0, part.burst_factor_max);
+        bursts.push(Surge { from_s: at_s, until_s: at_s + lasts_s, factor });
+        at_s += lasts_s;
+    }
+}
+
 /// Bursts of guests, and crowds upon groups.
 fn surges(part: &GeneratePart, world: &mut World, random: &mut Random, duration_s: f64) {
-    let mut surges: Vec<Vec<Surge>> = Vec::new();
-    for _ in 0..world.guests.len() {
-        let mut own = vec![];
-        let mut at_s = 0.0;
-        while part.bursts_per_day > 0.0 {
-            at_s += random.exponential(DAY_S / part.bursts_per_day).max(GRID_S);
-            if at_s >= duration_s {
-                break;
-            }
-            let lasts_s = random.between(0.05, 1.0) * part.burst_s_max;
-            let factor = random.between(1.0, part.burst_factor_max);
-            own.push(Surge { from_s: at_s, until_s: at_s + lasts_s, factor });
-            at_s += lasts_s;
-        }
-        surges.push(own);
-    }
+    let mut surges: Vec<Vec<Surge>> =
+        (0..world.guests.len()).map(|_| bursts(part, random, duration_s)).collect();
     let mut members = vec![vec![]; world.services.len()];
     for (at, guest) in world.guests.iter().enumerate() {
         if let Some(members) = members.get_mut(guest.service) {

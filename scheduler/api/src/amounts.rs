@@ -3,9 +3,12 @@
 use std::ops::{Add, AddAssign, Index, IndexMut, Sub, SubAssign};
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 /// What a host can run out of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Resource {
     /// Processor time.
@@ -35,7 +38,7 @@ impl Resource {
 }
 
 /// So much of everything. Differences may be negative.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Amounts {
     /// Processors kept busy.

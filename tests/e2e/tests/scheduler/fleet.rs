@@ -1,0 +1,342 @@
+//! Hosts with agents and guests that the agents move.
+//!
+//! An agent's program for starting QEMUs asks this process by a file, which starts the QEMU as the framework does: so the
+//! guest's heartbeat and program are in hand wherever it runs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use framework::cluster::guest;
+use framework::{Cluster, Engine, Env, HostPlan, QemuKind, Vm, VmSpec};
+use scheduler::api::{ApiError, Client, View};
+use transport::{Identity, pki};
+
+/// How often agents look. Three of five figures make a hotspot.
+pub const INTERVAL_S: f64 = 2.0;
+
+/// The port of every agent.
+const PORT: u16 = 7790;
+
+const BOOT_WITHIN: Duration = Duration::from_secs(240);
+
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// A guest: its QEMUs, the last one where it runs or goes to.
+#[derive(Debug)]
+pub struct Guest {
+    /// The number of its host, of each of its QEMUs.
+    pub qemus: Vec<(usize, Vm)>,
+}
+
+type Guests = Arc<Mutex<BTreeMap<String, Guest>>>;
+
+/// Hosts, agents, guests.
+#[derive(Debug)]
+pub struct Fleet {
+    agents: Vec<Option<Engine>>,
+    guests: Guests,
+    starter: Option<JoinHandle<Result<()>>>,
+    end: Arc<AtomicBool>,
+    identities: tempfile::TempDir,
+    store: String,
+    extra: String,
+    cluster: Arc<Cluster>,
+    env: Env,
+}
+
+fn lock(guests: &Guests) -> std::sync::MutexGuard<'_, BTreeMap<String, Guest>> {
+    guests.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Fleet {
+    /// Hosts without agents and guests yet.
+    pub fn create(plans: &[HostPlan]) -> Result<Self> {
+        let env = Env::load()?;
+        let cluster = Arc::new(Cluster::create(plans)?);
+        let identities = tempfile::tempdir().context("No folder for identities")?;
+        let authority = identities.path();
+        pki::init(&authority.join("ca"), &pki::InitOptions::default())?;
+        for name in plans.iter().map(|plan| plan.name.as_str()).chain(["ops"]) {
+            pki::issue(&authority.join("ca"), name, &pki::IssueOptions::default())?;
+        }
+        let guests = Guests::default();
+        let end = Arc::new(AtomicBool::new(false));
+        let starter = {
+            let (env, cluster) = (env.clone(), Arc::clone(&cluster));
+            let (guests, end) = (Arc::clone(&guests), Arc::clone(&end));
+            std::thread::spawn(move || start_what_is_asked_for(&env, &cluster, &guests, &end))
+        };
+        let agents = plans.iter().map(|_| None).collect();
+        let (store, extra) = (String::new(), String::new());
+        let starter = Some(starter);
+        Ok(Self { agents, guests, starter, end, identities, store, extra, cluster, env })
+    }
+
+    /// The hosts.
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    /// The table `store` of agents' configurations; further tables behind it.
+    pub fn configure(&mut self, store: &str, extra: &str) {
+        (self.store, self.extra) = (store.to_owned(), extra.to_owned());
+    }
+
+    /// A file in a folder that all hosts see.
+    pub fn shared(&self, name: &str) -> PathBuf {
+        self.identities.path().join(name)
+    }
+
+    /// Boots guests, each by its number on its host, and gives hosts their limits.
+    pub fn boot(
+        &mut self,
+        on: &[(u8, usize)],
+        change: impl Fn(u8, VmSpec) -> Result<VmSpec>,
+    ) -> Result<()> {
+        for (number, host) in on {
+            let name = format!("vm{number}");
+            let spec = change(*number, guest(&name, *number, QemuKind::V10_0))?;
+            let vm = self.cluster.host(*host).start(&self.env, spec)?;
+            lock(&self.guests).insert(name, Guest { qemus: vec![(*host, vm)] });
+        }
+        for guest in lock(&self.guests).values_mut() {
+            for (_, vm) in &mut guest.qemus {
+                vm.wait_ready(BOOT_WITHIN)?;
+            }
+        }
+        self.cluster.hosts().iter().try_for_each(framework::ClusterHost::limit)
+    }
+
+    /// Starts a host's agent, or starts it again.
+    pub fn start_agent(&mut self, host: usize) -> Result<()> {
+        let config = self.write_config(host)?;
+        let program = scheduler_program()?;
+        let config = config.display().to_string();
+        let mut agent = self.cluster.host(host).run(&program, &["agent", "--config", &config])?;
+        agent.wait_stderr("listening on", Duration::from_secs(30))?;
+        self.agents[host] = Some(agent);
+        Ok(())
+    }
+
+    /// Starts all agents and waits until each knows all hosts.
+    pub fn start_agents(&mut self) -> Result<()> {
+        let count = self.cluster.hosts().len();
+        (0..count).try_for_each(|host| self.start_agent(host))?;
+        for host in 0..count {
+            self.wait(host, "all hosts are known", Duration::from_secs(60), |view| {
+                view.hosts.len() == count && view.hosts.iter().all(|host| !host.is_stale)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn write_config(&self, number: usize) -> Result<PathBuf> {
+        let host = self.cluster.host(number);
+        let folder = host.folder();
+        let requests = folder.join("requests");
+        fs::create_dir_all(&requests)?;
+        let start = folder.join("start-guest");
+        let script = format!(
+            "#!/bin/sh\necho \"$2\" > {0}/.new && mv {0}/.new {0}/\"$1\"\n\
+             while [ ! -e \"$2\" ]; do sleep 0.1; done\n",
+            requests.display()
+        );
+        fs::write(&start, script)?;
+        fs::set_permissions(&start, fs::Permissions::from_mode(0o755))?;
+        let identity = self.identities.path().join("ca").join(&host.plan().name);
+        let text = format!(
+            "identity = {identity:?}\nlisten = \"{}:{PORT}\"\nstate = {:?}\nlease-s = 6.0\n\n\
+             [store]\n{}\n{}\n[migrate]\nprogram = {:?}\nstart = [{start:?}, \"{{guest}}\", \"{{qmp}}\"]\n\n{}",
+            host.address(),
+            folder.join("state"),
+            self.store,
+            host.profile_toml(INTERVAL_S),
+            self.env.migrate()?,
+            self.extra,
+        );
+        let path = folder.join("agent.toml");
+        fs::write(&path, text)?;
+        Ok(path)
+    }
+
+    /// Ends an agent in an instant, as a crash does; engines that it started go on.
+    pub fn kill_agent(&mut self, host: usize) -> Result<()> {
+        let agent = self.agents[host].take().context("It has no agent")?;
+        drop(agent);
+        Ok(())
+    }
+
+    /// What an agent says.
+    pub fn agent_log(&self, host: usize) -> String {
+        self.agents[host].as_ref().map(Engine::stderr).unwrap_or_default()
+    }
+
+    /// Asks a host's agent, as an operator.
+    pub fn ask<T, F>(
+        &self,
+        host: usize,
+        ask: impl FnOnce(Client, String) -> F + Send + 'static,
+    ) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, ApiError>>,
+    {
+        let identity = Identity::load(&self.identities.path().join("ca/ops"))?;
+        let addr = format!("{}:{PORT}", self.cluster.host(host).address());
+        let asking = self.cluster.host(host).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(ask(Client::new(Arc::new(identity)), addr))?)
+        })?;
+        asking.join().map_err(|_| anyhow::anyhow!("A question panicked"))?
+    }
+
+    /// What an agent sees.
+    pub fn view(&self, host: usize) -> Result<View> {
+        self.ask(host, |client, addr| async move { client.state(&addr, None).await })
+    }
+
+    /// Waits until an agent sees something, and returns how long that took.
+    pub fn wait(
+        &self,
+        host: usize,
+        what: &str,
+        within: Duration,
+        is_so: impl Fn(&View) -> bool,
+    ) -> Result<(Duration, View)> {
+        let began = Instant::now();
+        let mut last = None;
+        while began.elapsed() < within {
+            if let Ok(view) = self.view(host) {
+                if is_so(&view) {
+                    return Ok((began.elapsed(), view));
+                }
+                last = Some(view);
+            }
+            std::thread::sleep(LOOK_EVERY * 3);
+        }
+        let logs: Vec<String> = (0..self.agents.len())
+            .map(|host| format!("agent {host}:\n{}", self.agent_log(host)))
+            .collect();
+        bail!("After {within:?}, not so: {what}. Last seen: {last:#?}\n{}", logs.join("\n"))
+    }
+
+    /// Does something with a guest where it runs.
+    pub fn with<T>(&self, name: &str, work: impl FnOnce(&mut Vm) -> Result<T>) -> Result<T> {
+        let mut guests = lock(&self.guests);
+        let guest = guests.get_mut(name).with_context(|| format!("No guest {name}"))?;
+        let (_, vm) = guest.qemus.last_mut().context("It has no QEMU")?;
+        work(vm)
+    }
+
+    /// Where all guests run, by asking their QEMUs. Fails if one runs twice or not at all.
+    pub fn places(&self) -> Result<BTreeMap<String, usize>> {
+        let mut places = BTreeMap::new();
+        for (name, guest) in lock(&self.guests).iter_mut() {
+            let mut running = vec![];
+            for (host, vm) in &mut guest.qemus {
+                if vm.exited()?.is_none() && is_running(vm) {
+                    running.push(*host);
+                }
+            }
+            ensure!(running.len() == 1, "{name} runs on {running:?}");
+            places.insert(name.clone(), running[0]);
+        }
+        Ok(places)
+    }
+
+    /// Every guest answers, and found nothing wrong in its memory.
+    pub fn assert_guests_are_well(&self) -> Result<()> {
+        for guest in lock(&self.guests).values_mut() {
+            for (_, vm) in &mut guest.qemus {
+                if vm.exited()?.is_none() && is_running(vm) {
+                    framework::load::report(vm)?;
+                    vm.assert_clean()?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_running(vm: &mut Vm) -> bool {
+    let status = vm.qmp().execute("query-status", serde_json::json!({}));
+    status.is_ok_and(|status| status["running"] == true)
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.agents.clear();
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(Ok(Err(error))) = self.starter.take().map(JoinHandle::join) {
+            eprintln!("QEMUs were not started as asked: {error:#}");
+        }
+    }
+}
+
+/// Starts the QEMUs that agents ask for.
+fn start_what_is_asked_for(
+    env: &Env,
+    cluster: &Cluster,
+    guests: &Guests,
+    end: &AtomicBool,
+) -> Result<()> {
+    while !end.load(Ordering::Relaxed) {
+        for (number, host) in cluster.hosts().iter().enumerate() {
+            let Ok(requests) = fs::read_dir(host.folder().join("requests")) else { continue };
+            for request in requests.flatten() {
+                let name = request.file_name().to_string_lossy().into_owned();
+                if name.starts_with('.') {
+                    continue;
+                }
+                let socket = fs::read_to_string(request.path())?;
+                fs::remove_file(request.path())?;
+                start(env, cluster, guests, number, &name, Path::new(socket.trim()))
+                    .with_context(|| format!("{name} on host {number}"))?;
+            }
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(())
+}
+
+fn start(
+    env: &Env,
+    cluster: &Cluster,
+    guests: &Guests,
+    number: usize,
+    name: &str,
+    socket: &Path,
+) -> Result<()> {
+    let host = cluster.host(number);
+    let mut guests = lock(guests);
+    let guest = guests.get_mut(name).context("Nobody knows it")?;
+    // QEMUs that have ended are of no more use.
+    let mut qemus = std::mem::take(&mut guest.qemus);
+    let mut living = vec![];
+    for (host, mut vm) in qemus.drain(..) {
+        if vm.exited()?.is_none() {
+            living.push((host, vm));
+        }
+    }
+    let spec = living.last().context("It runs nowhere")?.1.spec().successor(name, QemuKind::V10_0);
+    let vm = host.start(env, spec)?;
+    fs::rename(host.monitors().join(format!("{name}.sock")), socket)?;
+    living.push((number, vm));
+    guest.qemus = living;
+    Ok(())
+}
+
+/// The command under test: `GODWIT_SCHEDULER`, or the one that cargo built for development.
+fn scheduler_program() -> Result<PathBuf> {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/godwit-scheduler");
+    let path = std::env::var_os("GODWIT_SCHEDULER").map_or(built, PathBuf::from);
+    path.canonicalize()
+        .with_context(|| format!("No program at {}: `cargo build -p scheduler`", path.display()))
+}

@@ -1,0 +1,194 @@
+//! The scheduler for real: hosts in namespaces with processors of their own, agents on them, and guests that work.
+
+mod fleet;
+mod members;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::turn;
+use fleet::Fleet;
+use framework::cluster::guest_address;
+use framework::{HostPlan, load};
+use members::Members;
+use scheduler::api::View;
+use scheduler::api::view::MoveStage;
+use scheduler::model::Resource;
+
+/// A hotspot is to be found within this time (Sandpiper's figure).
+const FOUND_WITHIN: Duration = Duration::from_secs(20);
+
+/// A guest moves within this time on a machine that has something else to do.
+const MOVED_WITHIN: Duration = Duration::from_secs(60);
+
+/// Three hosts of half a processor each.
+fn hosts() -> Vec<HostPlan> {
+    let plan = |name: &&str| {
+        // 20 Mbit/s in both directions together.
+        HostPlan { bits_per_s: 10_000_000, ..HostPlan::new(name, 0.5, 400) }
+    };
+    ["a", "b", "c"].iter().map(plan).collect()
+}
+
+const RULES: &str = "[limits]\nback_after_s = 120.0\nstay_s = 10.0\n";
+
+fn is_hot(view: &View, host: &str, resource: Resource) -> bool {
+    let mut open = view.hotspots.iter().filter(|hotspot| hotspot.ended_s.is_none());
+    open.any(|hotspot| hotspot.host == host && hotspot.resource == resource)
+}
+
+fn completed(view: &View) -> usize {
+    view.moves.iter().filter(|one| one.stage == MoveStage::Completed).count()
+}
+
+fn is_quiet(view: &View) -> bool {
+    view.moves.iter().all(|one| one.ended_s.is_some())
+}
+
+fn embedded(fleet: &Fleet) -> String {
+    format!("kind = \"embedded\"\npath = {:?}", fleet.shared("store.sqlite"))
+}
+
+/// A host with two guests that both want all of it: one leaves, and both have what they want.
+fn cpu_hotspot(fleet: &Fleet) -> Result<()> {
+    let before = fleet.places()?;
+    let began = Instant::now();
+    for guest in ["vm1", "vm2"] {
+        fleet.with(guest, |vm| load::cpu(vm, 60))?;
+    }
+    fleet.wait(0, "a CPU hotspot on a", FOUND_WITHIN, |view| is_hot(view, "a", Resource::Cpu))?;
+    let found = began.elapsed();
+    fleet.wait(0, "a guest has left a", MOVED_WITHIN, |view| completed(view) >= 1 && is_quiet(view))?;
+    let moved = began.elapsed();
+    let (_, view) = fleet.wait(0, "the hotspot is gone", MOVED_WITHIN, |view| {
+        !is_hot(view, "a", Resource::Cpu)
+    })?;
+    println!("CPU hotspot: found after {found:?}, guest moved after {moved:?}, gone after {:?}", began.elapsed());
+    let after = fleet.places()?;
+    let moves: Vec<&String> = after.keys().filter(|name| before[*name] != after[*name]).collect();
+    ensure!(moves.len() == 1 && ["vm1", "vm2"].contains(&moves[0].as_str()), "{moves:?} have moved");
+    let plan = view.plan.context("There is no plan")?;
+    let reason = &plan.steps.first().context("The plan is empty")?.reason;
+    ensure!(reason.contains("CPU"), "{reason}");
+    for guest in ["vm1", "vm2"] {
+        fleet.with(guest, |vm| load::cpu(vm, 0))?;
+    }
+    Ok(())
+}
+
+/// One interval of work is no hotspot.
+fn transient_spike(fleet: &Fleet) -> Result<()> {
+    let before = fleet.places()?;
+    let spike = Duration::from_secs_f64(fleet::INTERVAL_S);
+    fleet.with("vm3", |vm| load::spike(vm, 100, spike))?;
+    let until = Instant::now() + FOUND_WITHIN;
+    while Instant::now() < until {
+        let view = fleet.view(1)?;
+        ensure!(is_quiet(&view), "Something moves: {:?}", view.moves);
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    ensure!(fleet.places()? == before, "A spike has moved a guest");
+    Ok(())
+}
+
+/// Two guests of different hosts that fill their hosts' network end on one host, where their talk costs nothing.
+fn talking_pair(fleet: &Fleet) -> Result<()> {
+    let began = Instant::now();
+    fleet.with("vm3", |vm| load::send(vm, guest_address(5), 9_000))?;
+    fleet.wait(1, "the talking pair is on one host", FOUND_WITHIN + MOVED_WITHIN, |view| {
+        let host = |name: &str| view.guests.iter().find(|guest| guest.name == name).map(|guest| &guest.host);
+        is_quiet(view) && host("vm3").is_some() && host("vm3") == host("vm5")
+    })?;
+    println!("The talking pair is on one host after {:?}", began.elapsed());
+    let places = fleet.places()?;
+    ensure!(places["vm3"] == places["vm5"], "{places:?}");
+    fleet.with("vm3", |vm| load::send(vm, guest_address(5), 0)).map(drop)
+}
+
+/// All guests leave a host that is to be emptied; none comes.
+fn drain(fleet: &Fleet, host: usize) -> Result<()> {
+    let name = fleet.cluster().host(host).plan().name.clone();
+    let began = Instant::now();
+    let drained = name.clone();
+    fleet.ask(host, |client, addr| async move { client.drain(&addr, None, &drained, true).await })?;
+    fleet.wait(host, "the host is empty", MOVED_WITHIN * 3, |view| {
+        is_quiet(view) && view.guests.iter().all(|guest| guest.host != name)
+    })?;
+    println!("{name} is empty after {:?}", began.elapsed());
+    ensure!(fleet.places()?.values().all(|place| *place != host), "It is not empty");
+    fleet.ask(host, |client, addr| async move { client.drain(&addr, None, &name, false).await })
+}
+
+#[test]
+fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empties_a_host() -> Result<()> {
+    let _turn = turn();
+    let mut fleet = Fleet::create(&hosts())?;
+    let store = embedded(&fleet);
+    fleet.configure(&store, RULES);
+    fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)], |_, spec| Ok(spec))?;
+    fleet.start_agents()?;
+    transient_spike(&fleet)?;
+    cpu_hotspot(&fleet)?;
+    talking_pair(&fleet)?;
+    drain(&fleet, 2)?;
+    fleet.assert_guests_are_well()
+}
+
+#[test]
+fn members_and_agents_may_die_at_any_moment() -> Result<()> {
+    let _turn = turn();
+    let mut fleet = Fleet::create(&hosts())?;
+    let mut members = Members::start(fleet.cluster())?;
+    fleet.configure(&members.store(), RULES);
+    fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 2)], |_, spec| Ok(spec))?;
+    fleet.start_agents()?;
+    // A member dies; decisions go on.
+    members.kill(1)?;
+    cpu_hotspot(&fleet)?;
+    members.restart(1, fleet.cluster())?;
+    // The agent that moves a guest dies in the middle of it, and is started again.
+    let places = fleet.places()?;
+    let mover = places["vm3"];
+    let to = (mover + 1) % 3;
+    let target = fleet.cluster().host(to).plan().name.clone();
+    fleet.ask(mover, |client, addr| async move {
+        let request = scheduler::api::control::MoveRequest {
+            guest: "vm3".into(),
+            to: Some(target),
+            reason: String::new(),
+        };
+        client.begin_move(&addr, None, &request).await
+    })?;
+    fleet.kill_agent(mover)?;
+    let observer = (mover + 2) % 3;
+    fleet.wait(observer, "the agent is missed", MOVED_WITHIN, |view| {
+        view.hosts.iter().filter(|host| host.api.is_none()).count() == 1
+    })?;
+    // The engine needs no agent.
+    fleet.start_agent(mover)?;
+    fleet.wait(observer, "nothing is under way any more", MOVED_WITHIN * 2, |view| {
+        is_quiet(view) && view.hosts.iter().all(|host| host.api.is_some() && !host.is_migrating)
+    })?;
+    let after = fleet.places()?;
+    ensure!(after["vm3"] == to, "The move that was under way went on: {after:?}");
+    // The destination's agent dies while a guest comes.
+    let from = after["vm4"];
+    let to = (from + 1) % 3;
+    let target = fleet.cluster().host(to).plan().name.clone();
+    fleet.ask(from, |client, addr| async move {
+        let request = scheduler::api::control::MoveRequest {
+            guest: "vm4".into(),
+            to: Some(target),
+            reason: String::new(),
+        };
+        client.begin_move(&addr, None, &request).await
+    })?;
+    fleet.kill_agent(to)?;
+    fleet.start_agent(to)?;
+    fleet.wait(from, "the move has ended", MOVED_WITHIN * 2, |view| {
+        is_quiet(view) && view.hosts.iter().all(|host| !host.is_migrating)
+    })?;
+    fleet.places()?;
+    drain(&fleet, from)?;
+    fleet.assert_guests_are_well()
+}
