@@ -1,13 +1,13 @@
 //! What a profiler says of guests is what they say themselves; and what it says when there is nobody to ask.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::{PATIENCE, turn};
 use framework::cluster::{guest, swap_disk};
-use framework::process::{Process, bound};
+use framework::process::Process;
 use framework::{Cgroup, Cluster, Env, HostPlan, QemuKind, Qmp, Vm, cpu, load, wait};
 use scheduler::profile::report::{GuestState, MemorySource};
 use scheduler::profile::{GuestReport, HostReport, Profiler, Settings};
@@ -260,43 +260,6 @@ fn nobody_waits_for_a_qemu_that_says_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A QEMU with a machine, a card and a disk, and no guest.
-fn light(env: &Env, folder: &Path, number: usize, netns: &str, script: &Path) -> Result<Process> {
-    let qemu = env.qemu(KIND)?;
-    let mut command = bound(&qemu.bin, Some(netns));
-    let socket = folder.join(format!("{number}.sock"));
-    let netdev = format!("tap,id=n,ifname=t{number},script={},downscript=no", script.display());
-    let words = [
-        "-name",
-        &format!("light{number}"),
-        "-machine",
-        "pc",
-        "-accel",
-        "tcg",
-        "-m",
-        "8M",
-        "-S",
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-qmp",
-        &format!("unix:{},server=on,wait=off", socket.display()),
-        "-netdev",
-        &netdev,
-        "-device",
-        &format!("virtio-net-pci,netdev=n,romfile=,mac=52:54:00:99:00:{number:02x}"),
-        "-blockdev",
-        "null-co,node-name=d,size=1048576",
-        "-device",
-        "virtio-blk-pci,drive=d",
-    ];
-    command.args(words).stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
-    let process = Process::start("a light QEMU", command)?;
-    wait::until("its socket", PATIENCE, || Ok(socket.exists().then_some(())))?;
-    Ok(process)
-}
-
 /// Processor seconds of a reading: of this program with nft, and of all QEMUs together.
 fn cost(settings: Settings, qemus: &[u32]) -> Result<(HostReport, f64, f64)> {
     const READINGS: u32 = 10;
@@ -318,17 +281,15 @@ fn cost(settings: Settings, qemus: &[u32]) -> Result<(HostReport, f64, f64)> {
 /// Fifty guests cost less than a hundredth of a processor at the default interval.
 #[test]
 fn fifty_guests_are_read_for_little() -> Result<()> {
-    const GUESTS: usize = 50;
+    const GUESTS: u8 = 50;
     let _turn = turn();
-    let (env, folder) = (Env::load()?, TempDir::new()?);
-    let cluster = one_host()?;
+    let (env, cluster) = (Env::load()?, one_host()?);
     let host = cluster.host(0);
-    let script = host.folder().join("tap-up");
-    let start = |number| light(&env, folder.path(), number, host.netns().name(), &script);
-    let qemus: Vec<Process> = (0..GUESTS).map(start).collect::<Result<_>>()?;
+    let qemus: Vec<Process> =
+        (0..GUESTS).map(|number| host.start_light(&env, number)).collect::<Result<_>>()?;
     let pids: Vec<u32> = qemus.iter().map(Process::pid).collect();
     for traffic in [false, true] {
-        let socket_folder = Some(folder.path().to_owned());
+        let socket_folder = Some(host.monitors());
         let settings = Settings { socket_folder, traffic, ..Settings::default() };
         let interval_s = settings.interval_s;
         let pids = pids.clone();
@@ -345,7 +306,7 @@ fn fifty_guests_are_read_for_little() -> Result<()> {
         );
         let is_expected = |why: &String| why.contains("pressure");
         ensure!(report.troubles.iter().all(is_expected), "{:?}", report.troubles);
-        ensure!(report.guests.len() == GUESTS, "{} guests", report.guests.len());
+        ensure!(report.guests.len() == usize::from(GUESTS), "{} guests", report.guests.len());
         for guest in &report.guests {
             ensure!(guest.addresses.len() == 1 && guest.state == GuestState::Paused, "{guest:?}");
         }
