@@ -196,9 +196,10 @@ impl<'a> Assembly<'a> {
             |claim: &&Claim<'_>| claim.is_heard && !std::ptr::eq(claim.guest, best.guest);
         let others: Vec<&Claim<'_>> = claims.iter().filter(is_there).collect();
         for claim in claims.iter().filter(|claim| claim.guest.state == GuestState::Incoming) {
-            // Its memory is taken there already.
+            // Its memory is taken there already: what of it is there counts as the host's own below.
             let host = &mut self.cluster.hosts[claim.host];
-            host.own.memory_mib += claim.guest.memory.max_mib;
+            let memory = &claim.guest.memory;
+            host.own.memory_mib += (memory.max_mib - memory.resident_mib).max(0.0);
             host.is_migrating = true;
         }
         if best.guest.state == GuestState::Incoming {

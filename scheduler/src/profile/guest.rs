@@ -19,7 +19,7 @@ use super::host::MBIT_PER_BYTE;
 use super::memory::Look;
 use super::monitor::{Asked, Parts, told};
 use super::parse::qmp::BalloonStats;
-use super::rates::{Counter, share};
+use super::rates::Counter;
 use super::report::{GuestMemory, GuestReport, GuestState, MemorySource, NAME_BYTES_MAX, cut};
 use super::{parse, read};
 
@@ -64,7 +64,6 @@ struct Attached {
 #[derive(Debug, Default)]
 struct Counters {
     process: Counter,
-    ran: Counter,
     waited: Counter,
     disk: Counter,
     swap: Counter,
@@ -275,19 +274,18 @@ impl Attached {
         })
     }
 
-    /// Of the time in which processors ran or could have, the share in which they waited.
+    /// Of all time the share in which a processor could have run and waited, as the DRS thesis has it: what is used,
+    /// divided by the rest of the time, is then what is wanted. (The share of the time in which it ran or waited would be
+    /// large for a guest that is at rest and waits a little at each of its few awakenings.)
     fn steal(&mut self, pid: i32, moment: &Moment) -> Result<f64, String> {
-        let (mut ran_ns, mut waited_ns) = (0_u64, 0_u64);
+        let mut waited_ns = 0_u64;
         for thread in &self.parts.vcpu_threads {
             let path = format!("/proc/{pid}/task/{thread}/schedstat");
-            let time = read::figure(path, parse::thread_time)?;
-            ran_ns = ran_ns.saturating_add(time.ran_ns);
-            waited_ns = waited_ns.saturating_add(time.waited_ns);
+            waited_ns = waited_ns.saturating_add(read::figure(path, parse::thread_waited_ns)?);
         }
-        let at_s = moment.now_s();
-        let ran = self.counters.ran.rate(at_s, ran_ns as f64);
-        let waited = self.counters.waited.rate(at_s, waited_ns as f64);
-        Ok(share(waited.unwrap_or(0.0), ran.unwrap_or(0.0)))
+        let waited = self.counters.waited.rate(moment.now_s(), waited_ns as f64).unwrap_or(0.0);
+        let threads = self.parts.vcpu_threads.len().max(1);
+        Ok((waited / 1e9 / threads as f64).min(1.0))
     }
 
     fn network_mbit(&mut self, pid: i32, moment: &Moment) -> Result<f64, String> {

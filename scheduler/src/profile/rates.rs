@@ -20,13 +20,6 @@ impl Counter {
     }
 }
 
-/// The share that one counter's growth has of its own and the other's; 0 if neither grew.
-#[must_use]
-pub fn share(one: f64, other: f64) -> f64 {
-    let both = one + other;
-    if both > 0.0 { (one / both).clamp(0.0, 1.0) } else { 0.0 }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -45,7 +38,6 @@ mod tests {
         assert_eq!(counter.rate(7.0, 42.0), Some(1.0));
         assert_eq!(counter.rate(f64::NAN, 1.0), None);
         assert_eq!(counter.rate(8.0, 42.0), Some(0.0));
-        assert_eq!((share(1.0, 3.0), share(0.0, 0.0)), (0.25, 0.0));
     }
 
     proptest! {

@@ -98,7 +98,7 @@ pub struct GuestReport {
     pub vcpus: u32,
     /// Processors that its whole process keeps busy.
     pub cpu_cores: f64,
-    /// Share of the time in which its virtual processors wanted to run and had to wait.
+    /// Share of all time, over its virtual processors, in which one could have run and had to wait.
     pub steal: f64,
     /// Its memory.
     pub memory: GuestMemory,

@@ -35,11 +35,19 @@ fn report(host: &ClusterHost) -> Result<std::thread::JoinHandle<Result<HostRepor
                 profiler.report().await;
             }
             tokio::time::sleep(INTERVAL).await;
+            let began_us = thread_us()?;
             let report = profiler.report().await;
+            println!("{}: {} us of a processor, without nft", report.host, thread_us()? - began_us);
             profiler.end().await.map_err(anyhow::Error::msg)?;
             Ok(report)
         })
     })
+}
+
+/// Processor time of this thread.
+fn thread_us() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
+    Ok(text.split_whitespace().next().context("schedstat")?.parse::<u64>()? / 1000)
 }
 
 fn reports(cluster: &Cluster) -> Result<Vec<HostReport>> {

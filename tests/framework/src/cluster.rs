@@ -17,21 +17,26 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
 
 use crate::cgroup::Cgroup;
 use crate::engine::Engine;
 use crate::env::{Env, QemuKind};
 use crate::netns::Netns;
+use crate::process::{Process, bound_in};
 use crate::spec::{Disk, Nic, VmSpec};
 use crate::vm::Vm;
+use crate::wait;
 
 /// The interface by which a host reaches the others.
 pub const UPLINK: &str = "up0";
 const BRIDGE: &str = "br0";
+const LIGHT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Where QEMU's tap is joined to the host's bridge.
 const TAP_SCRIPT: &str = "#!/bin/sh\nip link set \"$1\" master br0 up\n";
@@ -43,7 +48,7 @@ pub struct HostPlan {
     pub name: String,
     /// Processors.
     pub cores: f64,
-    /// Memory, MiB. Nobody is kept from taking more.
+    /// Memory, MiB. Nobody is kept from taking more. One of [`guest`] takes some 190 MiB, with QEMU's own.
     pub memory_mib: u64,
     /// Its uplink, bits a second in each direction; 0 without a limit.
     pub bits_per_s: u64,
@@ -84,7 +89,7 @@ impl Cluster {
     /// # Errors
     /// Not root.
     pub fn create(plans: &[HostPlan]) -> Result<Self> {
-        anyhow::ensure!(plans.len() <= Self::HOSTS_MAX, "More hosts than addresses");
+        ensure!(plans.len() <= Self::HOSTS_MAX, "More hosts than addresses");
         let middle = Netns::create("middle")?;
         bridge(&middle)?;
         let mut hosts = vec![];
@@ -255,6 +260,38 @@ impl ClusterHost {
         symlink(vm.qmp_engine(), &link)
             .with_context(|| format!("Cannot link {}", link.display()))?;
         Ok(vm)
+    }
+
+    /// Starts a QEMU with a card and a disk and no guest, which takes little memory and no processor: for counting what
+    /// looking at many costs. Its monitor is among the others.
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn start_light(&self, env: &Env, number: u8) -> Result<Process> {
+        let socket = self.monitors().join(format!("light{number}.sock"));
+        let script = self.folder().join("tap-up");
+        let netdev = format!("tap,id=n,ifname=l{number},script={},downscript=no", script.display());
+        let mut command = bound_in(
+            &env.qemu(QemuKind::V10_0)?.bin,
+            Some(self.netns.name()),
+            self.cgroup.folders(),
+        );
+        command.args(["-name", &format!("light{number}"), "-qmp"]);
+        command.arg(format!("unix:{},server=on,wait=off", socket.display()));
+        command.args("-machine pc -accel tcg -m 8M -S -nodefaults -display none".split(' '));
+        command.args(["-no-user-config", "-netdev", &netdev, "-device"]);
+        command.arg(format!("virtio-net-pci,netdev=n,romfile=,mac=52:54:00:99:00:{number:02x}"));
+        command.args("-blockdev null-co,node-name=d,size=1048576".split(' '));
+        command.args(["-device", "virtio-blk-pci,drive=d"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut process = Process::start("a light QEMU", command)?;
+        wait::until("its monitor", LIGHT_TIMEOUT, || {
+            if let Some(status) = process.exited()? {
+                bail!("A light QEMU ended with {status}");
+            }
+            Ok(socket.exists().then_some(()))
+        })?;
+        Ok(process)
     }
 
     /// Starts a program in its namespace. Unlike with `ip netns exec`, /sys and the control groups are as outside.

@@ -94,6 +94,15 @@ impl Env {
         command("GODWIT_MIGRATE", "target/debug/migrate", "cargo build -p migrate-cli")
     }
 
+    /// The command `godwit-scheduler`: `GODWIT_SCHEDULER`, or the one that cargo built for development.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn scheduler(&self) -> Result<PathBuf> {
+        let how = "cargo build -p scheduler";
+        command("GODWIT_SCHEDULER", "target/debug/godwit-scheduler", how)
+    }
+
     /// `migrate` with failpoints compiled in.
     ///
     /// # Errors

@@ -14,13 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use guest_programs::PAGE_BYTES;
 use guest_programs::options::Options;
 use guest_programs::pacer::Pacer;
 use guest_programs::rng::XorShift;
 
 use crate::console::monotonic_us;
-use crate::memory::{PAGES_PER_MIB, Page};
+use crate::memory::{PAGES_PER_MIB, Page, pages};
 use crate::shell;
 
 /// Bytes of a datagram without headers: with them it fits a frame.
@@ -41,8 +40,8 @@ struct Shared {
     /// Until when the share is another one, and which.
     spike_until_us: AtomicU64,
     spike_percent: AtomicU64,
-    pages_wanted: AtomicU64,
-    pages_held: AtomicU64,
+    mib_wanted: AtomicU64,
+    mib_held: AtomicU64,
     pages_written: AtomicU64,
     worked_us: AtomicU64,
     sent_bytes: AtomicU64,
@@ -67,7 +66,7 @@ impl Shared {
         format!(
             "LOAD OK cpu={} mib={} pages={} worked_us={} to={peer} sent={} received={} elapsed_us={}",
             self.percent_now(monotonic_us()),
-            figure(&self.pages_held) / PAGES_PER_MIB,
+            figure(&self.mib_held),
             figure(&self.pages_written),
             figure(&self.worked_us),
             figure(&self.sent_bytes),
@@ -105,23 +104,29 @@ fn work(shared: &Shared) -> ! {
 fn hold_memory(shared: &Shared, pages_per_s: u64) -> ! {
     let mut pacer = Pacer::new(pages_per_s, monotonic_us());
     let mut rng = XorShift::new(0x6c6f_6164);
-    let mut held: Vec<Box<Page>> = vec![];
+    // By MiB: the allocator would waste as much again for single pages.
+    let mut held: Vec<Vec<Page>> = vec![];
     let mut next = 0;
     loop {
-        let wanted = shared.pages_wanted.load(Ordering::Relaxed) as usize;
+        let wanted = shared.mib_wanted.load(Ordering::Relaxed) as usize;
         held.truncate(wanted);
-        for _ in held.len()..wanted.min(held.len() + STEP as usize) {
-            held.push(Box::new(Page([0; PAGE_BYTES])));
-            write(held.last_mut(), &mut rng);
+        if held.len() < wanted {
+            let mut mib = pages(PAGES_PER_MIB);
+            mib.iter_mut().for_each(|page| write(page, &mut rng));
+            held.push(mib);
         }
-        shared.pages_held.store(held.len() as u64, Ordering::Relaxed);
+        shared.mib_held.store(held.len() as u64, Ordering::Relaxed);
         if held.len() < wanted {
             continue;
         }
         let granted = if held.is_empty() { 0 } else { pacer.grant(monotonic_us(), STEP) };
         for _ in 0..granted {
-            next = (next + 1) % held.len().max(1);
-            write(held.get_mut(next), &mut rng);
+            next = (next + 1) % (held.len() * PAGES_PER_MIB as usize);
+            let mib = held.get_mut(next / PAGES_PER_MIB as usize);
+            let page = mib.and_then(|mib| mib.get_mut(next % PAGES_PER_MIB as usize));
+            if let Some(page) = page {
+                write(page, &mut rng);
+            }
         }
         shared.pages_written.fetch_add(granted, Ordering::Relaxed);
         if granted < STEP {
@@ -130,13 +135,12 @@ fn hold_memory(shared: &Shared, pages_per_s: u64) -> ! {
     }
 }
 
-fn write(page: Option<&mut Box<Page>>, rng: &mut XorShift) {
-    let Some(page) = page else { return };
+fn write(page: &mut Page, rng: &mut XorShift) {
     // Not compressible and never equal to another page.
     for chunk in page.0.chunks_exact_mut(512) {
         chunk[..8].copy_from_slice(&rng.next_u64().to_le_bytes());
     }
-    std::hint::black_box(&mut page.0);
+    std::hint::black_box(page);
 }
 
 fn send(shared: &Shared, socket: &UdpSocket) -> ! {
@@ -187,7 +191,7 @@ fn answer(shared: &Shared, port: u16, words: &[&str]) -> Result<String> {
         ["memory", mib] => {
             let mib: u64 = mib.parse()?;
             ensure!(mib <= MIB_MAX, "At most {MIB_MAX} MiB");
-            shared.pages_wanted.store(mib * PAGES_PER_MIB, Ordering::Relaxed);
+            shared.mib_wanted.store(mib, Ordering::Relaxed);
         }
         ["send", _, "0"] => *shared.peer() = None,
         ["send", address, kbit] => {

@@ -98,20 +98,11 @@ pub fn interfaces(text: &str) -> BTreeMap<String, u64> {
     text.lines().filter_map(interface).take(INTERFACES_MAX).collect()
 }
 
-/// A thread's time since it began, in nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct ThreadTime {
-    /// In which it ran.
-    pub ran_ns: u64,
-    /// In which it could have run and waited.
-    pub waited_ns: u64,
-}
-
-/// /proc/PID/task/TID/schedstat.
+/// Nanoseconds in which a thread could have run and waited, since it began, from /proc/PID/task/TID/schedstat. Time in
+/// which its control group had used up its limit is among them.
 #[must_use]
-pub fn thread_time(text: &str) -> Option<ThreadTime> {
-    let mut fields = text.split_ascii_whitespace().map(|field| field.parse().ok());
-    Some(ThreadTime { ran_ns: fields.next()??, waited_ns: fields.next()?? })
+pub fn thread_waited_ns(text: &str) -> Option<u64> {
+    text.split_ascii_whitespace().nth(1)?.parse().ok()
 }
 
 /// Clock ticks in which a process ran, from /proc/PID/stat; its name may hold anything.

@@ -52,7 +52,7 @@ fn the_kernels_texts_are_read() {
     let interfaces = interfaces(NET_DEV);
     assert_eq!(interfaces.keys().collect::<Vec<_>>(), ["br-lan.7", "lo", "tap1"]);
     assert_eq!((interfaces["tap1"], interfaces["br-lan.7"]), (192_002_842, 2070));
-    assert_eq!(thread_time("70 57576 1\n"), Some(ThreadTime { ran_ns: 70, waited_ns: 57576 }));
+    assert_eq!(thread_waited_ns("70 57576 1\n"), Some(57576));
     let name = "7 (a) b (c) S 1 7 7 0 -1 4194304 100 0 0 0 250 50 0 0 20 0 1 0 99 1000 2 184\n";
     assert_eq!(process_ticks(name), Some(300));
     assert_eq!(resident_pages("1000 200 30 4 0 5 0\n"), Some(200));
@@ -184,7 +184,7 @@ proptest! {
         prop_assert!(tap_name(&text).is_none_or(|name| !name.is_empty()));
         prop_assert!(interfaces(&text).len() <= INTERFACES_MAX);
         prop_assert!(cpu_cgroup(&text).is_none_or(|group| group.starts_with('/')));
-        let _ = (stalled(&text), thread_time(&text), process_ticks(&text));
+        let _ = (stalled(&text), thread_waited_ns(&text), process_ticks(&text));
         let _ = (resident_pages(&text), number(&text), cgroup_cpu_us(&text));
         let _ = cgroup_cache_bytes(&text);
     }
