@@ -49,7 +49,7 @@ pub(crate) struct WebArgs {
     moves      migrations; GiB: what they sent; back: guests that returned within 10 minutes\n  \
     grows      changes of guests' memory; refused: steps that could not be done any more\n  \
     mean, p95  users' response times, weighted by requests\n  \
-    decide     time that the policy took for a decision on this machine: mean and longest\n\n\
+    decide     what a decision took of one core: mean, 99 of 100, longest\n\n\
     Exits with 1 if something that the file expects did not come out, with 2 if the file is wrong. What can be written in\n\
     a file, and the model behind the figures: docs/SCHEDULER.md.")]
 pub(crate) struct SimulateArgs {
@@ -68,9 +68,16 @@ pub(crate) struct SimulateArgs {
     /// Tell what was decided when and why, for the first seed.
     #[arg(long)]
     pub(crate) explain: bool,
+    /// Of that, only what was decided at this time, in seconds from the start.
+    #[arg(long, value_name = "SECONDS", requires = "explain")]
+    pub(crate) at: Option<f64>,
     /// Print one JSON object on stdout instead of tables.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Keep a line of JSON for each run in a file, and take runs from there that were made before; of those no decisions are
+    /// told. Delete it when a policy has changed.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) runs: Option<PathBuf>,
     /// Draw overload-seconds of each policy, and overloaded hosts over time, into a file.
     #[arg(long, value_name = "OUT")]
     pub(crate) svg: Option<PathBuf>,

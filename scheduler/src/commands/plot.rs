@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::simulate::Done;
+use super::kept::{FIRST_SEED, Kept};
 
 const WIDTH: f64 = 800.0;
 const LEFT: f64 = 110.0;
@@ -38,7 +38,7 @@ fn axis(largest: f64) -> (f64, f64) {
 }
 
 /// The file's text.
-pub(super) fn plot(about: &str, names: &[String], runs: &[Done], report_s: f64) -> String {
+pub(super) fn plot(about: &str, names: &[String], runs: &[Kept], report_s: f64) -> String {
     let bars_bottom = TOP + ROW * names.len() as f64;
     let lines_top = bars_bottom + 90.0;
     let height = lines_top + HEIGHT + 60.0;
@@ -73,15 +73,12 @@ fn across(text: &mut String, (high, step): (f64, f64), top: f64, bottom: f64) {
     }
 }
 
-fn bars(text: &mut String, names: &[String], runs: &[Done], bottom: f64) {
-    let axis = axis(runs.iter().map(|done| done.outcome.overload_s).fold(0.0, f64::max));
+fn bars(text: &mut String, names: &[String], runs: &[Kept], bottom: f64) {
+    let axis = axis(runs.iter().map(|run| run.overload_s).fold(0.0, f64::max));
     across(text, axis, TOP, bottom);
     for (at, name) in names.iter().enumerate() {
-        let values: Vec<f64> = runs
-            .iter()
-            .filter(|done| done.outcome.policy == *name)
-            .map(|done| done.outcome.overload_s)
-            .collect();
+        let values: Vec<f64> =
+            runs.iter().filter(|run| run.policy == *name).map(|run| run.overload_s).collect();
         let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
         let middle = TOP + ROW * (at as f64 + 0.5);
         let x = |value: f64| LEFT + PLOT * value / axis.0;
@@ -109,15 +106,12 @@ fn bars(text: &mut String, names: &[String], runs: &[Done], bottom: f64) {
     }
 }
 
-fn lines(text: &mut String, names: &[String], runs: &[Done], report_s: f64, top: f64) {
-    let first = |name: &String| {
-        runs.iter().find(|done| done.outcome.policy == *name && done.outcome.seed == 1)
-    };
+fn lines(text: &mut String, names: &[String], runs: &[Kept], report_s: f64, top: f64) {
+    let first =
+        |name: &String| runs.iter().find(|run| run.policy == *name && run.seed == FIRST_SEED);
     let smooth: Vec<Vec<(f64, f64)>> = names
         .iter()
-        .map(|name| {
-            first(name).map_or(vec![], |done| thin(&done.outcome.overloaded_hosts, report_s))
-        })
+        .map(|name| first(name).map_or(vec![], |run| thin(&run.overloaded_hosts, report_s)))
         .collect();
     let points = || smooth.iter().flatten();
     let right = axis(points().map(|point| point.0).fold(0.0, f64::max));

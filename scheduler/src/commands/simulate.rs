@@ -10,21 +10,14 @@ use scheduler::plan::{self, NAMES};
 use scheduler::simulate::{Outcome, Scenario, Verdict};
 use serde::Serialize;
 
+use super::kept::{FIRST_SEED, Kept, Store, fingerprint};
 use super::summary::{Summary, ratios, table};
-use super::timed::{Timed, Timing};
+use super::timed::Timed;
 use super::{plot, story};
 use crate::args::SimulateArgs;
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 16 << 20;
-
-/// A run and what its decisions took.
-#[derive(Debug, Serialize)]
-pub(super) struct Done {
-    #[serde(flatten)]
-    pub(super) outcome: Outcome,
-    pub(super) decide: Timing,
-}
 
 /// What `--json` prints.
 #[derive(Debug, Serialize)]
@@ -36,7 +29,9 @@ struct Printed<'a> {
     vms: usize,
     summary: &'a [Summary],
     expected: &'a [Verdict],
-    runs: &'a [Done],
+    runs: &'a [Kept],
+    /// What was decided, for the first seed.
+    first: &'a [Outcome],
 }
 
 /// Runs it.
@@ -53,16 +48,13 @@ pub(crate) fn run(args: &SimulateArgs) -> ExitCode {
 
 /// Whether everything came out that the file expects.
 fn simulate(args: &SimulateArgs) -> Result<bool> {
-    let scenario = read(&args.file)?;
+    let (scenario, fingerprint) = read(&args.file)?;
     let names = policies(args, &scenario)?;
     let seeds = args.seeds.unwrap_or_else(|| scenario.seeds());
-    let runs = all(&scenario, &names, seeds, jobs(args))?;
+    let store = Mutex::new(Store::open(args.runs.as_deref(), &fingerprint)?);
+    let todo = Todo { scenario: &scenario, fingerprint: &fingerprint, store: &store };
+    let (runs, first) = todo.run(&names, seeds, jobs(args))?;
     let summary: Vec<_> = names.iter().map(|name| Summary::of(name, &runs)).collect();
-    let first: Vec<Outcome> = runs
-        .iter()
-        .filter(|done| done.outcome.seed == 1)
-        .map(|done| done.outcome.clone())
-        .collect();
     let expected = scenario.judge(&first);
     if let Some(path) = &args.svg {
         let text = plot::plot(scenario.about(), &names, &runs, scenario.report_s());
@@ -79,23 +71,28 @@ fn simulate(args: &SimulateArgs) -> Result<bool> {
             summary: &summary,
             expected: &expected,
             runs: &runs,
+            first: &first,
         };
         println!("{}", serde_json::to_string(&printed).context("Cannot write JSON")?);
     } else {
         tell(&scenario, seeds, &summary, &expected);
         if args.explain {
-            first.iter().for_each(|outcome| print!("\n{}", story::story(outcome)));
+            let report_s = scenario.report_s();
+            let period_s = args.at.map(|at_s| (at_s - report_s / 2.0, at_s + report_s / 2.0));
+            first.iter().for_each(|outcome| print!("\n{}", story::story(outcome, period_s)));
         }
     }
     Ok(expected.iter().all(|verdict| verdict.holds))
 }
 
-fn read(path: &Path) -> Result<Scenario> {
+fn read(path: &Path) -> Result<(Scenario, String)> {
     let cannot = || format!("Cannot read {}", path.display());
     let bytes = std::fs::metadata(path).with_context(cannot)?.len();
     ensure!(bytes <= FILE_BYTES_MAX, "{} has {bytes} bytes: too many", path.display());
     let text = std::fs::read_to_string(path).with_context(cannot)?;
-    Scenario::parse(&text).with_context(|| format!("{} is no scenario", path.display()))
+    let scenario = Scenario::parse(&text);
+    let scenario = scenario.with_context(|| format!("{} is no scenario", path.display()))?;
+    Ok((scenario, fingerprint(&text)))
 }
 
 /// The policies to run, each once.
@@ -127,32 +124,56 @@ fn jobs(args: &SimulateArgs) -> usize {
     )
 }
 
-/// All runs: policy by policy, seed by seed.
-fn all(scenario: &Scenario, names: &[String], seeds: u64, jobs: usize) -> Result<Vec<Done>> {
-    let todo: Vec<(&String, u64)> =
-        names.iter().flat_map(|name| (1..=seeds).map(move |seed| (name, seed))).collect();
-    let next = AtomicUsize::new(0);
-    let done: Mutex<Vec<(usize, Done)>> = Mutex::default();
-    std::thread::scope(|scope| {
-        for _ in 0..jobs.min(todo.len()) {
-            scope.spawn(|| {
-                while let Some((at, (name, seed))) = {
-                    let at = next.fetch_add(1, Ordering::Relaxed);
-                    todo.get(at).map(|item| (at, *item))
-                } {
-                    let Some(policy) = plan::policy(name) else { continue };
-                    let timed = Timed::new(policy);
-                    let outcome = scenario.run(&timed, seed);
-                    let run = Done { outcome, decide: timed.timing() };
-                    done.lock().unwrap_or_else(PoisonError::into_inner).push((at, run));
-                }
-            });
+/// What is to be run.
+struct Todo<'a> {
+    scenario: &'a Scenario,
+    fingerprint: &'a str,
+    store: &'a Mutex<Store>,
+}
+
+/// A run, and what was decided if it is of the first seed and was not known.
+type Done = (Kept, Option<Outcome>);
+
+impl Todo<'_> {
+    /// All runs: policy by policy, seed by seed.
+    fn run(&self, names: &[String], seeds: u64, jobs: usize) -> Result<(Vec<Kept>, Vec<Outcome>)> {
+        let todo: Vec<(&String, u64)> =
+            names.iter().flat_map(|name| (1..=seeds).map(move |seed| (name, seed))).collect();
+        let next = AtomicUsize::new(0);
+        let done: Mutex<Vec<(usize, Result<Done>)>> = Mutex::default();
+        std::thread::scope(|scope| {
+            for _ in 0..jobs.min(todo.len()) {
+                scope.spawn(|| {
+                    while let Some((at, (name, seed))) = {
+                        let at = next.fetch_add(1, Ordering::Relaxed);
+                        todo.get(at).map(|item| (at, *item))
+                    } {
+                        let run = self.one(name, seed);
+                        done.lock().unwrap_or_else(PoisonError::into_inner).push((at, run));
+                    }
+                });
+            }
+        });
+        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.sort_by_key(|(at, _)| *at);
+        ensure!(done.len() == todo.len(), "A run ended early");
+        let done: Vec<Done> = done.into_iter().map(|(_, run)| run).collect::<Result<_>>()?;
+        let (runs, first): (Vec<_>, Vec<_>) = done.into_iter().unzip();
+        Ok((runs, first.into_iter().flatten().collect()))
+    }
+
+    /// A run, or what was kept of it.
+    fn one(&self, name: &str, seed: u64) -> Result<Done> {
+        let store = || self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = store().find(name, seed) {
+            return Ok((known.clone(), None));
         }
-    });
-    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
-    done.sort_by_key(|(at, _)| *at);
-    ensure!(done.len() == todo.len(), "A run ended early");
-    Ok(done.into_iter().map(|(_, run)| run).collect())
+        let timed = Timed::new(plan::policy(name).context("There is no such policy")?);
+        let outcome = self.scenario.run(&timed, seed);
+        let run = Kept::of(self.fingerprint, &outcome, timed.timing());
+        store().add(&run)?;
+        Ok((run, (seed == FIRST_SEED).then_some(outcome)))
+    }
 }
 
 fn tell(scenario: &Scenario, seeds: u64, summary: &[Summary], expected: &[Verdict]) {

@@ -7,8 +7,8 @@ use scheduler::simulate::Outcome;
 /// Hotspots told in one line.
 const HOTSPOTS_MAX: usize = 5;
 
-/// A run as a story.
-pub(super) fn story(outcome: &Outcome) -> String {
+/// A run as a story, or what was decided in a period of it.
+pub(super) fn story(outcome: &Outcome, period_s: Option<(f64, f64)>) -> String {
     let mut entries: Vec<(f64, u8, String)> = vec![];
     for asked in &outcome.asked {
         for why in asked.hotspots.iter().take(HOTSPOTS_MAX) {
@@ -43,11 +43,15 @@ pub(super) fn story(outcome: &Outcome) -> String {
     for refused in &outcome.refused {
         entries.push((refused.at_s, 2, format!("refused: {}: {}", refused.vm, refused.why)));
     }
+    entries.retain(|entry| period_s.is_none_or(|(from, until)| (from..until).contains(&entry.0)));
     entries.sort_by(|one, other| one.0.total_cmp(&other.0).then(one.1.cmp(&other.1)));
     let mut text = format!("{}:\n", outcome.policy);
     for (at_s, _, entry) in entries {
         // Writing to a String does not fail.
         let _ = writeln!(text, "  {at_s:>8.1} s  {entry}");
+    }
+    if period_s.is_some() {
+        return text;
     }
     for service in &outcome.services {
         let response = service.response_ms.map(|response_ms| format!("{response_ms:.0} ms"));

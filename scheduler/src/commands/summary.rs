@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 
-use super::simulate::Done;
+use super::kept::Kept;
 use super::timed::Timing;
 
 /// A policy over all seeds: sums, and means over the seeds where that is said.
@@ -31,23 +31,23 @@ pub(super) struct Summary {
 
 impl Summary {
     /// Of a policy's runs.
-    pub(super) fn of(policy: &str, runs: &[Done]) -> Self {
+    pub(super) fn of(policy: &str, runs: &[Kept]) -> Self {
         let mut all = Self { policy: policy.to_owned(), ..Self::default() };
-        for Done { outcome, decide } in runs.iter().filter(|done| done.outcome.policy == policy) {
+        for run in runs.iter().filter(|run| run.policy == policy) {
             all.seeds += 1;
-            all.overload_s += outcome.overload_s;
-            all.cpu_s += outcome.overload.cpu_s;
-            all.memory_s += outcome.overload.memory_s;
-            all.network_s += outcome.overload.network_s;
-            all.disk_s += outcome.overload.disk_s;
-            all.moves += outcome.moves.len();
-            all.wire_mib += outcome.wire_mib;
-            all.ping_pongs += outcome.ping_pongs;
-            all.resizes += outcome.resizes.len();
-            all.refused += outcome.refused.len();
-            all.response_mean_ms += outcome.response_mean_ms;
-            all.response_p95_ms += outcome.response_p95_ms;
-            all.decide.add(decide);
+            all.overload_s += run.overload_s;
+            all.cpu_s += run.cpu_s;
+            all.memory_s += run.memory_s;
+            all.network_s += run.network_s;
+            all.disk_s += run.disk_s;
+            all.moves += run.moves;
+            all.wire_mib += run.wire_mib;
+            all.ping_pongs += run.ping_pongs;
+            all.resizes += run.resizes;
+            all.refused += run.refused;
+            all.response_mean_ms += run.response_mean_ms;
+            all.response_p95_ms += run.response_p95_ms;
+            all.decide.add(&run.decide);
         }
         let seeds = all.seeds.max(1) as f64;
         all.response_mean_ms /= seeds;
@@ -111,11 +111,16 @@ pub(super) fn table(summary: &[Summary]) -> String {
             "",
             "ms",
             "ms",
-            "ms (longest)",
+            "ms, 99 %, longest",
         ]),
     ];
     for one in summary {
-        let decide = format!("{:.3} ({:.1})", one.decide.mean_ms(), one.decide.max_ms);
+        let decide = format!(
+            "{:.2} {:.1} {:.1}",
+            one.decide.mean_ms(),
+            one.decide.p99_ms,
+            one.decide.max_ms
+        );
         rows.push(vec![
             one.policy.clone(),
             number(one.overload_s),

@@ -167,4 +167,9 @@ pub trait Policy: std::fmt::Debug + Send + Sync {
 
     /// What to do. The same problem always has the same plan.
     fn plan(&self, problem: &Problem<'_>) -> Plan;
+
+    /// Whether it is to be asked while there is no hotspot, too.
+    fn anticipates(&self) -> bool {
+        false
+    }
 }

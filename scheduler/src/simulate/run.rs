@@ -140,7 +140,8 @@ impl Run<'_> {
         let drains = |host: usize| {
             world.machines[host].state == HostState::Draining && !now.guests[host].is_empty()
         };
-        if hotspots.is_empty() && !(0..world.machines.len()).any(drains) {
+        let is_asked = !hotspots.is_empty() || policy.anticipates();
+        if !is_asked && !(0..world.machines.len()).any(drains) {
             return;
         }
         self.decisions += 1;

@@ -62,12 +62,12 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             horizon_s: 600.0,
-            mib_weight_s: 0.01,
+            mib_weight_s: 0.02,
             pause_weight_s: 20.0,
             moving_weight_s: 0.2,
-            talk_weight: 0.2,
+            talk_weight: 0.4,
             hot_weight: 0.1,
-            unknown: 0.25,
+            unknown: 0.15,
             margin_s: 20.0,
             balloon: BalloonSettings::default(),
         }
@@ -98,5 +98,9 @@ impl Policy for Godwit {
             Ok(draft) => Search::new(draft, &self.settings).run(),
             Err(plan) => plan,
         }
+    }
+
+    fn anticipates(&self) -> bool {
+        true
     }
 }

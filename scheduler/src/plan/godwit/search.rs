@@ -3,7 +3,7 @@
 use super::outlook::{Load, Outlook};
 use super::{Settings, chain, memory, words};
 use crate::cost::MigrationCost;
-use crate::model::{HostIndex, HostState, Resource, VmIndex};
+use crate::model::{HostIndex, HostState, Resource, Vm, VmIndex};
 use crate::plan::Plan;
 use crate::plan::draft::Draft;
 use crate::plan::drain;
@@ -16,6 +16,12 @@ const LOOKED_AT: usize = 24;
 
 /// Guests on destinations that are judged in one plan: it has to end.
 const JUDGED_MAX: usize = 60_000;
+
+/// Hosts without a hotspot that are relieved in one plan: the rest can wait for the next.
+const ANTICIPATED_MAX: usize = 4;
+
+/// Share of a host that guests beyond their peaks may take where it is to be relieved before it is a hotspot.
+const UNSTEADY_MAX: f64 = 0.05;
 
 /// Guests that move together to one host, and what that is good for.
 #[derive(Debug, Clone)]
@@ -46,9 +52,7 @@ pub(super) struct Search<'a, 'p> {
 
 impl<'a, 'p> Search<'a, 'p> {
     pub(super) fn new(draft: Draft<'p>, settings: &'a Settings) -> Self {
-        let weights = (settings.hot_weight, settings.unknown);
-        let share_max = draft.problem().limits.share_max;
-        let outlook = Outlook::new(draft.placement(), share_max, weights);
+        let outlook = expected(&draft, settings);
         let full = |host| (outlook.fullness(draft.placement(), host), host);
         let roomiest = draft.destinations().into_iter().map(full).collect();
         let (judged_left, chains_left) = (JUDGED_MAX, chain::CHAINS_MAX);
@@ -70,8 +74,49 @@ impl<'a, 'p> Search<'a, 'p> {
         for hot in &hot {
             self.cure(hot);
         }
-        drain::drain(&mut self.draft);
+        if self.draft.cluster().hosts.iter().any(|host| host.state == HostState::Draining) {
+            drain::drain(&mut self.draft);
+            self.outlook = expected(&self.draft, self.settings);
+            self.sort();
+        }
+        self.anticipate();
         self.draft.finish()
+    }
+
+    /// Relieves hosts that are likely to have too much to do, where a move is worth much more than its price.
+    fn anticipate(&mut self) {
+        let cluster = self.draft.cluster();
+        let least = self.settings.margin_s / self.settings.horizon_s;
+        let hosts = cluster.host_indices().filter(|host| {
+            let at = cluster.host(*host);
+            at.state == HostState::Active && !at.is_migrating && !self.draft.is_hot(*host)
+        });
+        let mut likely: Vec<_> = hosts.map(|host| (self.trouble(host), host)).collect();
+        likely.retain(|(trouble, host)| *trouble > least && self.is_steady(*host));
+        likely.sort_by(|one, other| other.0.total_cmp(&one.0).then(one.1.cmp(&other.1)));
+        for (_, host) in likely.into_iter().take(ANTICIPATED_MAX) {
+            // What came here in this plan counts.
+            if self.draft.moves_left() == 0 || self.draft.is_relieved(host) {
+                continue;
+            }
+            let (best, _) = self.best(host, &[]);
+            if let Some(best) = best.filter(|best| best.worth_s > self.settings.margin_s) {
+                self.take(&Hot { host, spots: vec![] }, &best);
+            }
+        }
+    }
+
+    /// Whether a host's load was seen before. A guest that is beyond its peak of the last minutes may come down by itself:
+    /// whether it does is for the detectors to say.
+    fn is_steady(&self, host: HostIndex) -> bool {
+        let cluster = self.draft.cluster();
+        let capacity = &cluster.host(host).capacity;
+        let guests = self.draft.placement().guests(host).iter().map(|vm| cluster.vm(*vm));
+        [Resource::Cpu, Resource::Network, Resource::Disk].into_iter().all(|resource| {
+            let is_high = |vm: &&Vm| vm.peak[resource] <= vm.usage[resource];
+            let high: f64 = guests.clone().filter(is_high).map(|vm| vm.usage[resource]).sum();
+            high <= UNSTEADY_MAX * capacity[resource]
+        })
     }
 
     /// Relieves a host until it is well and nothing more is worth its price.
@@ -299,6 +344,12 @@ impl<'a, 'p> Search<'a, 'p> {
     pub(super) fn roomiest(&self) -> impl Iterator<Item = HostIndex> + '_ {
         self.roomiest.iter().map(|(_, host)| *host)
     }
+}
+
+/// What is to be expected of guests where they would be by now.
+fn expected(draft: &Draft<'_>, settings: &Settings) -> Outlook {
+    let weights = (settings.hot_weight, settings.unknown);
+    Outlook::new(draft.placement(), draft.problem().limits.share_max, weights)
 }
 
 /// Whether a move is better than another; of equals that of the earlier guests to the earlier host.

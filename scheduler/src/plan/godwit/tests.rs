@@ -139,6 +139,58 @@ fn a_guest_that_swaps_grows_before_anything_moves() {
     assert_eq!(plan.steps[0].action, grows);
 }
 
+#[test]
+fn who_will_soon_lack_memory_gets_it_before() {
+    let mut cluster = synthetic::cluster(2, 4);
+    cluster.vms[1].memory.needed_mib = 950.0;
+    let plan = plan(&cluster, 0.0);
+    assert_eq!(plan.steps.len(), 1);
+    let Action::Resize { vm, from_mib, to_mib } = plan.steps[0].action else { panic!("{plan:?}") };
+    assert_eq!((vm, from_mib, to_mib.round()), (VmIndex(1), 1024.0, 1126.0));
+    assert!(plan.steps[0].reason.contains("needs 950 of its 1024 MiB"), "{plan:?}");
+}
+
+#[test]
+fn others_give_what_they_do_not_use_where_a_host_is_full() {
+    let mut cluster = synthetic::cluster(1, 15);
+    cluster.vms[0].memory.needed_mib = 1020.0;
+    cluster.vms[0].memory.swap_writes_per_s = 300.0;
+    let limits = Limits::default();
+    let mut spots = hotspots(&cluster, &limits);
+    spots.push(Hotspot {
+        host: HostIndex(0),
+        vm: Some(VmIndex(0)),
+        resource: Resource::Memory,
+        current: 300.0,
+        predicted: 300.0,
+        threshold: 150.0,
+        since_s: 0.0,
+        why: "vm-0 swaps".into(),
+    });
+    cluster.hosts[0].own.memory_mib = 0.95 * 16384.0 - 15.0 * 1024.0;
+    let problem = Problem { cluster: &cluster, hotspots: &spots, limits: &limits, now_s: 0.0 };
+    let plan = Godwit::default().plan(&problem);
+    let mut given_mib = 0.0;
+    for step in &plan.steps {
+        let Action::Resize { vm, from_mib, to_mib } = step.action else { panic!("{plan:?}") };
+        assert_eq!(vm == VmIndex(0), to_mib > from_mib, "{plan:?}");
+        given_mib += to_mib - from_mib;
+    }
+    assert!(plan.steps.len() > 1 && given_mib <= 1.0, "{plan:?}");
+}
+
+#[test]
+fn a_load_that_lasts_is_relieved_before_it_is_too_much_and_a_spike_is_not() {
+    let mut cluster = crowded(2, &[2.4, 0.5, 0.4]);
+    assert_eq!(plan(&cluster, 0.0), Plan::default(), "all are at their height");
+    for vm in &mut cluster.vms {
+        vm.peak.cpu_cores *= 1.2;
+    }
+    let plan = plan(&cluster, 0.0);
+    assert_eq!(plan.moves().count(), 1, "{plan:?}");
+    assert!(plan.steps[0].reason.contains("is likely to have too much to do soon"), "{plan:?}");
+}
+
 prop_compose! {
     /// Clusters with guests of all sizes, in places of all kinds.
     fn clusters()(
