@@ -254,6 +254,15 @@ impl Config {
                 return Some((key, format!("{key} = {value} cannot be"), remedy));
             }
         }
+        let shares = crate::model::Resource::ALL.map(|resource| self.limits.share_max[resource]);
+        if let Some(share) = shares.into_iter().find(|share| !(0.01..=10.0).contains(share)) {
+            let remedy = "take shares from 0.01 to 10 (1 for all of it)".to_owned();
+            return Some((
+                "limits.share_max",
+                format!("a host may be filled up to {share}"),
+                remedy,
+            ));
+        }
         if self.lease_s < 2.0 * self.profile.interval_s {
             let what = format!(
                 "an agent is to count as gone after {} s, and is heard of every {} s",
@@ -294,6 +303,9 @@ impl Config {
 fn line_of(text: &str, key: &str) -> usize {
     let name = key.rsplit('.').next().unwrap_or(key);
     let is_it = |line: &str| {
+        if line.trim() == format!("[{key}]") {
+            return true;
+        }
         line.trim_start().strip_prefix(name).is_some_and(|rest| rest.trim_start().starts_with('='))
     };
     text.lines().position(is_it).map_or(1, |index| index + 1)
@@ -364,6 +376,9 @@ mod tests {
         assert!(told.contains("the first and the last"), "{told}");
         let told = fault(|text| text.replace("retry-after-s = 60.0", "retry-after-s = -1.0"));
         assert!(told.contains("take seconds"), "{told}");
+        let told = fault(|text| text.replace("cpu_cores = 0.85", "cpu_cores = nan"));
+        let line = lines("[limits.share_max]");
+        assert!(told.contains(&format!("line {line}: a host may be filled up to NaN")), "{told}");
         let told = fault(|text| text.replace("dry-run", "dryrun"));
         assert!(told.contains("unknown field `dryrun`") && told.contains("--example"), "{told}");
         let told = fault(|text| {

@@ -59,7 +59,8 @@ pub struct Hotspot {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Shares of its capacity up to which a host may be filled.
+    /// Shares of its capacity up to which a host may be filled; those that a file does not name are the defaults.
+    #[serde(deserialize_with = "share_max")]
     pub share_max: Amounts,
     /// Migrations in one plan.
     pub moves_max: usize,
@@ -71,6 +72,25 @@ pub struct Limits {
     pub link_mbit: f64,
     /// By what memory grows in one step, MiB.
     pub memory_step_mib: f64,
+}
+
+/// Reads shares of which some may be left out.
+fn share_max<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Amounts, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Named {
+        cpu_cores: Option<f64>,
+        memory_mib: Option<f64>,
+        network_mbit: Option<f64>,
+        disk_mib: Option<f64>,
+    }
+    let (named, all) = (Named::deserialize(from)?, Limits::default().share_max);
+    Ok(Amounts {
+        cpu_cores: named.cpu_cores.unwrap_or(all.cpu_cores),
+        memory_mib: named.memory_mib.unwrap_or(all.memory_mib),
+        network_mbit: named.network_mbit.unwrap_or(all.network_mbit),
+        disk_mib: named.disk_mib.unwrap_or(all.disk_mib),
+    })
 }
 
 impl Default for Limits {

@@ -26,7 +26,7 @@ fn main() -> Result<()> {
         "Three hosts on this machine, a, b and c: each a network namespace with {CORES} of a processor for its guests.\n\
          An agent runs on each; they share a store, see load, and move guests without anybody pressing a button.\n"
     );
-    let plans = ["a", "b", "c"].map(|name| HostPlan::new(name, CORES, 400));
+    let plans = ["a", "b", "c"].map(|name| HostPlan::new(name, CORES, 1000));
     let mut fleet = Fleet::create(&plans)?;
     let store = format!("kind = \"embedded\"\npath = {:?}", fleet.shared("store.sqlite"));
     fleet.configure(&store, "");
@@ -39,11 +39,11 @@ fn main() -> Result<()> {
     show_hosts(&fleet.view(0)?);
 
     println!(
-        "\nvm1 and vm2, both on a, begin to work: each wants 0.45 of a processor, and a has {CORES}."
+        "\nvm1 and vm2, both on a, begin to work: each wants 0.3 of a processor, and a has {CORES}."
     );
     let began = Instant::now();
     for guest in ["vm1", "vm2"] {
-        fleet.with(guest, |vm| load::cpu(vm, 45))?;
+        fleet.with(guest, |vm| load::cpu(vm, 30))?;
     }
     let (_, view) = fleet.wait(0, "a hotspot on a", WITHIN, |view| !hot(view).is_empty())?;
     let seconds = || began.elapsed().as_secs_f64();

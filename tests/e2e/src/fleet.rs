@@ -260,7 +260,7 @@ impl Fleet {
         let logs: Vec<String> = (0..self.agents.len())
             .map(|host| format!("agent {host}:\n{}", self.agent_log(host)))
             .collect();
-        bail!("After {within:?}, not so: {what}. Last seen: {last:#?}\n{}", logs.join("\n"))
+        bail!("After {within:?}, not so: {what}. Last seen: {last:?}\n{}", logs.join("\n"))
     }
 
     /// Does something with a guest where it runs.

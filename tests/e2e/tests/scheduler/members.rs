@@ -14,7 +14,7 @@ const UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// The members; dropping them kills them.
 #[derive(Debug)]
-pub struct Members {
+pub(crate) struct Members {
     processes: Vec<Option<Engine>>,
     urls: Vec<(String, String)>,
 }
@@ -27,7 +27,7 @@ fn program() -> Result<PathBuf> {
 
 impl Members {
     /// One on each host of a cluster.
-    pub fn start(cluster: &Cluster) -> Result<Self> {
+    pub(crate) fn start(cluster: &Cluster) -> Result<Self> {
         let url = |host: &framework::ClusterHost, port| format!("http://{}:{port}", host.address());
         let urls = cluster.hosts().iter().map(|host| (url(host, CLIENTS), url(host, PEERS)));
         let mut members = Self { processes: vec![], urls: urls.collect() };
@@ -65,18 +65,18 @@ impl Members {
     }
 
     /// The table `store` for agents.
-    pub fn store(&self) -> String {
+    pub(crate) fn store(&self) -> String {
         let endpoints: Vec<&str> = self.urls.iter().map(|(clients, _)| clients.as_str()).collect();
         format!("kind = \"etcd\"\nendpoints = {endpoints:?}")
     }
 
     /// A member dies.
-    pub fn kill(&mut self, number: usize) -> Result<()> {
+    pub(crate) fn kill(&mut self, number: usize) -> Result<()> {
         self.processes[number].take().context("It is dead already").map(drop)
     }
 
     /// It comes back.
-    pub fn restart(&mut self, number: usize, cluster: &Cluster) -> Result<()> {
+    pub(crate) fn restart(&mut self, number: usize, cluster: &Cluster) -> Result<()> {
         let mut member = self.member(number, cluster)?;
         member.wait_stderr("ready to serve client requests", UP_WITHIN)?;
         self.processes[number] = Some(member);
