@@ -75,21 +75,26 @@ pub fn plan_for(
         hotspots.iter().filter(|hotspot| hotspot.host == index).cloned().collect();
     let is_draining = world.cluster.host(index).state == HostState::Draining;
     let has_guests = !Placement::new(&world.cluster).guests(index).is_empty();
-    if own.is_empty() && !(is_draining && has_guests) {
-        return Plan::default();
-    }
     // The name was checked when the configuration was read.
     let Some(policy) = plan::policy(&config.policy.name) else { return Plan::default() };
+    let has_reason = !own.is_empty() || (is_draining && has_guests);
+    if !has_reason && !policy.anticipates() {
+        return Plan::default();
+    }
     let problem =
         Problem { cluster: &world.cluster, hotspots: &own, limits: &config.limits, now_s };
     let mut plan = policy.plan(&problem);
-    // Other hosts that are being emptied see to it themselves.
+    // Other hosts see to what may come there, and to being emptied, themselves.
     plan.steps.retain(|step| match step.action {
         Action::Migrate { from, .. } => {
-            from == index || world.cluster.host(from).state == HostState::Active
+            let is_draining = world.cluster.host(from).state == HostState::Draining;
+            from == index || (has_reason && !is_draining)
         }
-        Action::Resize { .. } => true,
+        Action::Resize { vm, .. } => has_reason || world.cluster.vm(vm).host == index,
     });
+    if !has_reason {
+        plan.notes.clear();
+    }
     plan
 }
 
