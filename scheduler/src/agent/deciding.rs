@@ -20,7 +20,7 @@ use super::world::World;
 use crate::api::control::{ApiError, MoveRequest, ResizeRequest};
 use crate::api::view::{MoveStage, PlanView, StepAction, StepState, StepView};
 use crate::detect::Watch;
-use crate::model::{HostState, Placement};
+use crate::model::{HostIndex, HostState};
 use crate::plan::{self, Action, Hotspot, Plan, Problem};
 use crate::profile::HostReport;
 use crate::provision::Estimates;
@@ -61,7 +61,15 @@ impl Eyes {
     }
 }
 
-/// What is to be done about a host: its hotspots, and emptying it.
+/// Whether something is to be done about a host that cannot wait: it has a hotspot, or is to be emptied.
+#[must_use]
+pub fn is_urgent(world: &World, host: HostIndex, hotspots: &[Hotspot]) -> bool {
+    let is_draining = world.cluster.host(host).state == HostState::Draining;
+    let has_guests = || world.cluster.vms.iter().any(|vm| vm.host == host);
+    hotspots.iter().any(|hotspot| hotspot.host == host) || (is_draining && has_guests())
+}
+
+/// What is to be done about a host: its hotspots, emptying it, and what its policy sees coming.
 #[must_use]
 pub fn plan_for(
     config: &Config,
@@ -73,11 +81,9 @@ pub fn plan_for(
     let Some(index) = world.host(host) else { return Plan::default() };
     let own: Vec<Hotspot> =
         hotspots.iter().filter(|hotspot| hotspot.host == index).cloned().collect();
-    let is_draining = world.cluster.host(index).state == HostState::Draining;
-    let has_guests = !Placement::new(&world.cluster).guests(index).is_empty();
     // The name was checked when the configuration was read.
     let Some(policy) = plan::policy(&config.policy.name) else { return Plan::default() };
-    let has_reason = !own.is_empty() || (is_draining && has_guests);
+    let has_reason = is_urgent(world, index, hotspots);
     if !has_reason && !policy.anticipates() {
         return Plan::default();
     }

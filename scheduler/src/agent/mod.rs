@@ -71,6 +71,8 @@ pub struct Agent<S> {
     /// The plan that is carried out.
     carrying: Option<JoinHandle<()>>,
     orphans: BTreeMap<String, f64>,
+    /// In how many rounds one after the other the policy wanted to move guests from here without a hotspot.
+    foreseen: usize,
     store_kind: &'static str,
 }
 
@@ -99,6 +101,7 @@ impl<S: Store> Agent<S> {
             publisher: Publisher::default(),
             carrying: None,
             orphans: BTreeMap::new(),
+            foreseen: 0,
             store_kind,
         }
     }
@@ -221,6 +224,13 @@ impl<S: Store> Agent<S> {
         }
         let hotspots = self.shared.hotspots.lock().clone();
         let plan = deciding::plan_for(&config, &world, &self.shared.host, &hotspots, now_s);
+        // What is only foreseen has to be so as often as figures have to be too high for a hotspot: a spike passes.
+        let is_foreseen = !deciding::is_urgent(&world, host, &hotspots);
+        self.foreseen =
+            if is_foreseen && plan.moves().next().is_some() { self.foreseen + 1 } else { 0 };
+        if self.foreseen > 0 && self.foreseen < config.detect.k {
+            return;
+        }
         if plan.steps.is_empty() && plan.notes.is_empty() {
             return;
         }
