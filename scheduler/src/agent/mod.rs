@@ -73,6 +73,7 @@ pub struct Agent<S> {
     orphans: BTreeMap<String, f64>,
     /// In how many rounds one after the other the policy wanted to move guests from here without a hotspot.
     foreseen: usize,
+    began_s: f64,
     store_kind: &'static str,
 }
 
@@ -94,10 +95,12 @@ impl<S: Store> Agent<S> {
     ) -> Self {
         let host = identity.name().to_owned();
         let claims = Claims::new(store.clone(), host.clone());
+        let clock = Clock::start();
         Self {
+            began_s: clock.now_s(),
             profiler: Profiler::new(host, config.profile.clone()),
             eyes: Eyes::new(&config),
-            shared: Arc::new(Shared::new(config, identity, store, claims, Clock::start())),
+            shared: Arc::new(Shared::new(config, identity, store, claims, clock)),
             publisher: Publisher::default(),
             carrying: None,
             orphans: BTreeMap::new(),
@@ -224,11 +227,13 @@ impl<S: Store> Agent<S> {
         }
         let hotspots = self.shared.hotspots.lock().clone();
         let plan = deciding::plan_for(&config, &world, &self.shared.host, &hotspots, now_s);
-        // What is only foreseen has to be so as often as figures have to be too high for a hotspot: a spike passes.
+        // What is only foreseen has to be so as often as figures have to be too high for a hotspot, and by peaks of a whole
+        // window, of which a spike is a small part: it passes.
         let is_foreseen = !deciding::is_urgent(&world, host, &hotspots);
         self.foreseen =
             if is_foreseen && plan.moves().next().is_some() { self.foreseen + 1 } else { 0 };
-        if self.foreseen > 0 && self.foreseen < config.detect.k {
+        let has_seen_peaks = now_s - self.began_s >= config.provision.window_s;
+        if self.foreseen > 0 && (self.foreseen < config.detect.k || !has_seen_peaks) {
             return;
         }
         if plan.steps.is_empty() && plan.notes.is_empty() {
