@@ -51,8 +51,12 @@ pub struct Heard {
     pub agents: BTreeMap<String, Presence>,
     /// Last reports, by their hosts.
     pub reports: BTreeMap<String, HostReport>,
+    /// When they came, where that was seen.
+    pub came_at_s: BTreeMap<String, f64>,
     /// When an agent that is gone was there last, by its host.
     pub left_at_s: BTreeMap<String, f64>,
+    /// When a host's last migration ended, by the host.
+    pub calm_since_s: BTreeMap<String, f64>,
     /// Hotspots, by their hosts.
     pub hotspots: BTreeMap<String, Vec<HotspotView>>,
     /// Hosts that are to be emptied.
@@ -77,7 +81,15 @@ impl Heard {
             if self.agents.contains_key(host) { now_s } else { left_at_s }
         };
         others
-            .map(|(host, report)| Received { report: report.clone(), at_s: heard_at_s(host) })
+            .map(|(host, report)| {
+                let mut report = report.clone();
+                let at_s = heard_at_s(host);
+                // It holds until there is another one: what its clock is off by was seen when it came.
+                let off_s =
+                    self.came_at_s.get(host).map_or(0.0, |came_at_s| report.at_s - came_at_s);
+                report.at_s = (at_s + off_s).max(0.0);
+                Received { report, at_s }
+            })
             .collect()
     }
 
@@ -98,9 +110,18 @@ impl Heard {
                 }
                 known
             }
-            "reports" => self.apply_report(name, entry.as_ref()),
+            "reports" => {
+                self.came_at_s.insert(name.to_owned(), now_s);
+                self.apply_report(name, entry.as_ref())
+            }
             "hotspots" => set(&mut self.hotspots, name, entry.as_ref()),
-            "moves" => set(&mut self.claims, name, entry.as_ref()),
+            "moves" => {
+                if let Some(claim) = self.claims.get(name).filter(|_| entry.is_none()) {
+                    let hosts = [claim.from.clone(), claim.to.clone()];
+                    self.calm_since_s.extend(hosts.map(|host| (host, now_s)));
+                }
+                set(&mut self.claims, name, entry.as_ref())
+            }
             "moved" => set(&mut self.moved, name, entry.as_ref()),
             "drained" => {
                 match entry {
@@ -192,10 +213,16 @@ impl Board {
     /// What is in the store now; who left meanwhile is known to have.
     fn begin(&self, entries: Vec<Entry>, now_s: f64) {
         let mut heard = self.heard.lock();
-        let mut fresh = Heard { left_at_s: heard.left_at_s.clone(), ..Heard::default() };
+        let mut fresh = Heard {
+            left_at_s: heard.left_at_s.clone(),
+            calm_since_s: heard.calm_since_s.clone(),
+            ..Heard::default()
+        };
         for entry in entries {
             fresh.apply(Event::Put(entry), now_s);
         }
+        // They are of some time before.
+        fresh.came_at_s.clear();
         for host in heard.agents.keys().filter(|host| !fresh.agents.contains_key(*host)) {
             fresh.left_at_s.insert(host.clone(), now_s);
         }

@@ -90,13 +90,18 @@ pub fn plan_for(
     let problem =
         Problem { cluster: &world.cluster, hotspots: &own, limits: &config.limits, now_s };
     let mut plan = policy.plan(&problem);
-    // Other hosts see to what may come there, and to being emptied, themselves.
+    // Other hosts see to themselves, unless what is done there makes room for this one.
+    let is_ours = |step: &plan::Step| match step.action {
+        Action::Migrate { from, .. } => from == index,
+        Action::Resize { vm, .. } => world.cluster.vm(vm).host == index,
+    };
+    let helps_us = has_reason && plan.steps.iter().any(is_ours);
     plan.steps.retain(|step| match step.action {
         Action::Migrate { from, .. } => {
             let is_draining = world.cluster.host(from).state == HostState::Draining;
-            from == index || (has_reason && !is_draining)
+            from == index || (helps_us && !is_draining)
         }
-        Action::Resize { vm, .. } => has_reason || world.cluster.vm(vm).host == index,
+        Action::Resize { .. } => helps_us || is_ours(step),
     });
     if !has_reason {
         plan.notes.clear();

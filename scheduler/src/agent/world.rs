@@ -12,6 +12,9 @@ use crate::profile::{GuestReport, HostReport, Received, assemble};
 /// Most pairs of guests that are shown.
 const TALKS_MAX: usize = 2000;
 
+/// For so many rounds after a migration its traffic may still be in its hosts' figures.
+const CALM_AFTER_ROUNDS: f64 = 3.0;
+
 /// A cluster at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct World {
@@ -43,6 +46,7 @@ impl World {
         world.remarks.extend(heard.foreign.values().cloned());
         world.apply_wishes(config, failed);
         world.apply_heard(heard, now_s);
+        world.leave_out_migrations(heard, now_s - CALM_AFTER_ROUNDS * config.profile.interval_s);
         world
     }
 
@@ -60,6 +64,8 @@ impl World {
 
     fn apply_wishes(&mut self, config: &Config, failed: &BTreeSet<String>) {
         self.cluster.rules = config.rules.of(&self.cluster);
+        let told = |name| format!("{name} is left alone for a while: its move failed");
+        self.remarks.extend(failed.iter().map(told));
         let left_alone: Vec<VmIndex> = failed.iter().filter_map(|name| self.vm(name)).collect();
         self.cluster.rules.pinned.extend(left_alone);
         for vm in &mut self.cluster.vms {
@@ -87,6 +93,16 @@ impl World {
             let vm = &mut self.cluster.vms[index];
             vm.last_move = last_move;
             vm.is_migrating |= is_claimed;
+        }
+    }
+
+    /// A migration's own traffic is no load that lasts: in figures of its hosts what is not the guests' does not count.
+    fn leave_out_migrations(&mut self, heard: &Heard, since_s: f64) {
+        for host in &mut self.cluster.hosts {
+            let was_busy = heard.calm_since_s.get(&host.name).is_some_and(|at_s| *at_s > since_s);
+            if host.is_migrating || was_busy {
+                host.own.network_mbit = 0.0;
+            }
         }
     }
 

@@ -14,6 +14,9 @@ use scheduler_api::view::{MoveStage, StepAction};
 /// Processors of a host.
 const CORES: f64 = 0.5;
 
+/// The guests that begin to work.
+const BUSY: [&str; 3] = ["vm1", "vm2", "vm3"];
+
 /// How long the guests' work is measured.
 const MEASURED: Duration = Duration::from_secs(8);
 
@@ -31,19 +34,19 @@ fn main() -> Result<()> {
     let store = format!("kind = \"embedded\"\npath = {:?}", fleet.shared("store.sqlite"));
     fleet.configure(&store, "");
     let began = Instant::now();
-    fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 2)], |_, spec| Ok(spec))?;
-    println!("4 guests have booted ({:.1} s, QEMU under TCG)", began.elapsed().as_secs_f64());
+    fleet.boot(&[(1, 0), (2, 0), (3, 0), (4, 1), (5, 2)], |_, spec| Ok(spec))?;
+    println!("5 guests have booted ({:.1} s, QEMU under TCG)", began.elapsed().as_secs_f64());
     fleet.start_agents()?;
     let page = Page::open(&fleet)?;
     println!("3 agents know each other; the page: {}\n", page.address);
     show_hosts(&fleet.view(0)?);
 
     println!(
-        "\nvm1 and vm2, both on a, begin to work: each wants 0.3 of a processor, and a has {CORES}."
+        "\nvm1, vm2 and vm3, all on a, begin to work: each wants a fifth of a processor, and a has {CORES}."
     );
     let began = Instant::now();
-    for guest in ["vm1", "vm2"] {
-        fleet.with(guest, |vm| load::cpu(vm, 30))?;
+    for guest in BUSY {
+        fleet.with(guest, |vm| load::cpu(vm, 18))?;
     }
     let (_, view) = fleet.wait(0, "a hotspot on a", WITHIN, |view| !hot(view).is_empty())?;
     let seconds = || began.elapsed().as_secs_f64();
@@ -99,7 +102,7 @@ fn hot(view: &View) -> Vec<&str> {
 
 /// Processors that the working guests get.
 fn work(fleet: &Fleet) -> Result<Vec<(&'static str, f64)>> {
-    let names = ["vm1", "vm2"];
+    let names = BUSY;
     let first = names.map(|name| (Instant::now(), fleet.with(name, load::report)));
     std::thread::sleep(MEASURED);
     let mut got = vec![];
