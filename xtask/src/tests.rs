@@ -1,8 +1,8 @@
 //! `test`: all tests, and one true line with their number at the end.
 //!
 //! Tests with guests (`framework`, `e2e`): the tests of a program run one at a time, and as many programs side by side as
-//! there are cores, four at most. Guests boot and tests wait most of the time. What a program says is shown when it has
-//! ended. All others run as cargo likes.
+//! there are cores, four at most. Guests boot and tests wait most of the time. Those that measure how busy processors are
+//! run alone after them. What a program says is shown when it has ended. All others run as cargo likes.
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -20,11 +20,10 @@ use crate::setup::{self, Environment};
 const GUEST_PACKAGES: [&str; 2] = ["framework", "e2e"];
 
 /// Test programs that take minutes: they begin first, so that no long one is left for the end.
-const LONG: [&str; 14] = [
+const LONG: [&str; 13] = [
     "moves",
     "faults",
     "split",
-    "scheduler",
     "send_stream",
     "stream_postcopy",
     "disks",
@@ -36,6 +35,9 @@ const LONG: [&str; 14] = [
     "gateway_reconnect",
     "libvirt",
 ];
+
+/// Test programs in which it matters what else the machine does.
+const ALONE: [&str; 2] = ["scheduler", "scheduler_cluster"];
 
 /// Most programs with guests side by side: each takes gigabytes.
 const SIDE_BY_SIDE_MAX: usize = 4;
@@ -98,7 +100,8 @@ fn programs(root: &Path) -> Result<VecDeque<Program>> {
         let files = std::fs::read_dir(&folder);
         for file in files.with_context(|| format!("No {}", folder.display()))? {
             let path = file.context("A folder cannot be read")?.path();
-            if path.extension().is_some_and(|ending| ending == "rs")
+            let is_file = path.extension().is_some_and(|ending| ending == "rs");
+            if (is_file || path.join("main.rs").exists())
                 && let Some(name) = path.file_stem()
             {
                 found.push((package, name.to_string_lossy().into_owned()));
@@ -124,10 +127,11 @@ fn guest_tests(
         build.args(["-p", package]);
     }
     run(build.args(["--tests", "--no-run"]))?;
-    let left = Mutex::new(programs(root)?);
+    let (alone, together): (VecDeque<Program>, VecDeque<Program>) =
+        programs(root)?.into_iter().partition(|(_, name)| ALONE.contains(&name.as_str()));
     let told = Mutex::new((tally, true));
     let lock = "another program's thread panicked";
-    let work = || -> Result<()> {
+    let work = |left: &Mutex<VecDeque<Program>>| -> Result<()> {
         loop {
             let next = left.lock().ok().context(lock)?.pop_front();
             let Some((package, name)) = next else { return Ok(()) };
@@ -144,10 +148,13 @@ fn guest_tests(
         }
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        let all: Vec<_> = (0..cores.min(SIDE_BY_SIDE_MAX)).map(|_| scope.spawn(work)).collect();
-        all.into_iter().try_for_each(|one| one.join().ok().context(lock)?)
-    })?;
+    for (programs, workers) in [(together, cores.min(SIDE_BY_SIDE_MAX)), (alone, 1)] {
+        let left = Mutex::new(programs);
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..workers).map(|_| scope.spawn(|| work(&left))).collect();
+            all.into_iter().try_for_each(|one| one.join().ok().context(lock)?)
+        })?;
+    }
     Ok(told.into_inner().ok().context(lock)?.1)
 }
 

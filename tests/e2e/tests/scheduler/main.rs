@@ -81,8 +81,9 @@ fn cpu_hotspot(fleet: &Fleet) -> Result<()> {
         began.elapsed()
     );
     let after = fleet.places()?;
-    let moves: Vec<&String> = after.keys().filter(|name| before[*name] != after[*name]).collect();
-    ensure!(moves.len() == 1 && BUSY.contains(&moves[0].as_str()), "{moves:?} have moved");
+    let left = BUSY.iter().filter(|name| before[**name] == 0 && after[**name] != 0).count();
+    // Others may have made room for it.
+    ensure!(left >= 1, "{before:?} has become {after:?}");
     let plan = view.plan.context("There is no plan")?;
     let reason = &plan.steps.first().context("The plan is empty")?.reason;
     ensure!(reason.contains("CPU"), "{reason}");
