@@ -9,6 +9,9 @@ use framework::{Cluster, Engine};
 const CLIENTS: u16 = 2379;
 const PEERS: u16 = 2380;
 
+/// What a member says when it serves.
+const READY: &str = "serving client traffic";
+
 /// Longest time until a member serves, on a loaded machine.
 const UP_WITHIN: Duration = Duration::from_secs(60);
 
@@ -36,7 +39,7 @@ impl Members {
             members.processes.push(Some(member));
         }
         for member in members.processes.iter_mut().flatten() {
-            member.wait_stderr("ready to serve client requests", UP_WITHIN)?;
+            member.wait_stderr(READY, UP_WITHIN)?;
         }
         Ok(members)
     }
@@ -78,7 +81,7 @@ impl Members {
     /// It comes back.
     pub(crate) fn restart(&mut self, number: usize, cluster: &Cluster) -> Result<()> {
         let mut member = self.member(number, cluster)?;
-        member.wait_stderr("ready to serve client requests", UP_WITHIN)?;
+        member.wait_stderr(READY, UP_WITHIN)?;
         self.processes[number] = Some(member);
         Ok(())
     }
