@@ -232,7 +232,8 @@ impl Config {
     /// The first thing that cannot be: its key, what, and what to do.
     fn fault(&self) -> Option<(&'static str, String, String)> {
         let checks = [self.profile.check(), self.detect.check(), self.provision.check()];
-        for SettingsError { key, value, remedy } in checks.into_iter().filter_map(Result::err) {
+        if let Some(SettingsError { key, value, remedy }) = checks.into_iter().find_map(Result::err)
+        {
             return Some((key, format!("{key} = {value} cannot be"), remedy.into()));
         }
         if plan::policy(&self.policy.name).is_none() {

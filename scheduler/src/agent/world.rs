@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::board::Heard;
 use super::config::Config;
 use crate::api::view::{GuestView, HostView, TalkView};
-use crate::model::{Cluster, HostIndex, HostState, LastMove, Placement, VmIndex};
+use crate::model::{
+    Amounts, Cluster, HostIndex, HostState, LastMove, Placement, Resource, VmIndex,
+};
 use crate::profile::report::GuestState;
 use crate::profile::{GuestReport, HostReport, Received, assemble};
 
@@ -190,24 +192,19 @@ impl World {
     pub fn room(
         &self,
         host: HostIndex,
-        comes: &[crate::model::Amounts],
-        share_max: &crate::model::Amounts,
+        comes: &[Amounts],
+        share_max: &Amounts,
     ) -> Result<(), String> {
-        let placement = Placement::new(&self.cluster);
-        let mut after = placement.usage(host);
-        for one in comes {
-            after += *one;
-        }
+        let taken = Placement::new(&self.cluster).usage(host);
+        let adds = comes.iter().fold(Amounts::ZERO, |sum, one| sum + *one);
         let capacity = self.cluster.host(host).capacity;
-        for resource in crate::model::Resource::ALL {
+        for resource in Resource::ALL {
+            let after = taken[resource] + adds[resource];
             let most = capacity[resource] * share_max[resource];
-            // What is not known of a host does not keep guests away.
-            if capacity[resource] > 0.0 && after[resource] > most {
-                return Err(format!(
-                    "{:.1} of {} would be used and {most:.1} may be",
-                    after[resource],
-                    resource.name()
-                ));
+            // What is not known of a host, or of what guests bring nothing, does not keep them away.
+            if capacity[resource] > 0.0 && adds[resource] > 0.0 && after > most {
+                let name = resource.name();
+                return Err(format!("{after:.1} of {name} would be used and {most:.1} may be"));
             }
         }
         Ok(())

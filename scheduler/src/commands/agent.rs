@@ -157,7 +157,7 @@ async fn try_store(settings: &StoreSettings) -> Result<Result<AnyStore, StoreErr
                 }),
                 _ => None,
             };
-            Ok(Etcd::connect(endpoints, tls.as_ref()).await.map(AnyStore::Etcd))
+            Ok(Etcd::connect(endpoints, tls.as_ref()).await.map(Box::new).map(AnyStore::Etcd))
         }
     }
 }

@@ -12,7 +12,7 @@ pub enum AnyStore {
     /// A file.
     Embedded(Embedded),
     /// Members of etcd.
-    Etcd(Etcd),
+    Etcd(Box<Etcd>),
 }
 
 impl AnyStore {
