@@ -138,8 +138,10 @@ mod tests {
     #[tokio::test]
     async fn a_child_is_found_again_and_told_from_others() {
         let folder = tempfile::tempdir().unwrap();
-        let args = ["-c".to_owned(), "echo said; echo warned >&2; sleep 30".to_owned()];
-        let child = Child::start(Path::new("/bin/sh"), &args, folder.path()).unwrap();
+        // Whoever runs tests in the background has SIGINT ignored.
+        let script = "echo said; echo warned >&2; exec sleep 30";
+        let args = ["--default-signal=INT", "sh", "-c", script].map(str::to_owned);
+        let child = Child::start(Path::new("/usr/bin/env"), &args, folder.path()).unwrap();
         assert!(child.is_alive());
         assert_eq!(Child::recorded(folder.path()), Some(child));
         let other = Child { start_ticks: child.start_ticks + 1, ..child };

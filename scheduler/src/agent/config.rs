@@ -304,7 +304,7 @@ impl Config {
 fn line_of(text: &str, key: &str) -> usize {
     let name = key.rsplit('.').next().unwrap_or(key);
     let is_it = |line: &str| {
-        if line.trim() == format!("[{key}]") {
+        if line.trim_start().starts_with(&format!("[{key}]")) {
             return true;
         }
         line.trim_start().strip_prefix(name).is_some_and(|rest| rest.trim_start().starts_with('='))
