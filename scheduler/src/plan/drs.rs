@@ -1,5 +1,5 @@
 //! The decentralised DRS (Agrawal, IIT Kanpur 2016): memory is shared anew between a host's guests first
-//! ([`balloon`](super::balloon)); then the guest leaves whose going is worth most beyond the opportunity cost of its coming.
+//! ([`super::balloon`]); then the guest leaves whose going is worth most beyond the opportunity cost of its coming.
 //!
 //! ```text
 //!   cost = 100/(2n) * (n^((load_h + used_g)/total_h) + n^(min(demand_g + cpu_h, cap_h)/cap_h))      n hosts

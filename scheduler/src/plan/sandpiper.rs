@@ -2,7 +2,7 @@
 //! leaves first, and goes to the host with the least.
 //!
 //! `volume = 1/(1-cpu) * 1/(1-network) * 1/(1-memory)`, `VSR = volume / memory`. Lack of memory is first met with memory.
-//! Where nothing can move, a guest is exchanged for others of a host with less to do ([`swap`](super::swap)).
+//! Where nothing can move, a guest is exchanged for others of a host with less to do (`swap`).
 //!
 //! As in the original, a guest's network figure counts what it exchanges inside of its host, which the IDC thesis calls a
 //! fault; room on destinations is judged by what crosses their interfaces.

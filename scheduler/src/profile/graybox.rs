@@ -20,7 +20,7 @@
 //! arrivals, they are taken to be random (their variance is the square of their mean distance).
 //!
 //! Invariants: a file is read from where it ended when it was first looked at; one that was replaced or cut is read from
-//! its beginning; at most [`BYTES_MAX`] are read at a time, of lines of [`LINE_BYTES_MAX`] at most; patterns take time in
+//! its beginning; at most `BYTES_MAX` are read at a time, of lines of `LINE_BYTES_MAX` at most; patterns take time in
 //! proportion to what is read.
 
 use std::fs::File;

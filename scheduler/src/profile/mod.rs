@@ -12,7 +12,7 @@
 //! | [`parse`] | what the kernel, QEMU and nft say, as figures | none |
 //! | [`rates`] | counters, as rates | none |
 //! | [`report`] | what a host says of itself and its guests | none |
-//! | [`assemble`] | reports of several hosts, as a cluster | none |
+//! | [`mod@assemble`] | reports of several hosts, as a cluster | none |
 //! | [`read`] | files, up to a limit | yes |
 //! | [`cgroup`] | limits and use of control groups | yes |
 //! | [`host`] | the host's own figures | yes |

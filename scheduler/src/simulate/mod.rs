@@ -12,15 +12,15 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`calibration`] | what was measured, how it is read, what is assumed beside it |
-//! | [`world`] | hosts, guests, who talks to whom, who waits for them |
-//! | [`moment`], [`network`], [`share`] | contention: fair shares of CPU, disk and interfaces; steal; swap |
-//! | [`response`] | how long users wait |
-//! | [`moves`] | plans become true |
-//! | [`snapshot`] | what agents would report |
-//! | [`run`] | events |
-//! | [`outcome`] | what it came to |
-//! | [`scenario`] | files, their check, generated clusters, expectations |
+//! | `calibration` | what was measured, how it is read, what is assumed beside it |
+//! | `world` | hosts, guests, who talks to whom, who waits for them |
+//! | `moment`, `network`, `share` | contention: fair shares of CPU, disk and interfaces; steal; swap |
+//! | `response` | how long users wait |
+//! | `moves` | plans become true |
+//! | `snapshot` | what agents would report |
+//! | `run` | events |
+//! | `outcome` | what it came to |
+//! | `scenario` | files, their check, generated clusters, expectations |
 //!
 //! Architecture invariant: no I/O, no clock; randomness by the scenario's seed alone.
 

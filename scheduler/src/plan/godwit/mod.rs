@@ -1,6 +1,6 @@
 //! Godwit's own policy: as little overload as possible, for as few bytes and pauses as possible.
 //!
-//! All of it is one sum in seconds: what is wrong with all hosts over the next ten minutes ([`outlook`]), what guests
+//! All of it is one sum in seconds: what is wrong with all hosts over the next ten minutes (`outlook`), what guests
 //! exchange across network interfaces, and against it what migrations take, as the engine predicts it. A move is made if it
 //! lowers that sum.
 //!
