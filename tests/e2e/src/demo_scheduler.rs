@@ -12,7 +12,7 @@ use scheduler_api::amounts::Resource;
 use scheduler_api::view::{MoveStage, StepAction};
 
 /// Processors of a host.
-const CORES: f64 = 0.5;
+const CORES: f64 = 0.7;
 
 /// The guests that begin to work.
 const BUSY: [&str; 3] = ["vm1", "vm2", "vm3"];
@@ -42,11 +42,11 @@ fn main() -> Result<()> {
     show_hosts(&fleet.view(0)?);
 
     println!(
-        "\nvm1, vm2 and vm3, all on a, begin to work: each wants a fifth of a processor, and a has {CORES}."
+        "\nvm1, vm2 and vm3, all on a, begin to work: each wants a quarter of a processor, and a has {CORES}."
     );
     let began = Instant::now();
     for guest in BUSY {
-        fleet.with(guest, |vm| load::cpu(vm, 18))?;
+        fleet.with(guest, |vm| load::cpu(vm, 24))?;
     }
     let (_, view) = fleet.wait(0, "a hotspot on a", WITHIN, |view| !hot(view).is_empty())?;
     let seconds = || began.elapsed().as_secs_f64();
