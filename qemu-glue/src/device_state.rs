@@ -28,6 +28,7 @@
 mod ahead;
 mod header;
 mod load;
+mod lost_writes;
 mod postcopy;
 mod save;
 mod settings;
@@ -48,6 +49,7 @@ pub use crate::stream::HeaderError;
 use crate::stream::tail;
 pub use header::StreamHeader;
 pub use load::{Loading, prepare_load};
+pub use lost_writes::lost_writes;
 pub use postcopy::{is_in_postcopy, is_postcopy, leave_postcopy, postcopy_obstacle};
 pub use save::{Saving, begin_save};
 pub use settings::restore_capabilities;

@@ -63,6 +63,9 @@ pub async fn send(
     if let Some(why) = why {
         eprintln!("by QEMU's stream, not the direct path: {why}");
     }
+    if let Some(why) = device_state::lost_writes(&found.client).await? {
+        eprintln!("caution: {why}");
+    }
     let Found { client, vm, .. } = found;
     let migration = prepare::new_migration()?;
     let mut options = prepare::options(&args.common, prepare::lanes(args.lane_count, mode));

@@ -194,7 +194,7 @@ async fn paused(client: &Client) -> Result<bool, DeviceStateError> {
     }
 }
 
-async fn ramblocks(client: &Client) -> Result<Vec<hmp::RamBlock>, DeviceStateError> {
+pub(super) async fn ramblocks(client: &Client) -> Result<Vec<hmp::RamBlock>, DeviceStateError> {
     let text = client.hmp(hmp::RAMBLOCK).await?;
     let blocks = hmp::ramblocks(&text);
     blocks.map_err(|error| DeviceStateError::Failed { detail: error.to_string() })

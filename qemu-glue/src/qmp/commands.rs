@@ -230,6 +230,17 @@ impl Client {
             .ok_or_else(|| QmpError::answer(COMMAND, "it has no version numbers"))
     }
 
+    /// Whether KVM runs the guest; TCG does if not.
+    ///
+    /// # Errors
+    /// As the module says.
+    pub async fn query_kvm(&self) -> Result<bool, QmpError> {
+        const COMMAND: &str = "query-kvm";
+        let answer = self.execute(COMMAND, Value::Null).await?;
+        let enabled = answer.get("enabled").and_then(Value::as_bool);
+        enabled.ok_or_else(|| QmpError::answer(COMMAND, "it does not say whether KVM is enabled"))
+    }
+
     /// The VM's name (`-name`), if it has one.
     ///
     /// # Errors

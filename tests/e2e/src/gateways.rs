@@ -8,11 +8,12 @@ use serde_json::{Value, json};
 
 use crate::{PATIENCE, Rig, check_alive};
 
-/// A guest with private memory that writes and checks it.
+/// A guest with private memory that writes and checks it, and that QEMU 7.2 under TCG can move as well.
 #[must_use]
 pub fn private(kind: QemuKind) -> VmSpec {
     VmSpec::new("private", kind)
         .backend(Backend::Private)
+        .odd_memory()
         .with("godwit.writer=fill=60,hot=30,rate=4000,bytes=64,seed=7")
         .with("godwit.checker=size=24,seed=5")
 }
@@ -22,6 +23,7 @@ pub fn private(kind: QemuKind) -> VmSpec {
 pub fn small(kind: QemuKind) -> VmSpec {
     VmSpec::new("small", kind)
         .backend(Backend::Private)
+        .odd_memory()
         .with("godwit.writer=fill=40,hot=20,rate=4000,bytes=64,seed=7")
         .with("godwit.checker=size=8,seed=5")
 }

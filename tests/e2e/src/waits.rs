@@ -15,6 +15,7 @@ const WAIT_MS_MAX: u64 = 30;
 pub fn slow(kind: QemuKind) -> VmSpec {
     VmSpec::new("slow", kind)
         .backend(Backend::Private)
+        .odd_memory()
         .with("godwit.writer=fill=24,hot=12,rate=300,bytes=64,content=random,seed=7")
         .with("godwit.checker=size=8,seed=5")
 }

@@ -44,6 +44,7 @@ fn a_guest_moves_from_7_2_to_10_0() -> Result<()> {
 /// Newer machines are told within the stream that their guest has stopped.
 #[test]
 fn a_newer_machine_moves() -> Result<()> {
-    let guest = |kind| VmSpec { machine: "pc-i440fx-10.0".into(), ..private(kind).smp(2) };
+    let guest =
+        |kind| VmSpec { machine: "pc-i440fx-10.0".into(), extra_kib: 0, ..private(kind).smp(2) };
     moved(&[QemuKind::V10_0; 6], guest)
 }

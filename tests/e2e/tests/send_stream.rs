@@ -67,7 +67,8 @@ fn a_guest_moves_from_7_2_to_10_0() -> Result<()> {
 /// Newer machines are told within the stream that their guest has stopped.
 #[test]
 fn a_newer_machine_moves() -> Result<()> {
-    let guest = |kind| VmSpec { machine: "pc-i440fx-10.0".into(), ..small(kind).smp(2) };
+    let guest =
+        |kind| VmSpec { machine: "pc-i440fx-10.0".into(), extra_kib: 0, ..small(kind).smp(2) };
     moved(&[QemuKind::V10_0; 4], guest)
 }
 
@@ -81,8 +82,7 @@ fn the_report_says_what_happened_and_the_source_is_quit_unless_it_is_kept() -> R
         let words = ["--mode", "pre-copy", "--max-bandwidth", "200M", "--keep-source"];
         let words = stream(&[&words[..], &["--max-downtime-ms", "300"]].concat());
         let moved = rig.migrate_from(&mut first, next, &words)?;
-        complete(&moved, first.spec().memory_mib << 20)
-            .with_context(|| moved.report.to_string())?;
+        complete(&moved, first.spec().memory_bytes()).with_context(|| moved.report.to_string())?;
         ensure!(first.qmp().run_state()? == "postmigrate", "The source is not kept");
         drop(first);
         let mut second = moved.vm;

@@ -128,7 +128,8 @@ fn larger_pages_are_refused_before_anything_moves() -> Result<()> {
     in_turn(|| {
         let (backends, _huge) = with_larger_pages(vec![]);
         for backend in backends {
-            let mut watched = Watched::boot(small(QemuKind::V10_0))?;
+            let spec = VmSpec { extra_kib: 0, ..small(QemuKind::V10_0) };
+            let mut watched = Watched::boot(spec.clone())?;
             let words = stream(&["--mode", "post-copy"]);
             let larger = watched.next(QemuKind::V10_0).backend(backend.clone());
             watched.refused_by(
@@ -136,7 +137,7 @@ fn larger_pages_are_refused_before_anything_moves() -> Result<()> {
                 &words,
                 &["The destination", "pages of", "--mode pre-copy"],
             )?;
-            let mut watched = Watched::boot(small(QemuKind::V10_0).backend(backend))?;
+            let mut watched = Watched::boot(spec.backend(backend))?;
             // It does not come to a session.
             let nobody = free_address()?;
             watched.refused("larger pages", &["pages of", "--mode pre-copy"], |rig, vm| {
