@@ -82,22 +82,44 @@ impl Console {
         Ok(bad_lines(&self.text()?))
     }
 
-    /// Fails if there is any such line.
+    /// Fails if there is any such line, with what the guest printed around the first of them.
     ///
     /// # Errors
     /// There is one, or the file cannot be read.
     pub fn assert_clean(&self) -> Result<()> {
-        let bad = self.bad_lines()?;
-        if !bad.is_empty() {
-            bail!("The guest complained:\n{}", bad.join("\n"));
+        if self.bad_lines()?.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        bail!("The guest complained:\n{}", around_first_bad(&self.settled()?))
+    }
+
+    /// The text once it grows no more: a complaint arrives in pieces, and its trace after it.
+    fn settled(&self) -> Result<String> {
+        let mut text = self.text()?;
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(500));
+            let now = self.text()?;
+            if now.len() == text.len() && now.ends_with('\n') {
+                break;
+            }
+            text = now;
+        }
+        Ok(text)
     }
 }
 
+fn is_bad(line: &str) -> bool {
+    BAD_TEXTS.iter().any(|bad| line.contains(bad))
+}
+
 fn bad_lines(text: &str) -> Vec<String> {
-    let bad = |line: &&str| BAD_TEXTS.iter().any(|bad| line.contains(bad));
-    text.lines().filter(bad).map(str::to_owned).collect()
+    text.lines().filter(|line| is_bad(line)).map(str::to_owned).collect()
+}
+
+/// The first line that is bad, the three before it, and its trace.
+fn around_first_bad(text: &str) -> String {
+    let first = text.lines().position(is_bad).unwrap_or_default();
+    text.lines().skip(first.saturating_sub(3)).take(60).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]
@@ -108,6 +130,7 @@ mod tests {
     fn finds_complaints() {
         let text = "[ 1.0] fine\nCHECKER FAIL page=3\nGUEST READY 1\n[2.0] BUG: unable to handle\n";
         assert_eq!(bad_lines(text), ["CHECKER FAIL page=3", "[2.0] BUG: unable to handle"]);
+        assert_eq!(around_first_bad(text), text.trim_end());
         assert!(bad_lines("GUEST READY 5\nrcu: Hierarchical RCU implementation.\n").is_empty());
     }
 }

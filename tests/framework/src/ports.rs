@@ -70,12 +70,7 @@ impl Ports {
     ) -> Result<()> {
         let console = &self.console;
         let ready = wait::until("GUEST READY on the console", timeout, || {
-            if !console.bad_lines()?.is_empty() {
-                // Serial lines arrive in pieces: let this one become whole, for the error's text.
-                let whole = || Ok(console.text()?.ends_with('\n').then_some(()));
-                drop(wait::until("the end of a line", Duration::from_secs(5), whole));
-                console.assert_clean()?;
-            }
+            console.assert_clean()?;
             alive()?;
             let ready = console.text()?.contains("GUEST READY") && self.heartbeat.count() > 0;
             Ok(ready.then_some(()))
