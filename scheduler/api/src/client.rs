@@ -265,16 +265,16 @@ impl Client {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<Bytes, ApiError> {
-        let bad = |what: String| ApiError::BadRequest { what };
         let body = match body {
-            Some(body) => serde_json::to_vec(body).map_err(|error| bad(error.to_string()))?,
+            Some(body) => serde_json::to_vec(body)
+                .map_err(|error| ApiError::bad_request(error.to_string()))?,
             None => Vec::new(),
         };
         let mut request = Request::builder()
             .method(method)
             .uri(path)
             .body(Bytes::from(body))
-            .map_err(|error| bad(error.to_string()))?;
+            .map_err(|error| ApiError::bad_request(error.to_string()))?;
         let json = HeaderValue::from_static("application/json");
         if !request.body().is_empty() {
             request.headers_mut().insert(CONTENT_TYPE, json.clone());
@@ -311,7 +311,7 @@ impl Client {
             http1::handshake(TokioIo::new(stream)).await.map_err(lost)?;
         let (mut parts, body) = request.into_parts();
         let host = HeaderValue::from_str(agent.addr)
-            .map_err(|_| ApiError::BadRequest { what: "that is no address".into() })?;
+            .map_err(|_| ApiError::bad_request("that is no address"))?;
         parts.headers.insert(HOST, host);
         parts.headers.insert(CONNECTION, HeaderValue::from_static("close"));
         let request = Request::from_parts(parts, Full::new(body));
@@ -364,11 +364,11 @@ pub fn segment(name: &str) -> String {
 }
 
 fn unavailable(addr: &str, why: &str) -> ApiError {
-    ApiError::Unavailable { what: format!("The agent at {addr} cannot be asked: {why}") }
+    ApiError::unavailable(format!("The agent at {addr} cannot be asked: {why}"))
 }
 
 fn in_doubt(error: &ApiError) -> ApiError {
-    ApiError::Unavailable { what: format!("{error}; whether it did what was asked is not known") }
+    ApiError::unavailable(format!("{error}; whether it did what was asked is not known"))
 }
 
 /// An error with its causes.

@@ -45,6 +45,31 @@ pub enum ApiError {
 }
 
 impl ApiError {
+    /// [`Self::NotFound`].
+    pub fn not_found(what: impl Into<String>) -> Self {
+        Self::NotFound { what: what.into() }
+    }
+
+    /// [`Self::Conflict`].
+    pub fn conflict(what: impl Into<String>) -> Self {
+        Self::Conflict { what: what.into() }
+    }
+
+    /// [`Self::BadRequest`].
+    pub fn bad_request(what: impl Into<String>) -> Self {
+        Self::BadRequest { what: what.into() }
+    }
+
+    /// [`Self::Forbidden`].
+    pub fn forbidden(what: impl Into<String>) -> Self {
+        Self::Forbidden { what: what.into() }
+    }
+
+    /// [`Self::Unavailable`].
+    pub fn unavailable(what: impl Into<String>) -> Self {
+        Self::Unavailable { what: what.into() }
+    }
+
     /// The status code that says so.
     #[must_use]
     pub const fn status(&self) -> u16 {

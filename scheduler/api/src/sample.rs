@@ -334,8 +334,8 @@ impl Control for Remembering {
         self.remember(caller, &format!("move {guest} to {to:?} ({reason})"))?;
         let view = self.view();
         let found = view.guests.iter().find(|known| known.name == guest);
-        let found = found
-            .ok_or_else(|| ApiError::NotFound { what: format!("There is no guest {guest:?}") })?;
+        let found =
+            found.ok_or_else(|| ApiError::not_found(format!("There is no guest {guest:?}")))?;
         let from = found.host.clone();
         let to = to.unwrap_or_else(|| host_name(1));
         Ok(MoveAnswer { guest, agent: from.clone(), from, to })

@@ -10,7 +10,7 @@
 //! long. The migrations' own protocol makes sure that this is safe at any moment: the guest runs on where it was, or
 //! here. Invariants: a QEMU whose guest runs is never told to end; of one guest at most one is expected.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -23,9 +23,9 @@ use serde::{Deserialize, Serialize};
 use tokio::process::Command;
 
 use super::child::{self, Child};
+use super::records::Records;
 use super::shared::Shared;
 use crate::api::control::{ApiError, ReceiveAnswer, ReceiveRequest};
-use crate::store::Store;
 use crate::store::claims::Claim;
 
 /// How long the engine may take to listen.
@@ -49,7 +49,7 @@ const ORPHAN_AFTER_S: f64 = 120.0;
 /// What the engine says when it listens.
 const LISTENING: &str = "listening on ";
 
-const RECORD: &str = "arrival.json";
+const START_LOG: &str = "start.log";
 
 /// What is remembered of a guest that is expected.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -64,54 +64,36 @@ pub struct Record {
     pub began_s: f64,
 }
 
-fn root(state: &Path) -> PathBuf {
-    state.join("arrivals")
-}
-
-fn folder(state: &Path, guest: &str) -> PathBuf {
-    root(state).join(child::file_name(guest))
-}
-
-/// Guests that are expected, whichever agent began.
-#[must_use]
-pub fn expected(state: &Path) -> Vec<Record> {
-    let Ok(folders) = fs::read_dir(root(state)) else { return vec![] };
-    folders.flatten().filter_map(|entry| child::read(&entry.path().join(RECORD))).collect()
-}
-
-fn unavailable(what: String) -> ApiError {
-    ApiError::Unavailable { what }
-}
-
 /// Gets ready for a guest that the agent of `from` brings.
 ///
 /// # Errors
 /// Why not; no QEMU of ours waits then.
-pub async fn receive<S: Store>(
-    shared: &Arc<Shared<S>>,
+pub async fn receive(
+    shared: &Arc<Shared>,
     from: &str,
     request: &ReceiveRequest,
 ) -> Result<ReceiveAnswer, ApiError> {
     let config = shared.config();
     let guest = request.guest.as_str();
     if guest.is_empty() || guest.len() > crate::profile::report::NAME_BYTES_MAX {
-        return Err(ApiError::BadRequest { what: "A guest's name has 1 to 128 bytes".into() });
+        return Err(ApiError::bad_request("A guest's name has 1 to 128 bytes"));
     }
     let sockets = config.profile.socket_folder.clone().ok_or_else(|| {
-        unavailable(format!("{} takes no guests: set profile.socket-folder there", shared.host))
+        ApiError::unavailable(format!(
+            "{} takes no guests: set profile.socket-folder there",
+            shared.host
+        ))
     })?;
     let socket = sockets.join(format!("{}.qmp", child::file_name(guest)));
-    let folder = folder(&config.state, guest);
-    if folder.join(RECORD).exists() {
-        return Err(ApiError::Conflict { what: format!("{guest} is expected here already") });
+    let records = Records::of_arrivals(&config.state);
+    if records.has(guest) {
+        return Err(ApiError::conflict(format!("{guest} is expected here already")));
     }
     let began_s = shared.clock.now_s();
     let record = Record { guest: guest.into(), from: from.into(), socket, began_s };
-    let kept =
-        fs::create_dir_all(&folder).and_then(|()| child::write(&folder.join(RECORD), &record));
-    kept.map_err(|error| unavailable(format!("{}: {error}", folder.display())))?;
+    records.keep(guest, &record)?;
     shared.left_alone.lock().insert(guest.into(), record.socket.clone());
-    let answer = get_ready(shared, &record, &request.uuid, &folder).await;
+    let answer = get_ready(shared, &record, &request.uuid, &records.folder(guest)).await;
     match &answer {
         Ok(_) => {
             let shared = Arc::clone(shared);
@@ -122,14 +104,14 @@ pub async fn receive<S: Store>(
     answer
 }
 
-async fn get_ready<S: Store>(
-    shared: &Arc<Shared<S>>,
+async fn get_ready(
+    shared: &Arc<Shared>,
     record: &Record,
     uuid: &str,
     folder: &Path,
 ) -> Result<ReceiveAnswer, ApiError> {
     make_way(record).await?;
-    start_qemu(shared, record, uuid).await?;
+    start_qemu(shared, record, uuid, folder).await?;
     let config = shared.config();
     let addr = free_address(shared)?;
     let mut args = vec![
@@ -143,14 +125,15 @@ async fn get_ready<S: Store>(
     ];
     args.extend(config.migrate.receive.iter().cloned());
     let program = &config.migrate.program;
-    let engine = Child::start(program, &args, folder)
-        .map_err(|error| unavailable(format!("{} does not start: {error}", program.display())))?;
+    let engine = Child::start(program, &args, folder).map_err(|error| {
+        ApiError::unavailable(format!("{} does not start: {error}", program.display()))
+    })?;
     let listens = tokio::time::timeout(LISTENS_WITHIN, listens(engine, folder)).await;
     if !listens.unwrap_or(false) {
         engine.interrupt();
-        let log = child::printed(folder, child::LOG);
+        let log = child::printed(folder, child::LOG, child::TEXT_BYTES_MAX);
         let why = log.lines().last().unwrap_or("it says nothing").to_owned();
-        return Err(unavailable(format!("`migrate receive` does not listen: {why}")));
+        return Err(ApiError::unavailable(format!("`migrate receive` does not listen: {why}")));
     }
     let host =
         config.advertise.as_deref().and_then(|api| api.rsplit_once(':')).map(|(host, _)| host);
@@ -167,12 +150,12 @@ async fn make_way(record: &Record) -> Result<(), ApiError> {
     if !record.socket.exists() {
         return Ok(());
     }
-    let taken = |what: &str| ApiError::Conflict {
-        what: format!(
+    let taken = |what: &str| {
+        ApiError::conflict(format!(
             "{} is taken by {what}: {} cannot come",
             record.socket.display(),
             record.guest
-        ),
+        ))
     };
     match std::os::unix::net::UnixStream::connect(&record.socket) {
         Ok(_) => Err(taken("a QEMU that runs")),
@@ -184,10 +167,11 @@ async fn make_way(record: &Record) -> Result<(), ApiError> {
 }
 
 /// Runs the owner's program, which leaves a QEMU behind.
-async fn start_qemu<S: Store>(
-    shared: &Arc<Shared<S>>,
+async fn start_qemu(
+    shared: &Arc<Shared>,
     record: &Record,
     uuid: &str,
+    folder: &Path,
 ) -> Result<(), ApiError> {
     let config = shared.config();
     let Some((program, args)) = config.migrate.start.split_first() else {
@@ -195,7 +179,7 @@ async fn start_qemu<S: Store>(
             "{} takes no guests: migrate.start must name a program there that starts their QEMUs",
             shared.host
         );
-        return Err(unavailable(what));
+        return Err(ApiError::unavailable(what));
     };
     let qmp = record.socket.display().to_string();
     let fill = |text: &String| {
@@ -204,13 +188,16 @@ async fn start_qemu<S: Store>(
     let mut command = Command::new(program);
     command.args(args.iter().map(fill)).stdin(Stdio::null()).stdout(Stdio::null());
     // QEMU lives on in its own group when this agent is interrupted.
-    let log = fs::File::create(folder(&config.state, &record.guest).join("start.log"));
-    command.stderr(log.map_err(|error| unavailable(error.to_string()))?);
+    let log = fs::File::create(folder.join(START_LOG));
+    command.stderr(log.map_err(|error| ApiError::unavailable(error.to_string()))?);
     command.process_group(0).kill_on_drop(true);
     let failed = |why: String| {
-        let log = child::printed(&folder(&config.state, &record.guest), "start.log");
+        let log = child::printed(folder, START_LOG, child::TEXT_BYTES_MAX);
         let said = log.lines().last().map(|line| format!(": {line}")).unwrap_or_default();
-        unavailable(format!("{program} did not start a QEMU for {}: {why}{said}", record.guest))
+        ApiError::unavailable(format!(
+            "{program} did not start a QEMU for {}: {why}{said}",
+            record.guest
+        ))
     };
     let within = Duration::from_secs_f64(config.migrate.start_within_s);
     let started = async {
@@ -231,20 +218,22 @@ async fn start_qemu<S: Store>(
 }
 
 /// An address on which nobody else receives.
-fn free_address<S: Store>(shared: &Arc<Shared<S>>) -> Result<SocketAddr, ApiError> {
+fn free_address(shared: &Arc<Shared>) -> Result<SocketAddr, ApiError> {
     let config = shared.config();
     let ip: IpAddr = config.migrate.address.unwrap_or_else(|| config.listen.ip());
     let [first, last] = config.migrate.ports;
     let is_free =
         |addr: &SocketAddr| UdpSocket::bind(addr).is_ok() && TcpListener::bind(addr).is_ok();
     (first..=last).map(|port| SocketAddr::new(ip, port)).find(is_free).ok_or_else(|| {
-        unavailable(format!("No port of {ip} from {first} to {last} is free (migrate.ports)"))
+        ApiError::unavailable(format!(
+            "No port of {ip} from {first} to {last} is free (migrate.ports)"
+        ))
     })
 }
 
 async fn listens(engine: Child, folder: &Path) -> bool {
     loop {
-        if child::printed(folder, child::LOG).contains(LISTENING) {
+        if child::printed(folder, child::LOG, child::TEXT_BYTES_MAX).contains(LISTENING) {
             return true;
         }
         if !engine.is_alive() {
@@ -255,9 +244,8 @@ async fn listens(engine: Child, folder: &Path) -> bool {
 }
 
 /// Follows an engine to its end, and clears away what is of no more use. For every record, after a start, too.
-pub async fn watch<S: Store>(shared: &Arc<Shared<S>>, record: &Record) {
-    let config = shared.config();
-    let folder = folder(&config.state, &record.guest);
+pub async fn watch(shared: &Arc<Shared>, record: &Record) {
+    let folder = Records::of_arrivals(&shared.config().state).folder(&record.guest);
     shared.left_alone.lock().insert(record.guest.clone(), record.socket.clone());
     if let Some(engine) = Child::recorded(&folder) {
         let mut gone_since_s = None;
@@ -272,11 +260,7 @@ pub async fn watch<S: Store>(shared: &Arc<Shared<S>>, record: &Record) {
 }
 
 /// Whether nobody brings the guest any more.
-fn is_given_up<S: Store>(
-    shared: &Arc<Shared<S>>,
-    record: &Record,
-    gone_since_s: &mut Option<f64>,
-) -> bool {
+fn is_given_up(shared: &Arc<Shared>, record: &Record, gone_since_s: &mut Option<f64>) -> bool {
     let now_s = shared.clock.now_s();
     let waited_s = now_s - record.began_s;
     if waited_s < CLAIM_WITHIN_S {
@@ -302,20 +286,19 @@ fn is_given_up<S: Store>(
 ///
 /// # Errors
 /// [`ApiError::NotFound`] if that guest is not expected.
-pub fn stop<S: Store>(shared: &Arc<Shared<S>>, guest: &str) -> Result<(), ApiError> {
-    let folder = folder(&shared.config().state, guest);
-    if !folder.join(RECORD).exists() {
-        return Err(ApiError::NotFound { what: format!("{guest} is not expected here") });
+pub fn stop(shared: &Arc<Shared>, guest: &str) -> Result<(), ApiError> {
+    let records = Records::of_arrivals(&shared.config().state);
+    if !records.has(guest) {
+        return Err(ApiError::not_found(format!("{guest} is not expected here")));
     }
-    if let Some(engine) = Child::recorded(&folder) {
+    if let Some(engine) = Child::recorded(&records.folder(guest)) {
         engine.interrupt();
     }
     Ok(())
 }
 
 /// After the engine: a QEMU whose guest has not come is told to end, and the claim of a mover that is gone ends.
-async fn clear_away<S: Store>(shared: &Arc<Shared<S>>, record: &Record) {
-    let folder = folder(&shared.config().state, &record.guest);
+async fn clear_away(shared: &Arc<Shared>, record: &Record) {
     let is_empty = match Monitor::connect_within(&record.socket, ANSWERS_WITHIN).await {
         Ok(monitor) => match monitor.query_status().await {
             Ok(status) if status.state == RunState::InMigrate => {
@@ -324,8 +307,7 @@ async fn clear_away<S: Store>(shared: &Arc<Shared<S>>, record: &Record) {
                 }
                 true
             }
-            Ok(_) => false,
-            Err(_) => false,
+            Ok(_) | Err(_) => false,
         },
         Err(_) => true,
     };
@@ -334,9 +316,7 @@ async fn clear_away<S: Store>(shared: &Arc<Shared<S>>, record: &Record) {
         let _gone = fs::remove_file(&record.socket);
     }
     end_claim(shared, &record.guest).await;
-    if let Err(error) = fs::remove_dir_all(&folder) {
-        tracing::warn!(folder = %folder.display(), %error, "The record of an arrival stays");
-    }
+    Records::of_arrivals(&shared.config().state).forget(&record.guest);
     shared.left_alone.lock().remove(&record.guest);
 }
 
@@ -345,7 +325,7 @@ fn is_listened_to(socket: &Path) -> bool {
 }
 
 /// Ends the claim of an agent that is gone: the guest can come no more, and is here or where it was.
-async fn end_claim<S: Store>(shared: &Arc<Shared<S>>, guest: &str) {
+async fn end_claim(shared: &Arc<Shared>, guest: &str) {
     let is_orphan = shared.board.with(|heard| {
         let claim: Option<&Claim> = heard.claims.get(guest);
         claim.is_some_and(|claim| {
@@ -366,21 +346,18 @@ async fn end_claim<S: Store>(shared: &Arc<Shared<S>>, guest: &str) {
 }
 
 /// Claims of agents that are gone on guests that are not expected here any more: they end.
-pub async fn end_orphans<S: Store>(
-    shared: &Arc<Shared<S>>,
-    gone_since_s: &mut std::collections::BTreeMap<String, f64>,
-) {
+pub async fn end_orphans(shared: &Arc<Shared>, gone_since_s: &mut BTreeMap<String, f64>) {
     let now_s = shared.clock.now_s();
-    let state = shared.config().state.clone();
-    let awaited: BTreeSet<String> = expected(&state).into_iter().map(|one| one.guest).collect();
-    let orphans: BTreeSet<String> = shared.board.with(|heard| {
+    let mut orphans: BTreeSet<String> = shared.board.with(|heard| {
         if heard.trouble.is_some() {
             return BTreeSet::new();
         }
         let of_ours = heard.claims.values().filter(|claim| claim.to == shared.host);
         let gone = of_ours.filter(|claim| !heard.agents.contains_key(&claim.agent));
-        gone.map(|claim| claim.vm.clone()).filter(|vm| !awaited.contains(vm)).collect()
+        gone.map(|claim| claim.vm.clone()).collect()
     });
+    let records = Records::of_arrivals(&shared.config().state);
+    orphans.retain(|guest| !records.has(guest));
     gone_since_s.retain(|guest, _| orphans.contains(guest));
     for guest in orphans {
         if now_s - *gone_since_s.entry(guest.clone()).or_insert(now_s) > ORPHAN_AFTER_S {

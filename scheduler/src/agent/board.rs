@@ -26,7 +26,7 @@ use crate::api::view::HotspotView;
 use crate::model::{Amounts, Resource};
 use crate::profile::{GuestReport, HostReport, Received};
 use crate::store::claims::{Claim, Presence, ROOT};
-use crate::store::{Entry, Event, Store, StoreError};
+use crate::store::{AnyStore, Entry, Event, Store, StoreError};
 
 /// What figures may differ by, as a share of what the host has, before it is told.
 pub const CHANGE: f64 = 0.05;
@@ -188,7 +188,7 @@ impl Board {
     }
 
     /// Listens to a store, for ever.
-    pub async fn listen<S: Store>(&self, store: S, clock: Clock) {
+    pub async fn listen(&self, store: AnyStore, clock: Clock) {
         loop {
             let why = match self.listen_once(&store, clock).await {
                 Ok(()) => "the store ended what it told".to_owned(),
@@ -199,7 +199,7 @@ impl Board {
         }
     }
 
-    async fn listen_once<S: Store>(&self, store: &S, clock: Clock) -> Result<(), StoreError> {
+    async fn listen_once(&self, store: &AnyStore, clock: Clock) -> Result<(), StoreError> {
         let (entries, revision) = store.list(ROOT).await?;
         let mut events = store.watch(ROOT, revision).await?;
         self.begin(entries, clock.now_s());

@@ -8,11 +8,12 @@
 //! Invariant: a process is known by its id together with its start time, so that no other one is taken for it.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use qemu_glue::procfs;
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
@@ -29,8 +30,11 @@ const RECORD: &str = "child.json";
 /// Time between two looks whether it has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Longest text that is read of what it printed, in bytes: the end counts.
-const TEXT_BYTES_MAX: usize = 1 << 20;
+/// Longest text that is read of what an engine says at its end, in bytes.
+pub const TEXT_BYTES_MAX: u64 = 1 << 20;
+
+/// What may stand in a file's name as it is.
+const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.');
 
 /// A process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,12 +95,18 @@ impl Child {
     }
 }
 
-/// The end of what was printed.
+/// The end of what was printed, of so many bytes at most.
 #[must_use]
-pub fn printed(folder: &Path, name: &str) -> String {
-    let bytes = fs::read(folder.join(name)).unwrap_or_default();
-    let from = bytes.len().saturating_sub(TEXT_BYTES_MAX);
-    String::from_utf8_lossy(bytes.get(from..).unwrap_or_default()).into_owned()
+pub fn printed(folder: &Path, name: &str, bytes_max: u64) -> String {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(folder.join(name))?;
+        let from = file.metadata()?.len().saturating_sub(bytes_max);
+        file.seek(SeekFrom::Start(from))?;
+        let mut bytes = vec![];
+        file.take(bytes_max).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    String::from_utf8_lossy(&read().unwrap_or_default()).into_owned()
 }
 
 /// Writes a record so that it is there whole or not at all.
@@ -120,15 +130,9 @@ pub fn read<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
 /// A name as one part of a path, whatever it holds; different names have different ones.
 #[must_use]
 pub fn file_name(name: &str) -> String {
-    let mut safe = String::with_capacity(name.len());
-    for byte in name.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => safe.push(byte.into()),
-            b'.' if !safe.is_empty() => safe.push('.'),
-            other => safe.push_str(&format!("%{other:02X}")),
-        }
-    }
-    safe
+    let safe = utf8_percent_encode(name, PLAIN).to_string();
+    // Neither hidden nor a step in the path.
+    safe.strip_prefix('.').map(|rest| format!("%2E{rest}")).unwrap_or(safe)
 }
 
 #[cfg(test)]
@@ -146,10 +150,10 @@ mod tests {
         assert_eq!(Child::recorded(folder.path()), Some(child));
         let other = Child { start_ticks: child.start_ticks + 1, ..child };
         assert!(!other.is_alive(), "another process had that id");
-        while printed(folder.path(), LOG).is_empty() {
+        while printed(folder.path(), LOG, TEXT_BYTES_MAX).is_empty() {
             tokio::time::sleep(LOOK_EVERY).await;
         }
-        assert_eq!(printed(folder.path(), OUT), "said\n");
+        assert_eq!(printed(folder.path(), OUT, TEXT_BYTES_MAX), "said\n");
         child.interrupt();
         tokio::time::timeout(Duration::from_secs(10), child.ended()).await.unwrap();
         assert!(!child.is_alive());

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::wishes::Wishes;
 use crate::detect::SettingsError;
+use crate::lines::Lines;
 use crate::plan::{self, Limits};
 use crate::profile::assemble;
 use crate::{detect, profile, provision};
@@ -222,44 +223,54 @@ impl Config {
             None => Ok(config),
             Some((key, what, remedy)) => Err(ConfigError::Wrong {
                 path: path.to_owned(),
-                line: line_of(text, key),
+                line: Lines(text).of_path(&key),
                 what,
                 remedy,
             }),
         }
     }
 
-    /// The first thing that cannot be: its key, what, and what to do.
-    fn fault(&self) -> Option<(&'static str, String, String)> {
-        let checks = [self.profile.check(), self.detect.check(), self.provision.check()];
-        if let Some(SettingsError { key, value, remedy }) = checks.into_iter().find_map(Result::err)
-        {
-            return Some((key, format!("{key} = {value} cannot be"), remedy.into()));
+    /// The first thing that cannot be: its key with its table, what, and what to do.
+    fn fault(&self) -> Option<(String, String, String)> {
+        let checks = [
+            ("profile", self.profile.check()),
+            ("detect", self.detect.check()),
+            ("provision", self.provision.check()),
+        ];
+        for (table, checked) in checks {
+            if let Err(SettingsError { key, value, remedy }) = checked {
+                let what = format!("{key} = {value} cannot be");
+                return Some((format!("{table}.{key}"), what, remedy.into()));
+            }
         }
         if plan::policy(&self.policy.name).is_none() {
             let what = format!("there is no policy {:?}", self.policy.name);
-            return Some(("name", what, format!("take one of {}", plan::NAMES.join(", "))));
+            return Some((
+                "policy.name".into(),
+                what,
+                format!("take one of {}", plan::NAMES.join(", ")),
+            ));
         }
         let seconds = [
             ("lease-s", self.lease_s, 1.0),
-            ("retry-after-s", self.policy.retry_after_s, 0.0),
-            ("wait-s", self.policy.wait_s, 0.0),
-            ("start-within-s", self.migrate.start_within_s, 0.1),
-            ("arrive-within-s", self.migrate.arrive_within_s, 1.0),
-            ("back_after_s", self.limits.back_after_s, 0.0),
-            ("stay_s", self.limits.stay_s, 0.0),
+            ("policy.retry-after-s", self.policy.retry_after_s, 0.0),
+            ("policy.wait-s", self.policy.wait_s, 0.0),
+            ("migrate.start-within-s", self.migrate.start_within_s, 0.1),
+            ("migrate.arrive-within-s", self.migrate.arrive_within_s, 1.0),
+            ("limits.back_after_s", self.limits.back_after_s, 0.0),
+            ("limits.stay_s", self.limits.stay_s, 0.0),
         ];
         for (key, value, least) in seconds {
             if !(least..=SECONDS_MAX).contains(&value) {
                 let remedy = format!("take seconds from {least} to {SECONDS_MAX}");
-                return Some((key, format!("{key} = {value} cannot be"), remedy));
+                return Some((key.into(), format!("{key} = {value} cannot be"), remedy));
             }
         }
         let shares = crate::model::Resource::ALL.map(|resource| self.limits.share_max[resource]);
         if let Some(share) = shares.into_iter().find(|share| !(0.01..=10.0).contains(share)) {
             let remedy = "take shares from 0.01 to 10 (1 for all of it)".to_owned();
             return Some((
-                "limits.share_max",
+                "limits.share_max.".into(),
                 format!("a host may be filled up to {share}"),
                 remedy,
             ));
@@ -269,13 +280,17 @@ impl Config {
                 "an agent is to count as gone after {} s, and is heard of every {} s",
                 self.lease_s, self.profile.interval_s
             );
-            return Some(("lease-s", what, "let lease-s be three times profile.interval-s".into()));
+            return Some((
+                "lease-s".into(),
+                what,
+                "let lease-s be three times profile.interval-s".into(),
+            ));
         }
         let [first, last] = self.migrate.ports;
         if first == 0 || first > last {
             let what = format!("ports from {first} to {last}");
             return Some((
-                "ports",
+                "migrate.ports".into(),
                 what,
                 "name the first and the last one, such as [7720, 7759]".into(),
             ));
@@ -283,33 +298,29 @@ impl Config {
         self.fault_of_the_store()
     }
 
-    fn fault_of_the_store(&self) -> Option<(&'static str, String, String)> {
+    fn fault_of_the_store(&self) -> Option<(String, String, String)> {
         let StoreSettings::Etcd { endpoints, authority, certificate, key } = &self.store else {
             return None;
         };
         if endpoints.is_empty() {
             let remedy = "name all members, such as [\"http://10.0.0.1:2379\"]";
-            return Some(("endpoints", "no member of etcd is named".into(), remedy.into()));
+            return Some((
+                "store.endpoints".into(),
+                "no member of etcd is named".into(),
+                remedy.into(),
+            ));
         }
         let files = [authority, certificate, key].into_iter().flatten().count();
         if files != 0 && files != 3 {
             let remedy = "name authority, certificate and key, or none of them";
-            return Some(("endpoints", "a file for TLS is missing".into(), remedy.into()));
+            return Some((
+                "store.endpoints".into(),
+                "a file for TLS is missing".into(),
+                remedy.into(),
+            ));
         }
         None
     }
-}
-
-/// The line of a key, or the first one.
-fn line_of(text: &str, key: &str) -> usize {
-    let name = key.rsplit('.').next().unwrap_or(key);
-    let is_it = |line: &str| {
-        if line.trim_start().starts_with(&format!("[{key}]")) {
-            return true;
-        }
-        line.trim_start().strip_prefix(name).is_some_and(|rest| rest.trim_start().starts_with('='))
-    };
-    text.lines().position(is_it).map_or(1, |index| index + 1)
 }
 
 /// A file with all keys, to begin with.
@@ -380,6 +391,9 @@ mod tests {
         let told = fault(|text| text.replace("cpu_cores = 0.85", "cpu_cores = nan"));
         let line = lines("[limits.share_max]");
         assert!(told.contains(&format!("line {line}: a host may be filled up to NaN")), "{told}");
+        let told = fault(|text| text.replace("\ncpu = 0.85", "\ncpu = 85.0"));
+        let line = lines("[detect.threshold]") + 1;
+        assert!(told.contains(&format!("line {line}: threshold.cpu = 85")), "{told}");
         let told = fault(|text| text.replace("dry-run", "dryrun"));
         assert!(told.contains("unknown field `dryrun`") && told.contains("--example"), "{told}");
         let told = fault(|text| {

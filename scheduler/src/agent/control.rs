@@ -9,15 +9,15 @@ use crate::api::control::{
     ResizeRequest,
 };
 use crate::api::view::{HistoryView, PlanView, View};
-use crate::model::{Amounts, GrayBox, HostIndex, Placement, VmIndex};
+use crate::model::{GrayBox, HostIndex, Placement, VmIndex};
 use crate::store::claims::ROOT;
 use crate::store::{Change, Store};
 
 /// An agent, as it is asked.
 #[derive(Debug)]
-pub struct Asked<S>(pub Arc<Shared<S>>);
+pub struct Asked(pub Arc<Shared>);
 
-impl<S: Store> Asked<S> {
+impl Asked {
     /// Agents may, and those whom the configuration names.
     fn may_change(&self, caller: &Caller) -> Result<(), ApiError> {
         let config = self.0.config();
@@ -29,7 +29,7 @@ impl<S: Store> Asked<S> {
             "{} may look only; `operators` in the agent's configuration names those who may ask for changes",
             caller.name
         );
-        Err(ApiError::Forbidden { what })
+        Err(ApiError::forbidden(what))
     }
 
     fn is_agent(&self, caller: &Caller) -> bool {
@@ -42,14 +42,13 @@ impl<S: Store> Asked<S> {
             return Ok(());
         }
         let what = format!("Only agents ask this, and no agent of {} is known", caller.name);
-        Err(ApiError::Forbidden { what })
+        Err(ApiError::forbidden(what))
     }
 
     fn find(&self, guest: &str) -> Result<(VmIndex, String), ApiError> {
         let world = self.0.world();
         let vm = world.vm(guest);
-        let vm =
-            vm.ok_or_else(|| ApiError::NotFound { what: format!("No guest is called {guest}") })?;
+        let vm = vm.ok_or_else(|| ApiError::not_found(format!("No guest is called {guest}")))?;
         Ok((vm, world.cluster.host(world.cluster.vm(vm).host).name.clone()))
     }
 
@@ -76,27 +75,22 @@ impl<S: Store> Asked<S> {
             let name = &world.cluster.vm(vm).name;
             let what =
                 format!("No host has room for {name} and may have it; name one to hear why not");
-            return Err(ApiError::Conflict { what });
+            return Err(ApiError::conflict(what));
         };
         Ok(world.cluster.host(*host).name.clone())
     }
 }
 
-impl<S: Store> Control for Asked<S> {
+impl Control for Asked {
     fn view(&self) -> Arc<View> {
         Arc::clone(&self.0.view.lock())
     }
 
     fn history(&self, host: &str) -> Option<HistoryView> {
         let points = self.0.history.of(host)?;
-        let threshold = self.0.config().detect.threshold;
-        let threshold = Amounts {
-            cpu_cores: threshold.cpu,
-            memory_mib: threshold.memory,
-            network_mbit: threshold.network,
-            disk_mib: threshold.disk,
-        };
-        let predicted = super::history::predicted(&points, &self.0.config().detect);
+        let detect = &self.0.config().detect;
+        let (threshold, predicted) =
+            (detect.threshold.shares(), super::history::predicted(&points, detect));
         Some(HistoryView { host: host.into(), threshold, points, predicted })
     }
 
@@ -112,7 +106,7 @@ impl<S: Store> Control for Asked<S> {
         let planned = tokio::task::spawn_blocking(move || {
             deciding::propose(&config, &world, &hotspots, now_s)
         });
-        planned.await.map_err(|error| ApiError::Unavailable { what: error.to_string() })
+        planned.await.map_err(|error| ApiError::unavailable(error.to_string()))
     }
 
     async fn begin_move(
@@ -131,8 +125,11 @@ impl<S: Store> Control for Asked<S> {
             reason => reason.chars().filter(|letter| !letter.is_control()).take(512).collect(),
         };
         if from != self.0.host {
-            let api = self.0.api_of(&from).ok_or_else(|| ApiError::Unavailable {
-                what: format!("The agent of {from} is not there; {} runs on", request.guest),
+            let api = self.0.api_of(&from).ok_or_else(|| {
+                ApiError::unavailable(format!(
+                    "The agent of {from} is not there; {} runs on",
+                    request.guest
+                ))
             })?;
             let request = MoveRequest { to: Some(to), reason, ..request };
             return self.0.client.begin_move(&api, Some(&from), &request).await;
@@ -151,10 +148,12 @@ impl<S: Store> Control for Asked<S> {
         let agent =
             self.0.board.with(|heard| heard.claims.get(guest).map(|claim| claim.agent.clone()));
         let agent = agent.filter(|agent| *agent != self.0.host);
-        let agent = agent
-            .ok_or_else(|| ApiError::NotFound { what: format!("{guest} is not being moved") })?;
-        let api = self.0.api_of(&agent).ok_or_else(|| ApiError::Unavailable {
-            what: format!("The agent of {agent}, which moves {guest}, is not there"),
+        let agent =
+            agent.ok_or_else(|| ApiError::not_found(format!("{guest} is not being moved")))?;
+        let api = self.0.api_of(&agent).ok_or_else(|| {
+            ApiError::unavailable(format!(
+                "The agent of {agent}, which moves {guest}, is not there"
+            ))
         })?;
         self.0.client.abort_move(&api, Some(&agent), guest).await
     }
@@ -162,7 +161,7 @@ impl<S: Store> Control for Asked<S> {
     async fn drain(&self, caller: &Caller, host: &str, is_drained: bool) -> Result<(), ApiError> {
         self.may_change(caller)?;
         if self.0.world().host(host).is_none() {
-            return Err(ApiError::NotFound { what: format!("No host is called {host}") });
+            return Err(ApiError::not_found(format!("No host is called {host}")));
         }
         let key = format!("{ROOT}drained/{host}");
         let change = match is_drained {
@@ -170,7 +169,7 @@ impl<S: Store> Control for Asked<S> {
             false => Change::Delete(key),
         };
         let done = self.0.store.commit(&[], &[change]).await;
-        done.map(|_| ()).map_err(|error| ApiError::Unavailable { what: error.to_string() })
+        done.map(|_| ()).map_err(|error| ApiError::unavailable(error.to_string()))
     }
 
     async fn receive(
@@ -194,14 +193,14 @@ impl<S: Store> Control for Asked<S> {
         request: ResizeRequest,
     ) -> Result<(), ApiError> {
         self.may_change(caller)?;
-        let socket = self.0.socket_of(guest).ok_or_else(|| ApiError::NotFound {
-            what: format!("{guest} does not run on {}", self.0.host),
+        let socket = self.0.socket_of(guest).ok_or_else(|| {
+            ApiError::not_found(format!("{guest} does not run on {}", self.0.host))
         })?;
         if self.0.left_alone.lock().contains_key(guest) {
-            return Err(ApiError::Conflict { what: format!("{guest} is on its way") });
+            return Err(ApiError::conflict(format!("{guest} is on its way")));
         }
         let done = balloon::set(&socket, request.to_mib).await;
-        done.map_err(|what| ApiError::Unavailable { what })
+        done.map_err(ApiError::unavailable)
     }
 
     async fn set_gray_box(
@@ -213,11 +212,11 @@ impl<S: Store> Control for Asked<S> {
         let (_, host) = self.find(guest)?;
         if host != self.0.host {
             let what = format!("{guest} runs on {host}: tell its agent");
-            return Err(ApiError::NotFound { what });
+            return Err(ApiError::not_found(what));
         }
         if !crate::profile::report::is_possible(&figures) {
-            let what = "Figures are finite, not negative, and no larger than 1e12".into();
-            return Err(ApiError::BadRequest { what });
+            let what = "Figures are finite, not negative, and no larger than 1e12";
+            return Err(ApiError::bad_request(what));
         }
         self.0.gray_boxes.lock().insert(guest.into(), (self.0.clock.now_s(), figures));
         Ok(())

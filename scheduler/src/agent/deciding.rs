@@ -24,7 +24,6 @@ use crate::model::{HostIndex, HostState};
 use crate::plan::{self, Action, Hotspot, Plan, Problem};
 use crate::profile::HostReport;
 use crate::provision::Estimates;
-use crate::store::Store;
 
 /// Time between two tries of a step that has to wait.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
@@ -47,9 +46,9 @@ impl Eyes {
     }
 
     /// Looks at the cluster: what it is like, and all hotspots.
-    pub fn look<S: Store>(
+    pub fn look(
         &mut self,
-        shared: &Shared<S>,
+        shared: &Shared,
         own: &HostReport,
         heard: &Heard,
     ) -> (World, Vec<Hotspot>) {
@@ -89,17 +88,21 @@ pub fn plan_for(
     }
     let problem =
         Problem { cluster: &world.cluster, hotspots: &own, limits: &config.limits, now_s };
-    let mut plan = policy.plan(&problem);
-    // Other hosts see to themselves, unless what is done there makes room for this one.
+    part_of(policy.plan(&problem), world, index, has_reason)
+}
+
+/// Of a plan what a host's own agent sees to: other hosts see to themselves, unless what is done there makes room for
+/// this one.
+fn part_of(mut plan: Plan, world: &World, host: HostIndex, has_reason: bool) -> Plan {
     let is_ours = |step: &plan::Step| match step.action {
-        Action::Migrate { from, .. } => from == index,
-        Action::Resize { vm, .. } => world.cluster.vm(vm).host == index,
+        Action::Migrate { from, .. } => from == host,
+        Action::Resize { vm, .. } => world.cluster.vm(vm).host == host,
     };
     let helps_us = has_reason && plan.steps.iter().any(is_ours);
     plan.steps.retain(|step| match step.action {
         Action::Migrate { from, .. } => {
             let is_draining = world.cluster.host(from).state == HostState::Draining;
-            from == index || (helps_us && !is_draining)
+            from == host || (helps_us && !is_draining)
         }
         Action::Resize { .. } => helps_us || is_ours(step),
     });
@@ -143,11 +146,24 @@ pub fn shown(plan: &Plan, world: &World, policy: &str, now_s: f64) -> PlanView {
 /// What the policy would do now about every host, each as its own agent would decide.
 #[must_use]
 pub fn propose(config: &Config, world: &World, hotspots: &[Hotspot], now_s: f64) -> PlanView {
-    let mut all =
-        PlanView { at_s: now_s, policy: config.policy.name.clone(), ..PlanView::default() };
-    for host in &world.cluster.hosts {
-        let plan = plan_for(config, world, &host.name, hotspots, now_s);
-        let view = shown(&plan, world, &config.policy.name, now_s);
+    let name = &config.policy.name;
+    let mut all = PlanView { at_s: now_s, policy: name.clone(), ..PlanView::default() };
+    let Some(policy) = plan::policy(name) else { return all };
+    let (cluster, limits) = (&world.cluster, &config.limits);
+    // For all hosts that nothing urges on it is the same plan.
+    let foreseen = if policy.anticipates() {
+        policy.plan(&Problem { cluster, hotspots: &[], limits, now_s })
+    } else {
+        Plan::default()
+    };
+    for (index, host) in cluster.hosts.iter().enumerate() {
+        let index = HostIndex(index);
+        let plan = if is_urgent(world, index, hotspots) {
+            plan_for(config, world, &host.name, hotspots, now_s)
+        } else {
+            part_of(foreseen.clone(), world, index, false)
+        };
+        let view = shown(&plan, world, name, now_s);
         all.steps.extend(view.steps);
         all.notes.extend(view.notes);
     }
@@ -155,7 +171,7 @@ pub fn propose(config: &Config, world: &World, hotspots: &[Hotspot], now_s: f64)
 }
 
 /// Carries the plan out that [`Shared::plan`] shows.
-pub async fn carry_out<S: Store>(shared: &Arc<Shared<S>>) {
+pub async fn carry_out(shared: &Arc<Shared>) {
     let steps = shared.plan.lock().as_ref().map(|plan| plan.steps.clone()).unwrap_or_default();
     for (index, step) in steps.iter().enumerate() {
         set_state(shared, index, StepState::Running, None);
@@ -176,43 +192,38 @@ pub async fn carry_out<S: Store>(shared: &Arc<Shared<S>>) {
     }
 }
 
-fn set_state<S>(shared: &Shared<S>, index: usize, state: StepState, error: Option<String>) {
+fn set_state(shared: &Shared, index: usize, state: StepState, error: Option<String>) {
     let mut plan = shared.plan.lock();
     if let Some(step) = plan.as_mut().and_then(|plan| plan.steps.get_mut(index)) {
         (step.state, step.error) = (state, error);
     }
 }
 
-async fn do_step<S: Store>(shared: &Arc<Shared<S>>, step: &StepView) -> Result<(), String> {
+async fn do_step(shared: &Arc<Shared>, step: &StepView) -> Result<(), String> {
     match &step.action {
-        StepAction::Migrate { from, to, .. } => {
-            move_guest(shared, &step.guest, from, to, &step.reason).await
-        }
+        StepAction::Migrate { from, to, .. } => move_guest(shared, step, from, to).await,
         StepAction::Resize { to_mib, .. } => resize(shared, &step.guest, *to_mib).await,
     }
 }
 
-/// Moves a guest from wherever it runs and waits for the end.
-async fn move_guest<S: Store>(
-    shared: &Arc<Shared<S>>,
-    guest: &str,
+/// Moves a guest from where it runs and waits for the end.
+async fn move_guest(
+    shared: &Arc<Shared>,
+    step: &StepView,
     from: &str,
     to: &str,
-    reason: &str,
 ) -> Result<(), String> {
     if from != shared.host {
-        return ask_to_move(shared, guest, from, to, reason).await;
+        return ask_to_move(shared, step, from, to).await;
     }
-    let record = wait_for_hosts(shared, || sending::begin(shared, guest, to, reason)).await?;
+    let begin = || sending::begin(shared, &step.guest, to, &step.reason);
+    let record = wait_for_hosts(shared, begin).await?;
     let ended = sending::carry(shared, &record).await;
     ended.error.map_or(Ok(()), Err)
 }
 
 /// Tries as long as a host takes part in another migration.
-async fn wait_for_hosts<S: Store, T, F>(
-    shared: &Arc<Shared<S>>,
-    work: impl Fn() -> F,
-) -> Result<T, String>
+async fn wait_for_hosts<T, F>(shared: &Arc<Shared>, work: impl Fn() -> F) -> Result<T, String>
 where
     F: Future<Output = Result<T, ApiError>>,
 {
@@ -228,27 +239,27 @@ where
     }
 }
 
-fn is_busy<S>(shared: &Shared<S>) -> bool {
+fn is_busy(shared: &Shared) -> bool {
     shared.board.with(|heard| !heard.claims.is_empty())
 }
 
 /// Has another host's agent move a guest, and waits until it has.
-async fn ask_to_move<S: Store>(
-    shared: &Arc<Shared<S>>,
-    guest: &str,
+async fn ask_to_move(
+    shared: &Arc<Shared>,
+    step: &StepView,
     from: &str,
     to: &str,
-    reason: &str,
 ) -> Result<(), String> {
     let api = shared.api_of(from).ok_or_else(|| format!("The agent of {from} is not there"))?;
-    let request = MoveRequest { guest: guest.into(), to: Some(to.into()), reason: reason.into() };
+    let (guest, reason) = (step.guest.clone(), step.reason.clone());
+    let request = MoveRequest { guest, to: Some(to.into()), reason };
     let asked_s = shared.clock.now_s();
     wait_for_hosts(shared, || shared.client.begin_move(&api, Some(from), &request)).await?;
     loop {
         tokio::time::sleep(AGAIN_AFTER).await;
         let view =
             shared.client.state(&api, Some(from)).await.map_err(|error| error.to_string())?;
-        let same = view.moves.iter().find(|one| one.guest == guest && one.to == to);
+        let same = view.moves.iter().find(|one| one.guest == step.guest && one.to == to);
         match same.map(|one| (one.stage, one.error.clone())) {
             Some((MoveStage::Completed, _)) => return Ok(()),
             Some((MoveStage::Failed, why)) => return Err(why.unwrap_or_default()),
@@ -265,11 +276,7 @@ async fn ask_to_move<S: Store>(
 ///
 /// # Errors
 /// Why that did not go, in words.
-pub async fn resize<S: Store>(
-    shared: &Arc<Shared<S>>,
-    guest: &str,
-    to_mib: f64,
-) -> Result<(), String> {
+pub async fn resize(shared: &Arc<Shared>, guest: &str, to_mib: f64) -> Result<(), String> {
     let Some(socket) = shared.socket_of(guest) else {
         let world = shared.world();
         let vm = world.vm(guest).ok_or_else(|| format!("No guest is called {guest}"))?;

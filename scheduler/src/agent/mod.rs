@@ -14,7 +14,7 @@
 //! | [`deciding`] | hotspots, plans, steps |
 //! | [`sending`], [`moves`] | migrations from here |
 //! | [`arrivals`] | migrations to here |
-//! | [`child`] | engines that outlive the agent |
+//! | [`records`], [`child`] | what outlives the agent: what was begun, and the engines |
 //! | [`balloon`] | guests' memory |
 //! | [`control`], [`metrics`] | what it is asked |
 //! | [`shared`], [`clock`] | what its parts share |
@@ -34,6 +34,7 @@ pub mod history;
 pub mod metrics;
 pub mod moves;
 pub mod publishing;
+pub mod records;
 pub mod sending;
 pub mod shared;
 pub mod wishes;
@@ -47,24 +48,23 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use transport::Identity;
 
-use self::clock::Clock;
 use self::config::Config;
 use self::deciding::Eyes;
 use self::publishing::Publisher;
+use self::records::Records;
 use self::shared::Shared;
 use crate::api::view::{MoveStage, MoveView, StoreView, VERSION, View};
 use crate::model::HostState;
 use crate::profile::{HostReport, Profiler};
-use crate::store::claims::Claims;
-use crate::store::{AnyStore, Store};
+use crate::store::AnyStore;
 
 /// What an application said counts for so long, seconds.
 const GRAY_BOX_AGE_MAX_S: f64 = 60.0;
 
 /// An agent.
 #[derive(Debug)]
-pub struct Agent<S> {
-    shared: Arc<Shared<S>>,
+pub struct Agent {
+    shared: Arc<Shared>,
     profiler: Profiler,
     eyes: Eyes,
     publisher: Publisher,
@@ -74,44 +74,30 @@ pub struct Agent<S> {
     /// In how many rounds one after the other the policy wanted to move guests from here without a hotspot.
     foreseen: usize,
     began_s: f64,
-    store_kind: &'static str,
 }
 
-impl Agent<AnyStore> {
+impl Agent {
     /// One that has not begun.
     #[must_use]
     pub fn new(config: Config, identity: Arc<Identity>, store: AnyStore) -> Self {
-        let kind = store.kind();
-        Self::with_store(config, identity, store, kind)
-    }
-}
-
-impl<S: Store> Agent<S> {
-    fn with_store(
-        config: Config,
-        identity: Arc<Identity>,
-        store: S,
-        store_kind: &'static str,
-    ) -> Self {
-        let host = identity.name().to_owned();
-        let claims = Claims::new(store.clone(), host.clone());
-        let clock = Clock::start();
+        let profiler = Profiler::new(identity.name().to_owned(), config.profile.clone());
+        let eyes = Eyes::new(&config);
+        let shared = Arc::new(Shared::new(config, identity, store));
         Self {
-            began_s: clock.now_s(),
-            profiler: Profiler::new(host, config.profile.clone()),
-            eyes: Eyes::new(&config),
-            shared: Arc::new(Shared::new(config, identity, store, claims, clock)),
+            began_s: shared.clock.now_s(),
+            shared,
+            profiler,
+            eyes,
             publisher: Publisher::default(),
             carrying: None,
             orphans: BTreeMap::new(),
             foreseen: 0,
-            store_kind,
         }
     }
 
     /// What it shares with those who ask it.
     #[must_use]
-    pub fn shared(&self) -> Arc<Shared<S>> {
+    pub fn shared(&self) -> Arc<Shared> {
         Arc::clone(&self.shared)
     }
 
@@ -153,7 +139,7 @@ impl<S: Store> Agent<S> {
     /// Whatever an earlier agent began is carried to its end.
     fn pick_up(&self) {
         let state = self.shared.config().state.clone();
-        for record in sending::unfinished(&state) {
+        for record in Records::of_moves(&state).all::<sending::Record>() {
             let shared = self.shared();
             tracing::info!(
                 guest = record.claim.vm,
@@ -161,7 +147,7 @@ impl<S: Store> Agent<S> {
             );
             tokio::spawn(async move { sending::pick_up(&shared, &record).await });
         }
-        for record in arrivals::expected(&state) {
+        for record in Records::of_arrivals(&state).all::<arrivals::Record>() {
             let shared = self.shared();
             tracing::info!(
                 guest = record.guest,
@@ -279,7 +265,7 @@ impl<S: Store> Agent<S> {
             interval_s: config.profile.interval_s,
             policy: config.policy.name.clone(),
             is_dry_run: config.policy.dry_run,
-            store: StoreView { kind: self.store_kind.into(), trouble },
+            store: StoreView { kind: self.shared.store.kind().into(), trouble },
             hosts: world.hosts(heard),
             guests: world.guests(),
             talks: world.talks(),

@@ -18,8 +18,6 @@ pub struct Publisher {
     lease: Option<Lease>,
     report: Option<HostReport>,
     hotspots: Option<Vec<HotspotView>>,
-    /// Reports that were made, and those that were written.
-    pub reports: (u64, u64),
 }
 
 impl Publisher {
@@ -27,9 +25,9 @@ impl Publisher {
     ///
     /// # Errors
     /// The store's. Everything is told again then.
-    pub async fn tell<S: Store>(
+    pub async fn tell(
         &mut self,
-        shared: &Shared<S>,
+        shared: &Shared,
         report: &HostReport,
         hotspots: &[HotspotView],
     ) -> Result<(), StoreError> {
@@ -40,18 +38,17 @@ impl Publisher {
         told
     }
 
-    async fn try_tell<S: Store>(
+    async fn try_tell(
         &mut self,
-        shared: &Shared<S>,
+        shared: &Shared,
         report: &HostReport,
         hotspots: &[HotspotView],
     ) -> Result<(), StoreError> {
         self.be_present(shared).await?;
         let mut changes = vec![];
-        self.reports.0 += 1;
-        if self.report.as_ref().is_none_or(|last| board::has_changed(last, report)) {
+        let is_news = self.report.as_ref().is_none_or(|last| board::has_changed(last, report));
+        if is_news {
             changes.push(put("reports", &shared.host, report)?);
-            self.reports.1 += 1;
         }
         let hotspots = hotspots.get(..HOTSPOTS_MAX.min(hotspots.len())).unwrap_or_default();
         let is_told = self.hotspots.as_ref().is_some_and(|last| are_those(last, hotspots));
@@ -61,16 +58,15 @@ impl Publisher {
         if changes.is_empty() {
             return Ok(());
         }
-        let has_report = changes.len() > usize::from(!is_told);
         shared.store.commit(&[], &changes).await?;
-        if has_report {
+        if is_news {
             self.report = Some(report.clone());
         }
         self.hotspots = Some(hotspots.to_vec());
         Ok(())
     }
 
-    async fn be_present<S: Store>(&mut self, shared: &Shared<S>) -> Result<(), StoreError> {
+    async fn be_present(&mut self, shared: &Shared) -> Result<(), StoreError> {
         if let Some(lease) = self.lease {
             match shared.store.keep(lease).await {
                 Ok(()) => return Ok(()),
@@ -95,7 +91,7 @@ impl Publisher {
     }
 
     /// Says that the agent ends.
-    pub async fn leave<S: Store>(&mut self, shared: &Shared<S>) {
+    pub async fn leave(&mut self, shared: &Shared) {
         if let Some(lease) = self.lease.take()
             && let Err(error) = shared.store.revoke(lease).await
         {

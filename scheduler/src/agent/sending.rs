@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The record of a migration is written before it is claimed and removed after the claim has ended, so that an agent that
-//! is started again knows of all that it has begun ([`unfinished`]). The engine runs on its own ([`Child`]): the agent's
+//! is started again knows of all that it has begun ([`Records`]). The engine runs on its own ([`Child`]): the agent's
 //! death does not touch it.
 //!
 //! Invariants: an engine is started once for a claim; a claim ends only when it is known where the guest runs.
@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use super::board::Moved;
 use super::child::{self, Child};
+use super::records::Records;
 use super::shared::Shared;
 use crate::api::control::{ApiError, ReceiveRequest};
 use crate::api::view::{MovePoint, MoveStage, MoveView, POINTS_MAX};
@@ -40,8 +41,10 @@ const AGAIN_AFTER: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(
 /// How long QEMU may take to answer where its guest is.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 
-const RECORD: &str = "move.json";
 const PROGRESS: &str = "progress";
+
+/// As much as the newest [`POINTS_MAX`] lines of progress take, in bytes.
+const PROGRESS_BYTES_MAX: u64 = POINTS_MAX as u64 * 256;
 
 /// What is remembered of a migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -95,30 +98,12 @@ struct Settled {
     wire_bytes: Option<u64>,
 }
 
-fn root(state: &Path) -> PathBuf {
-    state.join("moves")
-}
-
-fn folder(state: &Path, guest: &str) -> PathBuf {
-    root(state).join(child::file_name(guest))
-}
-
-/// Migrations that an earlier agent has begun.
-#[must_use]
-pub fn unfinished(state: &Path) -> Vec<Record> {
-    let Ok(folders) = fs::read_dir(root(state)) else { return vec![] };
-    let records = folders.flatten().filter_map(|entry| child::read(&entry.path().join(RECORD)));
-    let mut records: Vec<Record> = records.collect();
-    records.sort_by(|one, other| one.claim.vm.cmp(&other.claim.vm));
-    records
-}
-
 /// Claims a migration of a guest that runs here. [`carry`] does the rest.
 ///
 /// # Errors
 /// Why it may not begin; nothing has changed then.
-pub async fn begin<S: Store>(
-    shared: &Arc<Shared<S>>,
+pub async fn begin(
+    shared: &Arc<Shared>,
     guest: &str,
     to: &str,
     reason: &str,
@@ -126,17 +111,17 @@ pub async fn begin<S: Store>(
     let world = shared.world();
     let config = shared.config();
     let from = shared.host.clone();
-    let not_found = |what: String| ApiError::NotFound { what };
+    let not_found = |what: String| ApiError::not_found(what);
     let vm = world.vm(guest).ok_or_else(|| not_found(format!("No guest is called {guest}")))?;
     let host = world.host(to).ok_or_else(|| not_found(format!("No host is called {to}")))?;
     let placement = crate::model::Placement::new(&world.cluster);
-    placement.may_go(vm, host).map_err(|obstacle| ApiError::Conflict {
-        what: format!("{guest} does not go to {to}: {obstacle}"),
+    placement.may_go(vm, host).map_err(|obstacle| {
+        ApiError::conflict(format!("{guest} does not go to {to}: {obstacle}"))
     })?;
-    let socket = shared.socket_of(guest).ok_or_else(|| ApiError::Conflict {
-        what: format!(
+    let socket = shared.socket_of(guest).ok_or_else(|| {
+        ApiError::conflict(format!(
             "{guest} has no monitor on {from}: is its socket below profile.socket-folder?"
-        ),
+        ))
     })?;
     let takes = placement.change(vm, host).destination_usage.max(&Amounts::ZERO);
     let claim = Claim {
@@ -148,13 +133,11 @@ pub async fn begin<S: Store>(
         reason: reason.into(),
     };
     let record = Record { claim, socket, began_s: shared.clock.now_s() };
-    let folder = folder(&config.state, guest);
-    if child::read::<Record>(&folder.join(RECORD)).is_some() {
-        return Err(ApiError::Conflict { what: format!("{guest} is being moved already") });
+    let records = Records::of_moves(&config.state);
+    if records.has(guest) {
+        return Err(ApiError::conflict(format!("{guest} is being moved already")));
     }
-    let kept =
-        fs::create_dir_all(&folder).and_then(|()| child::write(&folder.join(RECORD), &record));
-    kept.map_err(|error| unavailable(format!("{}: {error}", folder.display())))?;
+    records.keep(guest, &record)?;
     let share_max = config.limits.share_max;
     let room = |promises: &[crate::store::claims::Promise]| {
         let comes: Vec<Amounts> = promises.iter().map(|promise| promise.takes).collect();
@@ -163,7 +146,7 @@ pub async fn begin<S: Store>(
     if let Err(error) = shared.claims.begin(&record.claim, room).await {
         // Whether a store that went away has heard it is not known: the record stays, and is looked after.
         if !matches!(error, ClaimError::Store(_)) {
-            forget(&folder);
+            records.forget(guest);
         }
         return Err(refused(&error));
     }
@@ -172,21 +155,11 @@ pub async fn begin<S: Store>(
     Ok(record)
 }
 
-fn unavailable(what: String) -> ApiError {
-    ApiError::Unavailable { what }
-}
-
 fn refused(error: &ClaimError) -> ApiError {
     let what = error.to_string();
     match error {
-        ClaimError::Store(_) | ClaimError::Contended => ApiError::Unavailable { what },
-        _ => ApiError::Conflict { what },
-    }
-}
-
-fn forget(folder: &Path) {
-    if let Err(error) = fs::remove_dir_all(folder) {
-        tracing::warn!(folder = %folder.display(), %error, "The record of a migration stays");
+        ClaimError::Store(_) | ClaimError::Contended => ApiError::unavailable(what),
+        _ => ApiError::conflict(what),
     }
 }
 
@@ -196,18 +169,19 @@ fn view(record: &Record) -> MoveView {
 }
 
 /// Carries a migration to its end that was just claimed.
-pub async fn carry<S: Store>(shared: &Arc<Shared<S>>, record: &Record) -> MoveView {
+pub async fn carry(shared: &Arc<Shared>, record: &Record) -> MoveView {
     run(shared, record, true).await
 }
 
 /// Carries one to its end that an earlier agent began. What was claimed and not begun is given up.
-pub async fn pick_up<S: Store>(shared: &Arc<Shared<S>>, record: &Record) -> MoveView {
+pub async fn pick_up(shared: &Arc<Shared>, record: &Record) -> MoveView {
     run(shared, record, false).await
 }
 
-async fn run<S: Store>(shared: &Arc<Shared<S>>, record: &Record, may_start: bool) -> MoveView {
+async fn run(shared: &Arc<Shared>, record: &Record, may_start: bool) -> MoveView {
     let guest = record.claim.vm.as_str();
-    let folder = folder(&shared.config().state, guest);
+    let records = Records::of_moves(&shared.config().state);
+    let folder = records.folder(guest);
     shared.left_alone.lock().insert(guest.to_owned(), record.socket.clone());
     shared.moves.begin(view(record));
     let settled = match Child::recorded(&folder) {
@@ -222,17 +196,13 @@ async fn run<S: Store>(shared: &Arc<Shared<S>>, record: &Record, may_start: bool
         },
     };
     let ended = conclude(shared, record, settled).await;
-    forget(&folder);
+    records.forget(guest);
     shared.left_alone.lock().remove(guest);
     ended
 }
 
 /// Has the destination get ready and starts the engine.
-async fn start<S: Store>(
-    shared: &Arc<Shared<S>>,
-    record: &Record,
-    folder: &Path,
-) -> Result<Child, String> {
+async fn start(shared: &Arc<Shared>, record: &Record, folder: &Path) -> Result<Child, String> {
     let Claim { vm, to, .. } = &record.claim;
     let config = shared.config();
     let api = shared.api_of(to).ok_or_else(|| format!("The agent of {to} is not there"))?;
@@ -258,12 +228,7 @@ async fn start<S: Store>(
 }
 
 /// Follows the engine to its end and finds out where the guest is.
-async fn settle<S: Store>(
-    shared: &Arc<Shared<S>>,
-    record: &Record,
-    folder: &Path,
-    engine: Child,
-) -> Settled {
+async fn settle(shared: &Arc<Shared>, record: &Record, folder: &Path, engine: Child) -> Settled {
     let guest = record.claim.vm.as_str();
     shared.moves.update(guest, |view| view.stage = MoveStage::Moving);
     while engine.is_alive() {
@@ -310,18 +275,18 @@ fn settled(report: &Report, folder: &Path) -> Settled {
 }
 
 fn read_report(folder: &Path) -> Option<Report> {
-    serde_json::from_str(child::printed(folder, child::OUT).trim()).ok()
+    serde_json::from_str(child::printed(folder, child::OUT, child::TEXT_BYTES_MAX).trim()).ok()
 }
 
 /// The last line of the engine's log.
 fn last_words(folder: &Path) -> Option<String> {
-    let log = child::printed(folder, child::LOG);
+    let log = child::printed(folder, child::LOG, child::TEXT_BYTES_MAX);
     log.lines().rev().find(|line| !line.trim().is_empty()).map(str::to_owned)
 }
 
 /// Reads what the engine says of its progress.
-fn follow<S: Store>(shared: &Arc<Shared<S>>, guest: &str, folder: &Path) {
-    let text = child::printed(folder, PROGRESS);
+fn follow(shared: &Arc<Shared>, guest: &str, folder: &Path) {
+    let text = child::printed(folder, PROGRESS, PROGRESS_BYTES_MAX);
     let points: Vec<MovePoint> =
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let points = points.get(points.len().saturating_sub(POINTS_MAX)..).unwrap_or_default().to_vec();
@@ -329,11 +294,7 @@ fn follow<S: Store>(shared: &Arc<Shared<S>>, guest: &str, folder: &Path) {
 }
 
 /// Has the engine find out how a migration ended that it left unfinished; nothing if it does not know of one.
-async fn resolve<S: Store>(
-    shared: &Arc<Shared<S>>,
-    record: &Record,
-    folder: &Path,
-) -> Option<Report> {
+async fn resolve(shared: &Arc<Shared>, record: &Record, folder: &Path) -> Option<Report> {
     let config = shared.config();
     let folder = folder.join("resolve");
     let args = [
@@ -353,7 +314,7 @@ async fn resolve<S: Store>(
 }
 
 /// Whether the guest runs at the destination (true) or here (false), where that is certain.
-async fn whereabouts<S: Store>(shared: &Arc<Shared<S>>, record: &Record) -> Option<bool> {
+async fn whereabouts(shared: &Arc<Shared>, record: &Record) -> Option<bool> {
     let Claim { vm, to, .. } = &record.claim;
     let monitor = Monitor::connect_within(&record.socket, ANSWERS_WITHIN).await;
     let asked = match &monitor {
@@ -371,11 +332,7 @@ async fn whereabouts<S: Store>(shared: &Arc<Shared<S>>, record: &Record) -> Opti
 }
 
 /// Tells the store and everybody how it ended. The store may be away for a while: the claim has to end some time.
-async fn conclude<S: Store>(
-    shared: &Arc<Shared<S>>,
-    record: &Record,
-    settled: Settled,
-) -> MoveView {
+async fn conclude(shared: &Arc<Shared>, record: &Record, settled: Settled) -> MoveView {
     let Claim { vm, from, to, .. } = &record.claim;
     let now_s = shared.clock.now_s();
     if let Some(why) = &settled.error {
@@ -406,8 +363,8 @@ async fn conclude<S: Store>(
     })
 }
 
-async fn tell_store<S: Store>(
-    shared: &Arc<Shared<S>>,
+async fn tell_store(
+    shared: &Arc<Shared>,
     record: &Record,
     has_moved: bool,
     at_s: f64,

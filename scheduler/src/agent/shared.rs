@@ -17,11 +17,12 @@ use crate::api::client::Client;
 use crate::api::view::{PlanView, View};
 use crate::model::GrayBox;
 use crate::plan::Hotspot;
+use crate::store::AnyStore;
 use crate::store::claims::Claims;
 
 /// All of it.
 #[derive(Debug)]
-pub struct Shared<S> {
+pub struct Shared {
     /// This host's name.
     pub host: String,
     /// Its identity.
@@ -29,9 +30,9 @@ pub struct Shared<S> {
     /// Time.
     pub clock: Clock,
     /// The store.
-    pub store: S,
+    pub store: AnyStore,
     /// Who moves which guest.
-    pub claims: Claims<S>,
+    pub claims: Claims<AnyStore>,
     /// What others said.
     pub board: Board,
     /// Asks other agents.
@@ -58,22 +59,16 @@ pub struct Shared<S> {
     world: Mutex<Arc<World>>,
 }
 
-impl<S> Shared<S> {
+impl Shared {
     /// With nothing known yet.
-    pub fn new(
-        config: Config,
-        identity: Arc<Identity>,
-        store: S,
-        claims: Claims<S>,
-        clock: Clock,
-    ) -> Self {
+    pub fn new(config: Config, identity: Arc<Identity>, store: AnyStore) -> Self {
         Self {
+            claims: Claims::new(store.clone(), identity.name()),
             host: identity.name().to_owned(),
             client: Client::new(Arc::clone(&identity)),
             identity,
-            clock,
+            clock: Clock::start(),
             store,
-            claims,
             board: Board::default(),
             moves: Moves::default(),
             history: History::default(),

@@ -88,7 +88,7 @@ pub(super) fn router<C: Control>(control: Arc<C>) -> Router {
 /// What holds for all paths.
 pub(super) fn finish(router: Router) -> Router {
     router
-        .fallback(async || Refused(not_found("There is no such path; see /openapi.json")))
+        .fallback(async || Refused(ApiError::not_found("There is no such path; see /openapi.json")))
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .layer(from_fn(guard))
@@ -130,7 +130,9 @@ async fn history<C: Control>(
     Name(host): Name,
 ) -> Result<Json<HistoryView>, Refused> {
     let history = app.control.history(&host);
-    history.map(Json).ok_or_else(|| Refused(not_found(&format!("There is no host {host:?}"))))
+    history
+        .map(Json)
+        .ok_or_else(|| Refused(ApiError::not_found(format!("There is no host {host:?}"))))
 }
 
 /// What the policy would do now. Nothing is done.
@@ -302,7 +304,7 @@ async fn metrics<C: Control>(State(app): Agent<C>) -> Response {
     responses((status = 200, description = "OpenAPI 3.1", body = Object)),
 )]
 async fn openapi_json() -> Result<Response, Refused> {
-    let text = openapi::text().map_err(|what| Refused(ApiError::Unavailable { what }))?;
+    let text = openapi::text().map_err(|what| Refused(ApiError::unavailable(what)))?;
     Ok((with_type("application/json"), text).into_response())
 }
 
@@ -316,7 +318,7 @@ impl<C: Control> App<C> {
         }
         let json = to_json(view.as_ref())?;
         let etag = HeaderValue::from_str(&format!("\"{:x}\"", xxh3_128(&json)))
-            .map_err(|error| Refused(ApiError::Unavailable { what: error.to_string() }))?;
+            .map_err(|error| Refused(ApiError::unavailable(error.to_string())))?;
         Ok(told.insert(Told { view, json, etag }).clone())
     }
 
@@ -326,7 +328,7 @@ impl<C: Control> App<C> {
         T: Send + 'static,
         F: Future<Output = Result<T, ApiError>> + Send + 'static,
     {
-        let unavailable = |what: &str| Refused(ApiError::Unavailable { what: what.to_owned() });
+        let unavailable = |what: &str| Refused(ApiError::unavailable(what));
         let place = Arc::clone(&self.places)
             .try_acquire_owned()
             .map_err(|_| unavailable("Too much is being done; ask again in a moment"))?;
@@ -365,25 +367,25 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refused> {
         let Path(name) = Path::<String>::from_request_parts(parts, state)
             .await
-            .map_err(|error| Refused(bad_request(&error.body_text())))?;
+            .map_err(|error| Refused(ApiError::bad_request(error.body_text())))?;
         if name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-            return Err(Refused(bad_request("That is no name of a host or guest")));
+            return Err(Refused(ApiError::bad_request("That is no name of a host or guest")));
         }
         Ok(Self(name))
     }
 }
 
 fn parsed<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, Refused> {
-    let body = body.map_err(|error| Refused(bad_request(&error.body_text())))?;
+    let body = body.map_err(|error| Refused(ApiError::bad_request(error.body_text())))?;
     serde_json::from_slice(&body).map_err(|error| {
-        Refused(bad_request(&format!("The body is not what is expected: {error}")))
+        Refused(ApiError::bad_request(format!("The body is not what is expected: {error}")))
     })
 }
 
 fn to_json(value: &impl Serialize) -> Result<Bytes, Refused> {
     serde_json::to_vec(value)
         .map(Bytes::from)
-        .map_err(|error| Refused(ApiError::Unavailable { what: error.to_string() }))
+        .map_err(|error| Refused(ApiError::unavailable(error.to_string())))
 }
 
 const fn nothing((): ()) -> StatusCode {
@@ -392,14 +394,6 @@ const fn nothing((): ()) -> StatusCode {
 
 pub(super) fn with_type(media_type: &'static str) -> [(axum::http::HeaderName, HeaderValue); 1] {
     [(CONTENT_TYPE, HeaderValue::from_static(media_type))]
-}
-
-pub(super) fn not_found(what: &str) -> ApiError {
-    ApiError::NotFound { what: what.to_owned() }
-}
-
-fn bad_request(what: &str) -> ApiError {
-    ApiError::BadRequest { what: what.to_owned() }
 }
 
 async fn wrong_method() -> Response {
@@ -413,8 +407,8 @@ async fn guard(request: Request, next: Next) -> Response {
     let mut response = if is_read || is_of_this_site(request.headers()) {
         next.run(request).await
     } else {
-        let what = "Another site's page asks for this: it is not done".to_owned();
-        Refused(ApiError::Forbidden { what }).into_response()
+        let what = "Another site's page asks for this: it is not done";
+        Refused(ApiError::forbidden(what)).into_response()
     };
     let is_refusal = response.status().is_client_error() || response.status().is_server_error();
     let headers = response.headers_mut();

@@ -168,7 +168,7 @@ async fn admit(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> R
 const ENTER: &str = "Open the address that `godwit-scheduler web` has printed, with its token";
 
 fn refused(what: &str) -> Response {
-    Refused(ApiError::Forbidden { what: what.to_owned() }).into_response()
+    Refused(ApiError::forbidden(what)).into_response()
 }
 
 /// The token in the address of the page, if there is one.
@@ -216,13 +216,12 @@ async fn pass(
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Refused> {
-    let body = body.map_err(|error| Refused(ApiError::BadRequest { what: error.body_text() }))?;
+    let body = body.map_err(|error| Refused(ApiError::bad_request(error.body_text())))?;
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let mut request = Request::new(body);
     *request.method_mut() = method;
-    *request.uri_mut() = path
-        .parse()
-        .map_err(|_| Refused(ApiError::BadRequest { what: "That is no path".to_owned() }))?;
+    *request.uri_mut() =
+        path.parse().map_err(|_| Refused(ApiError::bad_request("That is no path")))?;
     copy(&headers, request.headers_mut(), &PASSED);
     let answer = agents.ask(request).await.map_err(Refused)?;
     let (parts, body) = answer.into_parts();
@@ -244,7 +243,7 @@ impl Agents {
     async fn ask(&self, request: Request<Bytes>) -> Result<axum::http::Response<Bytes>, ApiError> {
         let first = self.current.load(Ordering::Relaxed);
         let tries = if request.method().is_safe() { self.addrs.len() } else { 1 };
-        let mut last = ApiError::Unavailable { what: WebError::NoAgent.to_string() };
+        let mut last = ApiError::unavailable(WebError::NoAgent.to_string());
         for index in (first..first + tries).map(|index| index % self.addrs.len()) {
             let Some(addr) = self.addrs.get(index) else { continue };
             match self.client.pass(addr, None, request.clone()).await {

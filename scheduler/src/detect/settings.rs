@@ -99,7 +99,9 @@ impl Default for Thresholds {
 }
 
 impl Thresholds {
-    pub(super) const fn shares(&self) -> Amounts {
+    /// Those that are shares of what a host has.
+    #[must_use]
+    pub const fn shares(&self) -> Amounts {
         Amounts {
             cpu_cores: self.cpu,
             memory_mib: self.memory,

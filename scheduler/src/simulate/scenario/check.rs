@@ -7,6 +7,7 @@ use std::collections::HashMap;
 
 use super::file::{File, GeneratePart, HostPart, VmPart, Work};
 use super::{ScenarioError, expect};
+use crate::lines::Lines;
 
 /// Larger figures are typing errors.
 const FIGURE_MAX: f64 = 1e9;
@@ -26,39 +27,7 @@ const SURGES_MAX: f64 = 5e6;
 /// Guests in all: ten times what was aimed at.
 const GUESTS_MAX: usize = 100_000;
 
-/// Where things are in the file's text.
-#[derive(Debug)]
-pub(super) struct Lines<'a>(pub(super) &'a str);
-
 impl Lines<'_> {
-    /// The line of a key in the nth table of that name, or of the table if the key is not in it; of the file's head, if
-    /// the name is empty.
-    pub(super) fn of(&self, table: &str, nth: usize, key: &str) -> usize {
-        let (mut at, mut found) = (0, table.is_empty().then_some(1));
-        for (number, line) in self.0.lines().enumerate() {
-            let line = line.trim_start();
-            if let Some(name) = line.strip_prefix('[') {
-                let name =
-                    name.trim_start_matches('[').split(']').next().unwrap_or_default().trim();
-                if found.is_some() {
-                    break;
-                }
-                if name == table {
-                    if at == nth {
-                        found = Some(number + 1);
-                    }
-                    at += 1;
-                }
-            } else if found.is_some()
-                && let Some(rest) = line.strip_prefix(key)
-                && rest.trim_start().starts_with('=')
-            {
-                return number + 1;
-            }
-        }
-        found.unwrap_or(1)
-    }
-
     fn error(
         &self,
         (table, nth, key): (&str, usize, &str),
