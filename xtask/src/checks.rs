@@ -22,24 +22,23 @@ pub(crate) fn demo(root: &Path, arguments: &[String]) -> Result<()> {
 
 /// Builds the command for release and shows a split guest by it.
 pub(crate) fn demo_split(root: &Path) -> Result<()> {
-    let environment = step("setup", || setup::setup(root))?;
-    step("build", || run(cargo(root).args(["build", "--release", "-p", "migrate-cli"])))?;
-    step("build the demo", || run(cargo(root).args(["build", "--release", "-p", "e2e"])))?;
-    let mut command = Command::new(root.join("target/release/demo-split"));
-    command.env("GODWIT_MIGRATE", root.join("target/release/migrate"));
-    environment.pass_to(&mut command);
-    step("demo", || run(&mut command))
+    demo_program(root, "demo-split")
 }
 
 /// Builds the commands for release and shows the scheduler by them.
 pub(crate) fn demo_scheduler(root: &Path) -> Result<()> {
+    demo_program(root, "demo-scheduler")
+}
+
+/// Builds the commands, and a program that shows something by them, and runs it.
+fn demo_program(root: &Path, name: &str) -> Result<()> {
     let environment = step("setup", || setup::setup(root))?;
-    let build = ["build", "--release", "-p", "migrate-cli", "-p", "scheduler"];
+    let build = ["build", "--release", "-p", "migrate-cli", "-p", "scheduler", "-p", "e2e"];
     step("build", || run(cargo(root).args(build)))?;
-    step("build the demo", || run(cargo(root).args(["build", "--release", "-p", "e2e"])))?;
-    let mut command = Command::new(root.join("target/release/demo-scheduler"));
-    command.env("GODWIT_MIGRATE", root.join("target/release/migrate"));
-    command.env("GODWIT_SCHEDULER", root.join("target/release/godwit-scheduler"));
+    let built = root.join("target/release");
+    let mut command = Command::new(built.join(name));
+    command.env("GODWIT_MIGRATE", built.join("migrate"));
+    command.env("GODWIT_SCHEDULER", built.join("godwit-scheduler"));
     environment.pass_to(&mut command);
     step("demo", || run(&mut command))
 }

@@ -5,7 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::fleet::{Fleet, scheduler_program};
+use e2e::fleet::Fleet;
 use framework::{Cluster, Engine, HostPlan, load};
 use scheduler_api::View;
 use scheduler_api::amounts::Resource;
@@ -144,7 +144,7 @@ impl Page {
         let (agent, listen) = (fleet.address(0), addr.to_string());
         let identity = fleet.operator().display().to_string();
         let words = ["web", "--agent", &agent, "--identity", &identity, "--listen", &listen];
-        let mut web = fleet.cluster().host(0).run(&scheduler_program()?, &words)?;
+        let mut web = fleet.cluster().host(0).run(&fleet.env().scheduler()?, &words)?;
         web.wait_stderr("Ctrl-C ends it", Duration::from_secs(30))?;
         let address = web.stdout().trim().to_owned();
         let cluster = fleet.cluster();

@@ -14,12 +14,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use framework::cluster::guest;
-use framework::{Cluster, Engine, Env, HostPlan, QemuKind, Vm, VmSpec};
+use framework::{Cluster, Engine, Env, HostPlan, Pki, QemuKind, Vm, VmSpec};
 use scheduler_api::{ApiError, Client, View};
-use transport::{Identity, pki};
+use transport::Identity;
+
+use crate::stage::runs;
 
 /// How often agents look. Three of five figures make a hotspot.
 pub const INTERVAL_S: f64 = 2.0;
+
+/// The name in the operator's certificate.
+const OPERATOR: &str = "ops";
 
 /// The port of every agent.
 const PORT: u16 = 7790;
@@ -44,7 +49,7 @@ pub struct Fleet {
     guests: Guests,
     starter: Option<JoinHandle<Result<()>>>,
     end: Arc<AtomicBool>,
-    identities: tempfile::TempDir,
+    identities: Pki,
     store: String,
     extra: String,
     cluster: Arc<Cluster>,
@@ -63,11 +68,9 @@ impl Fleet {
     pub fn create(plans: &[HostPlan]) -> Result<Self> {
         let env = Env::load()?;
         let cluster = Arc::new(Cluster::create(plans)?);
-        let identities = tempfile::tempdir().context("No folder for identities")?;
-        let authority = identities.path();
-        pki::init(&authority.join("ca"), &pki::InitOptions::default())?;
-        for name in plans.iter().map(|plan| plan.name.as_str()).chain(["ops"]) {
-            pki::issue(&authority.join("ca"), name, &pki::IssueOptions::default())?;
+        let identities = Pki::init(&env.migrate()?)?;
+        for name in plans.iter().map(|plan| plan.name.as_str()).chain([OPERATOR]) {
+            identities.issue(name)?;
         }
         let guests = Guests::default();
         let end = Arc::new(AtomicBool::new(false));
@@ -80,6 +83,12 @@ impl Fleet {
         let (store, extra) = (String::new(), String::new());
         let starter = Some(starter);
         Ok(Self { agents, guests, starter, end, identities, store, extra, cluster, env })
+    }
+
+    /// What the tests have to hand.
+    #[must_use]
+    pub fn env(&self) -> &Env {
+        &self.env
     }
 
     /// The hosts.
@@ -97,7 +106,7 @@ impl Fleet {
     /// The identity of an operator.
     #[must_use]
     pub fn operator(&self) -> PathBuf {
-        self.identities.path().join("ca/ops")
+        self.identities.folder().join(OPERATOR)
     }
 
     /// The table `store` of agents' configurations; further tables behind it.
@@ -107,7 +116,7 @@ impl Fleet {
 
     /// A file in a folder that all hosts see.
     pub fn shared(&self, name: &str) -> PathBuf {
-        self.identities.path().join(name)
+        self.identities.folder().join(name)
     }
 
     /// Boots guests, each by its number on its host, and gives hosts their limits.
@@ -139,7 +148,7 @@ impl Fleet {
     /// What went wrong.
     pub fn start_agent(&mut self, host: usize) -> Result<()> {
         let config = self.write_config(host)?;
-        let program = scheduler_program()?;
+        let program = self.env.scheduler()?;
         let config = config.display().to_string();
         let mut agent = self.cluster.host(host).run(&program, &["agent", "--config", &config])?;
         agent.wait_stderr("listening on", Duration::from_secs(30))?;
@@ -175,7 +184,7 @@ impl Fleet {
         );
         fs::write(&start, script)?;
         fs::set_permissions(&start, fs::Permissions::from_mode(0o755))?;
-        let identity = self.identities.path().join("ca").join(&host.plan().name);
+        let identity = self.identities.folder().join(&host.plan().name);
         let text = format!(
             "identity = {identity:?}\nlisten = \"{}:{PORT}\"\nstate = {:?}\nlease-s = 6.0\n\n\
              [store]\n{}\n{}\n[migrate]\nprogram = {:?}\nstart = [{start:?}, \"{{guest}}\", \"{{qmp}}\"]\n\n{}",
@@ -283,7 +292,7 @@ impl Fleet {
         for (name, guest) in lock(&self.guests).iter_mut() {
             let mut running = vec![];
             for (host, vm) in &mut guest.qemus {
-                if vm.exited()?.is_none() && is_running(vm) {
+                if vm.exited()?.is_none() && runs(vm)? {
                     running.push(*host);
                 }
             }
@@ -300,7 +309,7 @@ impl Fleet {
     pub fn assert_guests_are_well(&self) -> Result<()> {
         for guest in lock(&self.guests).values_mut() {
             for (_, vm) in &mut guest.qemus {
-                if vm.exited()?.is_none() && is_running(vm) {
+                if vm.exited()?.is_none() && runs(vm)? {
                     framework::load::report(vm)?;
                     vm.assert_clean()?;
                 }
@@ -308,11 +317,6 @@ impl Fleet {
         }
         Ok(())
     }
-}
-
-fn is_running(vm: &mut Vm) -> bool {
-    let status = vm.qmp().execute("query-status", serde_json::json!({}));
-    status.is_ok_and(|status| status["running"] == true)
 }
 
 impl Drop for Fleet {
@@ -376,15 +380,4 @@ fn start(
     living.push((number, vm));
     guest.qemus = living;
     Ok(())
-}
-
-/// The command under test: `GODWIT_SCHEDULER`, or the one that cargo built for development.
-///
-/// # Errors
-/// There is none.
-pub fn scheduler_program() -> Result<PathBuf> {
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/debug/godwit-scheduler");
-    let path = std::env::var_os("GODWIT_SCHEDULER").map_or(built, PathBuf::from);
-    path.canonicalize()
-        .with_context(|| format!("No program at {}: `cargo build -p scheduler`", path.display()))
 }

@@ -49,6 +49,8 @@ pub struct Env {
     pub newer_kernel: PathBuf,
     /// An initramfs without modules, for any kernel.
     pub plain_initrd: PathBuf,
+    /// The program `etcd`.
+    pub etcd: PathBuf,
     /// By version.
     qemu: BTreeMap<String, QemuPaths>,
 }

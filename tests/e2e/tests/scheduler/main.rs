@@ -8,12 +8,12 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::fleet::{Fleet, INTERVAL_S};
 use e2e::turn;
 use framework::cluster::guest_address;
-use framework::{HostPlan, load};
+use framework::{HostPlan, load, wait};
 use members::Members;
-use scheduler_api::View;
 use scheduler_api::amounts::Resource;
 use scheduler_api::control::MoveRequest;
 use scheduler_api::view::MoveStage;
+use scheduler_api::{ApiError, View};
 
 /// A hotspot is to be found within this time (Sandpiper's figure).
 const FOUND_WITHIN: Duration = Duration::from_secs(20);
@@ -138,6 +138,30 @@ fn talking_pair(fleet: &Fleet) -> Result<()> {
     talk(0)
 }
 
+/// Asks a host's agent to move a guest, again as long as that has to wait for another migration.
+fn begin_move(fleet: &Fleet, guest: &str, from: usize, to: usize) -> Result<()> {
+    let to = fleet.cluster().host(to).plan().name.clone();
+    let request = MoveRequest { guest: guest.into(), to: Some(to), reason: String::new() };
+    let mut refusal = String::new();
+    let begun = wait::until("the move may begin", MOVED_WITHIN, || {
+        let request = request.clone();
+        let begun = fleet.ask(from, |client, addr| async move {
+            match client.begin_move(&addr, None, &request).await {
+                Err(ApiError::Conflict { what }) => Ok(Some(what)),
+                begun => begun.map(|_| None),
+            }
+        })?;
+        Ok(match begun {
+            Some(why) => {
+                refusal = why;
+                None
+            }
+            None => Some(()),
+        })
+    });
+    begun.context(refusal)
+}
+
 /// All guests leave a host that is to be emptied; none comes.
 fn drain(fleet: &Fleet, host: usize) -> Result<()> {
     let name = fleet.cluster().host(host).plan().name.clone();
@@ -185,11 +209,7 @@ fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     let places = fleet.places()?;
     let mover = places["vm4"];
     let to = (mover + 1) % 3;
-    let target = fleet.cluster().host(to).plan().name.clone();
-    fleet.ask(mover, |client, addr| async move {
-        let request = MoveRequest { guest: "vm4".into(), to: Some(target), reason: String::new() };
-        client.begin_move(&addr, None, &request).await
-    })?;
+    begin_move(&fleet, "vm4", mover, to)?;
     fleet.wait(mover, "the engine runs", MOVED_WITHIN, |view| {
         view.moves.iter().any(|one| one.guest == "vm4" && one.stage != MoveStage::Preparing)
     })?;
@@ -209,11 +229,7 @@ fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     // The destination's agent dies while a guest comes.
     let from = after["vm5"];
     let to = (from + 1) % 3;
-    let target = fleet.cluster().host(to).plan().name.clone();
-    fleet.ask(from, |client, addr| async move {
-        let request = MoveRequest { guest: "vm5".into(), to: Some(target), reason: String::new() };
-        client.begin_move(&addr, None, &request).await
-    })?;
+    begin_move(&fleet, "vm5", from, to)?;
     fleet.kill_agent(to)?;
     fleet.start_agent(to)?;
     fleet.wait(from, "the move has ended", MOVED_WITHIN * 2, |view| {

@@ -1,10 +1,9 @@
 //! Members of etcd, one on each host.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use framework::{Cluster, Engine};
+use framework::{Cluster, Engine, Env};
 
 const CLIENTS: u16 = 2379;
 const PEERS: u16 = 2380;
@@ -20,12 +19,7 @@ const UP_WITHIN: Duration = Duration::from_secs(60);
 pub(crate) struct Members {
     processes: Vec<Option<Engine>>,
     urls: Vec<(String, String)>,
-}
-
-fn program() -> Result<PathBuf> {
-    let fetched = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/godwit/etcd");
-    let path = std::env::var_os("GODWIT_ETCD").map_or(fetched, PathBuf::from);
-    path.canonicalize().with_context(|| format!("{}: run `cargo xtask setup`", path.display()))
+    env: Env,
 }
 
 impl Members {
@@ -33,7 +27,7 @@ impl Members {
     pub(crate) fn start(cluster: &Cluster) -> Result<Self> {
         let url = |host: &framework::ClusterHost, port| format!("http://{}:{port}", host.address());
         let urls = cluster.hosts().iter().map(|host| (url(host, CLIENTS), url(host, PEERS)));
-        let mut members = Self { processes: vec![], urls: urls.collect() };
+        let mut members = Self { processes: vec![], urls: urls.collect(), env: Env::load()? };
         for number in 0..members.urls.len() {
             let member = members.member(number, cluster)?;
             members.processes.push(Some(member));
@@ -64,7 +58,7 @@ impl Members {
             ["--logger", "zap"],
             ["--log-level", "info"],
         ];
-        host.run(&program()?, &[&words.concat()[..], &["--unsafe-no-fsync"]].concat())
+        host.run(&self.env.etcd, &[&words.concat()[..], &["--unsafe-no-fsync"]].concat())
     }
 
     /// The table `store` for agents.
