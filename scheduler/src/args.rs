@@ -21,6 +21,8 @@ pub(crate) enum Command {
     Simulate(SimulateArgs),
     /// Runs this host's agent: it sees its load, finds hotspots, and moves guests away from them.
     Agent(AgentArgs),
+    /// Says what hotspots there are, what would be done about them now, and why.
+    Explain(ExplainArgs),
     /// Shows the web page to a browser on this machine, asking agents with an identity of the cluster's authority.
     Web(WebArgs),
 }
@@ -37,6 +39,25 @@ pub(crate) struct WebArgs {
     /// Where the browser finds it: an address of this machine alone. Port 0 chooses one.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:0")]
     pub(crate) listen: SocketAddr,
+}
+
+/// `godwit-scheduler explain`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    godwit-scheduler explain --agent host-a:7790 --identity /etc/godwit/operator\n  \
+    godwit-scheduler explain --agent host-a:7790 --agent host-b:7790 --identity DIR --json\n\n\
+    Nothing is done. What each host's agent would do is put together as the agent sees the cluster that answers.\n\
+    Exits with 1 if none answers.")]
+pub(crate) struct ExplainArgs {
+    /// An agent's address; repeat it for those that are asked when it does not answer.
+    #[arg(long, value_name = "HOST:PORT", required = true)]
+    pub(crate) agent: Vec<String>,
+    /// Directory of the identity to ask with, made by `migrate pki issue`.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: PathBuf,
+    /// Print one JSON object on stdout instead of lines.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `godwit-scheduler simulate`.

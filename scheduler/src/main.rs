@@ -11,6 +11,7 @@ fn main() -> ExitCode {
     match args::Cli::parse().command {
         args::Command::Simulate(args) => commands::simulate::run(&args),
         args::Command::Agent(args) => told(commands::agent::run(&args)),
+        args::Command::Explain(args) => commands::explain::run(&args),
         args::Command::Web(args) => commands::web::run(args),
     }
 }

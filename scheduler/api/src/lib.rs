@@ -22,6 +22,7 @@ pub mod control;
 pub mod figures;
 #[cfg(feature = "sample")]
 pub mod sample;
+pub mod text;
 pub mod view;
 
 pub use self::client::Client;

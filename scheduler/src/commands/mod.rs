@@ -1,6 +1,7 @@
 //! What commands do.
 
 pub(crate) mod agent;
+pub(crate) mod explain;
 mod kept;
 mod plot;
 pub(crate) mod simulate;

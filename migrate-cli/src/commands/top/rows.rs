@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 
 use scheduler_api::amounts::{Amounts, Resource};
 use scheduler_api::figures::{GuestState, HostState};
+pub(super) use scheduler_api::text::clean;
 use scheduler_api::view::{
     GuestView, HostView, HotspotView, MoveStage, MoveView, PlanView, StepAction, StepState, View,
 };
@@ -312,13 +313,4 @@ pub(super) fn span(seconds: f64) -> String {
         7200..172_800 => format!("{} h", seconds / 3600),
         _ => format!("{} days", seconds / 86_400),
     }
-}
-
-/// Without what could steer a terminal or turn a line's direction.
-pub(super) fn clean(text: &str) -> String {
-    let is_safe = |character: char| {
-        !character.is_control()
-            && !matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-    };
-    text.chars().map(|character| if is_safe(character) { character } else { '?' }).collect()
 }
