@@ -33,7 +33,7 @@ impl Publisher {
     ) -> Result<(), StoreError> {
         let told = self.try_tell(shared, report, hotspots).await;
         if told.is_err() {
-            (self.lease, self.report, self.hotspots) = (None, None, None);
+            (self.report, self.hotspots) = (None, None);
         }
         told
     }

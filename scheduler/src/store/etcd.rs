@@ -1,8 +1,10 @@
 //! A store of etcd members, for a cluster: any one may fail, as long as most are there.
 //!
-//! Every request has a time limit, after which the store counts as out of reach; the client tries the members in turn.
+//! Every request has a time limit, after which the store counts as out of reach. The client hands each to one of the
+//! members, also to one that is away: what did not leave is asked again of another, and so is what may be done twice.
 //! etcd counts leases in whole seconds and makes very short ones longer.
 
+use std::error::Error as _;
 use std::time::{Duration, Instant};
 
 use etcd_client::{
@@ -15,6 +17,9 @@ use super::{Change, Condition, Entry, Event, Lease, Revision, Store, StoreError,
 
 /// Longest wait for an answer.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+
+/// Longest wait for a member's connection: of a host that is gone nothing is heard.
+const CONNECTS_WITHIN: Duration = Duration::from_secs(1);
 
 /// Pause before a member is asked again.
 const AGAIN_AFTER: Duration = Duration::from_millis(50);
@@ -62,28 +67,57 @@ impl From<etcd_client::Error> for StoreError {
     }
 }
 
-/// Waits for an answer, for so long.
-async fn answered<T>(
-    answer: impl Future<Output = Result<T, etcd_client::Error>>,
-) -> Result<T, StoreError> {
-    let seconds = ANSWERS_WITHIN.as_secs();
-    let late = |_| StoreError::Unavailable { what: format!("etcd: no answer within {seconds} s") };
-    Ok(tokio::time::timeout(ANSWERS_WITHIN, answer).await.map_err(late)??)
+/// Whether a request has not left, so that no member can have done what it asks for.
+fn is_unsent(error: &etcd_client::Error) -> bool {
+    let etcd_client::Error::GRpcStatus(status) = error else { return false };
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
-/// Asks again, of members that are there, what can be asked twice.
-async fn read<T, F>(ask: impl Fn() -> F) -> Result<T, StoreError>
+/// Asks for something that may be done twice: again until a member answers.
+async fn repeated<T, F>(ask: impl FnMut() -> F) -> Result<T, StoreError>
 where
     F: Future<Output = Result<T, etcd_client::Error>>,
 {
-    let began = Instant::now();
+    asked(true, ask).await
+}
+
+/// Asks for something that must not be done twice: again only what did not leave.
+async fn once<T, F>(ask: impl FnMut() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, etcd_client::Error>>,
+{
+    asked(false, ask).await
+}
+
+async fn asked<T, F>(may_repeat: bool, mut ask: impl FnMut() -> F) -> Result<T, StoreError>
+where
+    F: Future<Output = Result<T, etcd_client::Error>>,
+{
+    let until = Instant::now() + ANSWERS_WITHIN;
     loop {
-        match answered(ask()).await {
-            Err(StoreError::Unavailable { .. }) if began.elapsed() < ANSWERS_WITHIN => {
-                tokio::time::sleep(AGAIN_AFTER).await;
+        let error = match tokio::time::timeout_at(until.into(), ask()).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => error,
+            Err(_) => {
+                let seconds = ANSWERS_WITHIN.as_secs();
+                let what = format!("etcd: no answer within {seconds} s");
+                return Err(StoreError::Unavailable { what });
             }
-            other => return other,
+        };
+        let is_unsent = is_unsent(&error);
+        let error = StoreError::from(error);
+        let is_away = matches!(error, StoreError::Unavailable { .. });
+        if !(is_unsent || (may_repeat && is_away)) || Instant::now() >= until {
+            return Err(error);
         }
+        tokio::time::sleep(AGAIN_AFTER).await;
     }
 }
 
@@ -95,7 +129,7 @@ impl Etcd {
     pub async fn connect(endpoints: &[String], tls: Option<&Tls>) -> Result<Self, StoreError> {
         let (every, within) = KEEP_ALIVE;
         let mut options = ConnectOptions::new()
-            .with_connect_timeout(ANSWERS_WITHIN)
+            .with_connect_timeout(CONNECTS_WITHIN)
             .with_timeout(ANSWERS_WITHIN)
             .with_keep_alive(every, within)
             .with_keep_alive_while_idle(true);
@@ -105,7 +139,7 @@ impl Etcd {
             let tls = etcd_client::TlsOptions::new().ca_certificate(authority).identity(identity);
             options = options.with_tls(tls);
         }
-        let client = answered(Client::connect(endpoints, Some(options))).await?;
+        let client = repeated(|| Client::connect(endpoints, Some(options.clone()))).await?;
         let store = Self { client };
         // The client connects when it is asked.
         store.get("/").await?;
@@ -144,7 +178,7 @@ impl Store for Etcd {
             let mut client = self.client.clone();
             async move { client.get(key, None).await }
         };
-        let found = read(ask).await?;
+        let found = repeated(ask).await?;
         found.kvs().first().map(entry).transpose()
     }
 
@@ -153,7 +187,7 @@ impl Store for Etcd {
             let mut client = self.client.clone();
             async move { client.get(prefix, Some(GetOptions::new().with_prefix())).await }
         };
-        let found = read(ask).await?;
+        let found = repeated(ask).await?;
         let revision = found.header().map_or(0, etcd_client::ResponseHeader::revision);
         Ok((found.kvs().iter().map(entry).collect::<Result<_, _>>()?, revision))
     }
@@ -164,28 +198,39 @@ impl Store for Etcd {
         changes: &[Change],
     ) -> Result<Option<Revision>, StoreError> {
         check(changes)?;
-        let conditions: Vec<Compare> = conditions.iter().map(compare).collect();
+        let compared: Vec<Compare> = conditions.iter().map(compare).collect();
         let changes: Vec<TxnOp> = changes.iter().map(operation).collect();
-        let transaction = Txn::new().when(conditions).and_then(changes);
-        let done = answered(self.client.clone().txn(transaction)).await?;
+        let transaction = Txn::new().when(compared).and_then(changes);
+        let ask = || {
+            let (mut client, transaction) = (self.client.clone(), transaction.clone());
+            async move { client.txn(transaction).await }
+        };
+        // Without conditions it comes to the same twice.
+        let done = if conditions.is_empty() { repeated(ask).await } else { once(ask).await }?;
         let revision = done.header().map_or(0, etcd_client::ResponseHeader::revision);
         Ok(done.succeeded().then_some(revision))
     }
 
     async fn grant(&self, ttl: Duration) -> Result<Lease, StoreError> {
         let seconds = i64::try_from(ttl.as_millis().div_ceil(1000)).unwrap_or(i64::MAX);
-        let lease = answered(self.client.clone().lease_grant(seconds.max(1), None)).await?;
-        Ok(Lease(lease.id()))
+        // One that nobody heard of ends by itself.
+        let ask = || {
+            let mut client = self.client.clone();
+            async move { client.lease_grant(seconds.max(1), None).await }
+        };
+        Ok(Lease(repeated(ask).await?.id()))
     }
 
     async fn keep(&self, lease: Lease) -> Result<(), StoreError> {
-        let mut client = self.client.clone();
-        let kept = answered(async {
-            let (mut keeper, mut answers) = client.lease_keep_alive(lease.0).await?;
-            keeper.keep_alive().await?;
-            answers.message().await
-        });
-        match kept.await {
+        let ask = || {
+            let mut client = self.client.clone();
+            async move {
+                let (mut keeper, mut answers) = client.lease_keep_alive(lease.0).await?;
+                keeper.keep_alive().await?;
+                answers.message().await
+            }
+        };
+        match repeated(ask).await {
             Ok(Some(answer)) if answer.ttl() > 0 => Ok(()),
             Ok(_) => Err(StoreError::LeaseEnded),
             Err(error) => Err(error),
@@ -193,7 +238,11 @@ impl Store for Etcd {
     }
 
     async fn revoke(&self, lease: Lease) -> Result<(), StoreError> {
-        match answered(self.client.clone().lease_revoke(lease.0)).await {
+        let ask = || {
+            let mut client = self.client.clone();
+            async move { client.lease_revoke(lease.0).await }
+        };
+        match repeated(ask).await {
             Ok(_) | Err(StoreError::LeaseEnded) => Ok(()),
             Err(error) => Err(error),
         }
@@ -204,8 +253,12 @@ impl Store for Etcd {
         prefix: &str,
         after: Revision,
     ) -> Result<mpsc::Receiver<Result<Event, StoreError>>, StoreError> {
-        let options = WatchOptions::new().with_prefix().with_start_revision(after + 1);
-        let stream = answered(self.client.clone().watch(prefix, Some(options))).await?;
+        let ask = || {
+            let options = WatchOptions::new().with_prefix().with_start_revision(after + 1);
+            let mut client = self.client.clone();
+            async move { client.watch(prefix, Some(options)).await }
+        };
+        let stream = repeated(ask).await?;
         let (queue, events) = mpsc::channel(EVENTS);
         tokio::spawn(async move {
             tokio::select! {

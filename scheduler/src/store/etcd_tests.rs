@@ -147,6 +147,28 @@ async fn any_one_of_three_members_may_die() {
     assert_eq!(store.get("k").await.unwrap().unwrap().value, b"again");
 }
 
+/// Requests that are handed to a member that is away go to another, whatever they ask for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_is_away_is_not_noticed() {
+    let mut members = Members::start(3);
+    let store = members.store().await;
+    members.kill(1);
+    put(&store, "the others have found each other").await;
+    let mut revision = None;
+    for round in 0..40 {
+        let lease = store.grant(Duration::from_secs(30)).await.unwrap();
+        store.keep(lease).await.unwrap();
+        let condition = revision.map_or(Condition::Absent("c".into()), |revision| {
+            Condition::Unchanged("c".into(), revision)
+        });
+        let put = Change::Put { key: "c".into(), value: vec![round], lease: Some(lease) };
+        revision = store.commit(&[condition], &[put]).await.unwrap();
+        assert!(revision.is_some(), "round {round}: its own change was not seen");
+        assert_eq!(store.get("c").await.unwrap().unwrap().value, [round]);
+        store.watch("c", 0).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn nobody_there_is_said() {
     let error = Etcd::connect(&["http://127.0.0.1:1".to_owned()], None).await.unwrap_err();

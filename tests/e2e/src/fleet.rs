@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use framework::cluster::guest;
-use framework::{Cluster, Engine, Env, HostPlan, Pki, QemuKind, Vm, VmSpec};
+use framework::{Cluster, Engine, Env, HostPlan, Pki, QemuKind, Vm, VmSpec, machine};
 use scheduler_api::{ApiError, Client, View};
 use transport::Identity;
 
@@ -30,6 +30,9 @@ const OPERATOR: &str = "ops";
 const PORT: u16 = 7790;
 
 const BOOT_WITHIN: Duration = Duration::from_secs(240);
+
+/// Longest wait for processors that others use.
+const PROCESSORS_WITHIN: Duration = Duration::from_secs(180);
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
@@ -119,7 +122,8 @@ impl Fleet {
         self.identities.folder().join(name)
     }
 
-    /// Boots guests, each by its number on its host, and gives hosts their limits.
+    /// Boots guests, each by its number on its host, and gives hosts their limits; then waits until this machine has the
+    /// processors that hosts are to have.
     ///
     /// # Errors
     /// What went wrong.
@@ -139,7 +143,8 @@ impl Fleet {
                 vm.wait_ready(BOOT_WITHIN)?;
             }
         }
-        self.cluster.hosts().iter().try_for_each(framework::ClusterHost::limit)
+        self.cluster.hosts().iter().try_for_each(framework::ClusterHost::limit)?;
+        machine::wait_for_processors(PROCESSORS_WITHIN)
     }
 
     /// Starts a host's agent, or starts it again.
@@ -234,6 +239,18 @@ impl Fleet {
             Ok(runtime.block_on(ask(Client::new(Arc::new(identity)), addr))?)
         })?;
         asking.join().map_err(|_| anyhow::anyhow!("A question panicked"))?
+    }
+
+    /// Runs `godwit-scheduler explain` against a host's agent.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn explain(&self, host: usize) -> Result<String> {
+        let identity = self.operator().display().to_string();
+        let address = self.address(host);
+        let words = ["explain", "--agent", &address, "--identity", &identity];
+        let explain = self.cluster.host(host).run(&self.env.scheduler()?, &words)?;
+        Ok(explain.wait(Duration::from_secs(30))?.success()?.stdout)
     }
 
     /// What an agent sees.

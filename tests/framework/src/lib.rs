@@ -23,6 +23,7 @@ pub mod heartbeat;
 pub mod hugepages;
 pub mod libvirt;
 pub mod load;
+pub mod machine;
 pub mod memory;
 pub mod memory_server;
 pub mod metrics;
