@@ -29,6 +29,7 @@ pub mod agent;
 pub mod api;
 pub mod cost;
 pub mod detect;
+pub mod fuzz;
 mod lines;
 pub mod model;
 pub mod plan;

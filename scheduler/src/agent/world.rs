@@ -121,7 +121,7 @@ impl World {
                 is_migrating: host.is_migrating,
                 heard_at_s: received.map_or(0.0, |received| received.at_s),
                 is_stale: host.state == HostState::Silent,
-                capacity: host.capacity,
+                capacity: report.map(|report| report.capacity).unwrap_or_default(),
                 used: report.map(|report| report.used).unwrap_or_default(),
                 pressure: report.map(|report| report.pressure).unwrap_or_default(),
                 troubles: report.map(|report| report.troubles.clone()).unwrap_or_default(),
@@ -201,8 +201,8 @@ impl World {
         for resource in Resource::ALL {
             let after = taken[resource] + adds[resource];
             let most = capacity[resource] * share_max[resource];
-            // What is not known of a host, or of what guests bring nothing, does not keep them away.
-            if capacity[resource] > 0.0 && adds[resource] > 0.0 && after > most {
+            // Of what guests bring nothing, nothing keeps them away.
+            if adds[resource] > 0.0 && after > most {
                 let name = resource.name();
                 return Err(format!("{after:.1} of {name} would be used and {most:.1} may be"));
             }

@@ -21,6 +21,7 @@
 
 pub mod openapi;
 mod page;
+mod places;
 mod routes;
 pub mod server;
 pub mod web;

@@ -22,7 +22,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
@@ -30,10 +30,14 @@ use tower_service::Service as _;
 use transport::{Identity, IdentityError, https};
 
 use super::control::{Caller, Control};
+use super::places::{Place, Places};
 use super::routes;
 
 /// Most connections at a time; further ones wait.
 pub const CONNECTIONS_MAX: usize = 256;
+
+/// Most of them from one address: whoever keeps many open leaves others room.
+pub const CONNECTIONS_PER_SOURCE_MAX: usize = 64;
 
 /// Longest time until a handshake is over.
 pub const HANDSHAKE_WITHIN: Duration = Duration::from_secs(5);
@@ -90,7 +94,7 @@ pub(super) async fn accept_until<F: Future<Output = ()> + Send + 'static>(
     connection: impl Fn(TcpStream, watch::Receiver<bool>) -> F,
 ) {
     let (end, ending) = watch::channel(false);
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let places = Places::default();
     let mut connections = JoinSet::new();
     tokio::pin!(stop);
     loop {
@@ -123,15 +127,18 @@ pub(super) async fn accept_until<F: Future<Output = ()> + Send + 'static>(
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
-    let place = Arc::clone(places).acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    // Answers are written at once: there is nothing to wait for.
-    stream.set_nodelay(true)?;
-    Ok((stream, place))
+async fn accept(listener: &TcpListener, places: &Places) -> io::Result<(TcpStream, Place)> {
+    loop {
+        let room = places.room().await?;
+        let (stream, from) = listener.accept().await?;
+        let Some(place) = places.take(room, from.ip()) else {
+            tracing::debug!(%from, "It has {CONNECTIONS_PER_SOURCE_MAX} connections already");
+            continue;
+        };
+        // Answers are written at once: there is nothing to wait for.
+        stream.set_nodelay(true)?;
+        return Ok((stream, place));
+    }
 }
 
 async fn secured(

@@ -18,6 +18,10 @@ pub use self::rules::{Obstacle, Rules};
 pub use self::traffic::Traffic;
 use crate::cost::MigrationCost;
 
+/// What a host has of something of which it is not known how much that is: nobody is kept away by it, and it never has too
+/// little of it.
+pub const UNBOUNDED: f64 = 1e12;
+
 /// A host, by its place in [`Cluster::hosts`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct HostIndex(pub usize);

@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::report::{GuestReport, GuestState, HostReport};
 use crate::model::{
-    Amounts, Cluster, Host, HostIndex, HostState, Memory, Resource, Traffic, Vm, VmIndex,
+    Amounts, Cluster, Host, HostIndex, HostState, Memory, Resource, Traffic, UNBOUNDED, Vm, VmIndex,
 };
 
 /// Most remarks.
@@ -134,6 +134,17 @@ fn by_host<'a>(received: &'a [Received], remarks: &mut Vec<String>) -> Vec<&'a R
     found.into_values().collect()
 }
 
+/// Links and disks of which a host cannot say what they can do bound nothing. Without processors and memory nobody runs:
+/// of these, nothing is nothing.
+fn bounded(capacity: &Amounts) -> Amounts {
+    let or_unbounded = |amount: f64| if amount > 0.0 { amount } else { UNBOUNDED };
+    Amounts {
+        network_mbit: or_unbounded(capacity.network_mbit),
+        disk_mib: or_unbounded(capacity.disk_mib),
+        ..*capacity
+    }
+}
+
 impl<'a> Assembly<'a> {
     fn add_host(&mut self, received: &'a Received, settings: &Settings, now_s: f64) {
         let report = &received.report;
@@ -157,7 +168,7 @@ impl<'a> Assembly<'a> {
         self.reports.push(received);
         self.cluster.hosts.push(Host {
             name: name.clone(),
-            capacity: report.capacity,
+            capacity: bounded(&report.capacity),
             own: Amounts::ZERO,
             state,
             is_migrating: report.guests.iter().any(|guest| guest.is_migrating),

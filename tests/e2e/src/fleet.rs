@@ -31,6 +31,12 @@ const PORT: u16 = 7790;
 
 const BOOT_WITHIN: Duration = Duration::from_secs(240);
 
+/// An answer that does not come within this time was lost on the guest's way.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(15);
+
+/// Something has been done with a guest within this time, wherever it went.
+const DONE_WITHIN: Duration = Duration::from_secs(120);
+
 /// Longest wait for processors that others use.
 const PROCESSORS_WITHIN: Duration = Duration::from_secs(180);
 
@@ -289,15 +295,31 @@ impl Fleet {
         bail!("After {within:?}, not so: {what}. Last seen: {last:?}\n{}", logs.join("\n"))
     }
 
-    /// Does something with a guest where it runs.
+    /// Does something with a guest where it runs; again if it moved away meanwhile, with what was said to it.
     ///
     /// # Errors
-    /// What went wrong.
-    pub fn with<T>(&self, name: &str, work: impl FnOnce(&mut Vm) -> Result<T>) -> Result<T> {
+    /// What went wrong at last.
+    pub fn with<T>(&self, name: &str, work: impl Fn(&mut Vm) -> Result<T>) -> Result<T> {
+        let began = Instant::now();
+        loop {
+            match self.try_with(name, &work) {
+                Err(error) if began.elapsed() >= DONE_WITHIN => return Err(error),
+                Err(_) => std::thread::sleep(LOOK_EVERY),
+                done => return done,
+            }
+        }
+    }
+
+    fn try_with<T>(&self, name: &str, work: impl Fn(&mut Vm) -> Result<T>) -> Result<T> {
         let mut guests = lock(&self.guests);
         let guest = guests.get_mut(name).with_context(|| format!("No guest {name}"))?;
-        let (_, vm) = guest.qemus.last_mut().context("It has no QEMU")?;
-        work(vm)
+        for (_, vm) in &mut guest.qemus {
+            if vm.exited()?.is_none() && runs(vm)? {
+                vm.ports().set_answers_within(ANSWERS_WITHIN);
+                return work(vm);
+            }
+        }
+        bail!("{name} runs nowhere")
     }
 
     /// Where all guests run, by asking their QEMUs. Fails if one runs twice or not at all.

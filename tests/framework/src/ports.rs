@@ -32,6 +32,7 @@ pub struct Ports {
     guest: Guest,
     heartbeat: Heartbeat,
     console: Console,
+    answers_within: Duration,
 }
 
 impl Ports {
@@ -41,7 +42,13 @@ impl Ports {
             guest: Guest::connect(&folder.join(COMMAND))?,
             heartbeat: Heartbeat::connect(&folder.join(HEARTBEAT))?,
             console: Console::new(&folder.join(CONSOLE)),
+            answers_within: ANSWER,
         })
+    }
+
+    /// Sets how long answers are waited for; two minutes if it is not set.
+    pub fn set_answers_within(&mut self, answers_within: Duration) {
+        self.answers_within = answers_within;
     }
 
     /// The command channel.
@@ -78,12 +85,12 @@ impl Ports {
         ready.with_context(|| format!("Its console ends with:\n{}", console.tail(15)))
     }
 
-    /// Asks the guest, waiting up to two minutes.
+    /// Asks the guest, waiting as long as was set.
     ///
     /// # Errors
     /// As [`Guest::ask`].
     pub fn ask(&mut self, command: &str) -> Result<String> {
-        self.guest.ask(command, ANSWER)
+        self.guest.ask(command, self.answers_within)
     }
 
     /// Waits until the checker has verified all its memory from now on, and fails if it found

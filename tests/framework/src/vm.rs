@@ -243,7 +243,12 @@ impl Vm {
         crate::cpu::seconds(self.pid())
     }
 
-    /// Asks the guest, waiting up to 30 s.
+    /// Its ports.
+    pub fn ports(&mut self) -> &mut Ports {
+        &mut self.ports
+    }
+
+    /// Asks the guest, as [`Ports::ask`].
     ///
     /// # Errors
     /// As [`Guest::ask`].

@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::GrayBox;
+use crate::model::{GrayBox, Resource};
+use crate::plan::{self, Hotspot, Limits, Problem};
 use crate::profile::report::{GuestMemory, MemorySource, Sent, VERSION};
 
 const GIB: f64 = 1024.0;
@@ -87,6 +88,39 @@ fn reports_that_agree_are_a_cluster() {
         300.0 - 60.0 - 60.0,
         "what stays inside is not there"
     );
+}
+
+/// Disks never say what they can do, and links often do not.
+#[test]
+fn what_a_host_cannot_say_of_itself_keeps_nobody_away() {
+    let mut busy = host("h1", 990.0, vec![guest("one", A), guest("two", B)]);
+    busy.report.used.cpu_cores = 8.0;
+    let mut free = host("h2", 990.0, vec![]);
+    free.report.used = Amounts::ZERO;
+    for received in [&mut busy, &mut free] {
+        received.report.capacity.network_mbit = 0.0;
+    }
+    let cluster = put_together(&[busy, free]).cluster;
+    let capacity = cluster.hosts[1].capacity;
+    assert_eq!((capacity.network_mbit, capacity.disk_mib), (UNBOUNDED, UNBOUNDED));
+    let hotspot = Hotspot {
+        host: HostIndex(0),
+        vm: None,
+        resource: Resource::Cpu,
+        current: 1.0,
+        predicted: 1.0,
+        threshold: 0.85,
+        since_s: 900.0,
+        why: String::new(),
+    };
+    let limits = Limits::default();
+    let hotspots = [hotspot];
+    let problem =
+        Problem { cluster: &cluster, hotspots: &hotspots, limits: &limits, now_s: 1000.0 };
+    for name in plan::NAMES.iter().filter(|name| **name != "none") {
+        let plan = plan::policy(name).unwrap().plan(&problem);
+        assert!(plan.moves().next().is_some(), "{name}: {:?}", plan.notes);
+    }
 }
 
 #[test]

@@ -1,0 +1,9 @@
+//! An agent's configuration.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    scheduler::fuzz::config(bytes);
+});
