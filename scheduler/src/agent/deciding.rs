@@ -52,10 +52,12 @@ impl Eyes {
         own: &HostReport,
         heard: &Heard,
     ) -> (World, Vec<Hotspot>) {
-        let now_s = shared.clock.now_s();
-        let mut world = World::new(&shared.config(), own, heard, &shared.failed(), now_s);
+        let (config, now_s) = (shared.config(), shared.clock.now_s());
+        let mut world = World::new(&config, own, heard, &shared.failed(), now_s);
         self.estimates.observe(&mut world.cluster, now_s);
-        let hotspots = self.watch.observe(&world.cluster, now_s);
+        let since_s = now_s - config.profile.interval_s;
+        let hotspots =
+            world.as_of_migrations(heard, since_s, |cluster| self.watch.observe(cluster, now_s));
         (world, hotspots)
     }
 }

@@ -101,11 +101,29 @@ impl World {
     /// A migration's own traffic is no load that lasts: in figures of its hosts what is not the guests' does not count.
     fn leave_out_migrations(&mut self, heard: &Heard, since_s: f64) {
         for host in &mut self.cluster.hosts {
-            let was_busy = heard.calm_since_s.get(&host.name).is_some_and(|at_s| *at_s > since_s);
-            if host.is_migrating || was_busy {
+            if host.is_migrating || ended_after(heard, &host.name, since_s) {
                 host.own.network_mbit = 0.0;
             }
         }
+    }
+
+    /// Looks at the cluster with hosts whose migration ended after a moment still in it: figures of the last interval are of
+    /// a time when guests were elsewhere.
+    pub fn as_of_migrations<T>(
+        &mut self,
+        heard: &Heard,
+        since_s: f64,
+        look: impl FnOnce(&Cluster) -> T,
+    ) -> T {
+        let before: Vec<bool> = self.cluster.hosts.iter().map(|host| host.is_migrating).collect();
+        for host in &mut self.cluster.hosts {
+            host.is_migrating |= ended_after(heard, &host.name, since_s);
+        }
+        let seen = look(&self.cluster);
+        for (host, is_migrating) in self.cluster.hosts.iter_mut().zip(before) {
+            host.is_migrating = is_migrating;
+        }
+        seen
     }
 
     /// The hosts, as people see them.
@@ -208,5 +226,34 @@ impl World {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether a host's last migration ended after a moment.
+fn ended_after(heard: &Heard, host: &str, since_s: f64) -> bool {
+    heard.calm_since_s.get(host).is_some_and(|at_s| *at_s > since_s)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::agent::config::EXAMPLE;
+    use crate::profile::report::VERSION;
+
+    #[test]
+    fn figures_of_the_last_interval_are_still_of_a_migration_that_has_ended() {
+        let config = Config::parse(EXAMPLE, Path::new("agent.toml")).unwrap();
+        let own = HostReport { v: VERSION, host: "a".into(), at_s: 100.0, ..HostReport::default() };
+        let mut heard = Heard::default();
+        heard.calm_since_s.insert("a".into(), 95.0);
+        let mut world = World::new(&config, &own, &heard, &BTreeSet::new(), 100.0);
+        let mut seen_since = |since_s| {
+            world.as_of_migrations(&heard, since_s, |cluster| cluster.hosts[0].is_migrating)
+        };
+        assert!(seen_since(90.0), "it ended in the interval");
+        assert!(!seen_since(96.0), "it ended before");
+        assert!(!world.cluster.hosts[0].is_migrating, "guests may leave and come again");
     }
 }
