@@ -9,7 +9,7 @@ use e2e::fleet::Fleet;
 use framework::{Cluster, Engine, HostPlan, load};
 use scheduler_api::View;
 use scheduler_api::amounts::Resource;
-use scheduler_api::view::{MoveStage, StepAction};
+use scheduler_api::view::{MoveStage, PlanView, StepAction, StepState};
 
 /// Processors of a host.
 const CORES: f64 = 0.7;
@@ -17,8 +17,8 @@ const CORES: f64 = 0.7;
 /// The guests that begin to work.
 const BUSY: [&str; 3] = ["vm1", "vm2", "vm3"];
 
-/// After so long figures are of the time after the moves.
-const SETTLED_AFTER: Duration = Duration::from_secs(6);
+/// After so long a hotspot has been judged by figures of the time after the moves.
+const SETTLED_AFTER: Duration = Duration::from_secs(8);
 
 /// Longest wait for anything.
 const WITHIN: Duration = Duration::from_secs(120);
@@ -68,8 +68,11 @@ fn main() -> Result<()> {
             );
         }
     }
-    let (_, view) = fleet.wait(0, "a move that has ended", WITHIN, |view| {
-        view.moves.iter().any(|one| one.stage == MoveStage::Completed)
+    let (_, view) = fleet.wait(0, "moves that have ended", WITHIN, |view| {
+        let is_carried_out = |plan: &PlanView| {
+            plan.steps.iter().all(|step| [StepState::Done, StepState::Failed].contains(&step.state))
+        };
+        view.plan.as_ref().is_some_and(is_carried_out)
     })?;
     for one in view.moves.iter().filter(|one| one.stage == MoveStage::Completed) {
         println!(
@@ -82,10 +85,9 @@ fn main() -> Result<()> {
             one.wire_bytes.unwrap_or_default() as f64 / f64::from(1 << 20),
         );
     }
-    fleet.wait(0, "the hotspot is gone", WITHIN, |view| hot(view).is_empty())?;
-    println!("  {:5.1} s  the hotspot is gone\n", seconds());
     std::thread::sleep(SETTLED_AFTER);
-    let view = fleet.view(0)?;
+    let (_, view) = fleet.wait(0, "the hotspot is gone", WITHIN, |view| hot(view).is_empty())?;
+    println!("  {:5.1} s  the hotspot is gone, as new figures say\n", seconds());
     show_hosts(&view);
     println!();
     for ((name, before), (_, after)) in before.iter().zip(&waiting(&view)) {

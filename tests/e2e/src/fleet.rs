@@ -61,6 +61,8 @@ pub struct Fleet {
     identities: Pki,
     store: String,
     extra: String,
+    /// Of each host, MiB.
+    memory_mib: Vec<u64>,
     cluster: Arc<Cluster>,
     env: Env,
 }
@@ -91,7 +93,19 @@ impl Fleet {
         let agents = plans.iter().map(|_| None).collect();
         let (store, extra) = (String::new(), String::new());
         let starter = Some(starter);
-        Ok(Self { agents, guests, starter, end, identities, store, extra, cluster, env })
+        let memory_mib = plans.iter().map(|plan| plan.memory_mib).collect();
+        Ok(Self {
+            agents,
+            guests,
+            starter,
+            end,
+            identities,
+            store,
+            extra,
+            memory_mib,
+            cluster,
+            env,
+        })
     }
 
     /// What the tests have to hand.
@@ -202,13 +216,24 @@ impl Fleet {
             host.address(),
             folder.join("state"),
             self.store,
-            host.profile_toml(INTERVAL_S),
+            host.profile_toml(INTERVAL_S, self.memory_mib[number]),
             self.env.migrate()?,
             self.extra,
         );
         let path = folder.join("agent.toml");
         fs::write(&path, text)?;
         Ok(path)
+    }
+
+    /// A host has so much memory from now on, as far as its agent knows, which reads its configuration again.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn set_memory(&mut self, host: usize, mib: u64) -> Result<()> {
+        self.memory_mib[host] = mib;
+        self.write_config(host)?;
+        let agent = self.agents[host].as_mut().context("It has no agent")?;
+        agent.signal(nix::sys::signal::Signal::SIGHUP)
     }
 
     /// Ends an agent in an instant, as a crash does; engines that it started go on.

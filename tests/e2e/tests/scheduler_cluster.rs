@@ -23,7 +23,8 @@ struct Config {
 
 /// A host's report over [`INTERVAL`], after readings whose rates say nothing yet.
 fn report(host: &ClusterHost) -> Result<std::thread::JoinHandle<Result<HostReport>>> {
-    let config: Config = toml::from_str(&host.profile_toml(10.0)).context("No configuration")?;
+    let config: Config = toml::from_str(&host.profile_toml(10.0, host.plan().memory_mib))
+        .context("No configuration")?;
     config.profile.check()?;
     let name = host.plan().name.clone();
     host.spawn(move || {

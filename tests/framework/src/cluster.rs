@@ -318,10 +318,10 @@ impl ClusterHost {
         self.netns.spawn(work)
     }
 
-    /// What an agent has to know of it: the tables `profile` and `profile.host` of its configuration.
+    /// What an agent has to know of it: the tables `profile` and `profile.host` of its configuration, with so much memory.
     #[must_use]
-    pub fn profile_toml(&self, interval_s: f64) -> String {
-        let HostPlan { memory_mib, bits_per_s, .. } = self.plan;
+    pub fn profile_toml(&self, interval_s: f64, memory_mib: u64) -> String {
+        let HostPlan { bits_per_s, .. } = self.plan;
         let mbit = 2.0 * bits_per_s as f64 / 1e6;
         let (monitors, cgroup) = (self.monitors(), self.cgroup.folder());
         format!(

@@ -1,6 +1,7 @@
 //! The scheduler for real: hosts in namespaces with processors of their own, agents on them, and guests that work.
 
 mod members;
+mod memory;
 
 use std::time::{Duration, Instant};
 
@@ -195,6 +196,21 @@ fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empt
     cpu_hotspot(&fleet)?;
     talking_pair(&fleet)?;
     drain(&fleet, 2)?;
+    fleet.assert_guests_are_well()
+}
+
+#[test]
+fn guests_that_swap_get_memory_or_another_host() -> Result<()> {
+    let _turn = turn();
+    let mut fleet = Fleet::create(&hosts())?;
+    let (store, disks) = (embedded(&fleet), fleet.shared(""));
+    fleet.configure(&store, memory::RULES);
+    fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)], |number, spec| {
+        memory::guest(&disks, number, spec)
+    })?;
+    fleet.start_agents()?;
+    memory::grows(&fleet)?;
+    memory::makes_room(&mut fleet)?;
     fleet.assert_guests_are_well()
 }
 
