@@ -291,7 +291,9 @@ impl<'a> Assembly<'a> {
         let mut guests = vec![Amounts::ZERO; self.reports.len()];
         for (vm, guest) in self.cluster.vms.iter().zip(&self.guests) {
             let Some(sum) = guests.get_mut(vm.host.0) else { continue };
-            *sum += Amounts { memory_mib: guest.memory.resident_mib, ..vm.usage };
+            // What QEMU takes for itself beside the guest's memory is in its host's load.
+            let memory_mib = guest.memory.resident_mib.min(guest.memory.allocated_mib);
+            *sum += Amounts { memory_mib, ..vm.usage };
         }
         for vm in self.cluster.vm_indices() {
             let host = self.cluster.vm(vm).host;

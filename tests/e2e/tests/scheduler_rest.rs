@@ -51,7 +51,7 @@ fn an_agent_at_rest_takes_little_with_fifty_guests() -> Result<()> {
         host.address(),
         folder.path().join("state"),
         folder.path().join("store.sqlite"),
-        host.profile_toml(INTERVAL_S),
+        host.profile_toml(INTERVAL_S, host.plan().memory_mib),
     );
     std::fs::write(&config, text)?;
     let program = env.scheduler()?;
