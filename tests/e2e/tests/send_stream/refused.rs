@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use e2e::gateways::Gateways;
 use e2e::streams::{STREAM, stream};
 use e2e::watched::Watched;
-use e2e::{PATIENCE, free_address, in_turn};
+use e2e::{PATIENCE, Rig, free_address, in_turn};
 use framework::{Backend, Pki, QemuKind, Vm, VmSpec, wait};
 
 /// Longest time until something is refused.
@@ -93,6 +93,27 @@ fn what_the_stream_cannot_do_is_refused() -> Result<()> {
             rig.send(vm, &at, &["--path", "direct"])?.wait(PATIENCE)
         })?;
         ensure!(receive.running()?, "The destination ended: {}", receive.stderr());
+        Ok(())
+    })
+}
+
+/// Not refused, since most moves go well: QEMU itself is to blame.
+#[test]
+fn that_an_older_qemu_without_kvm_forgets_writes_is_said() -> Result<()> {
+    in_turn(|| {
+        let rig = Rig::new()?;
+        let nobody = free_address()?;
+        for (spec, is_said) in [
+            (private(QemuKind::V7_2), true),
+            (private(QemuKind::V7_2).odd_memory(), false),
+            (private(QemuKind::V10_0), false),
+        ] {
+            let what = format!("{:?} and {} KiB", spec.qemu, spec.extra_kib);
+            let vm = Vm::start(&rig.env, spec)?;
+            let sent = rig.send(&vm, &nobody, STREAM)?.wait(PATIENCE)?;
+            ensure!(sent.code == Some(1), "{what}: {sent:?}");
+            ensure!(sent.stderr.contains("forgets writes") == is_said, "{what}: {sent:?}");
+        }
         Ok(())
     })
 }
