@@ -158,9 +158,10 @@ async fn a_member_that_is_away_is_not_noticed() {
     for round in 0..40 {
         let lease = store.grant(Duration::from_secs(30)).await.unwrap();
         store.keep(lease).await.unwrap();
-        let condition = revision.map_or(Condition::Absent("c".into()), |revision| {
-            Condition::Unchanged("c".into(), revision)
-        });
+        let condition = match revision {
+            None => Condition::Absent("c".into()),
+            Some(revision) => Condition::Unchanged("c".into(), revision),
+        };
         let put = Change::Put { key: "c".into(), value: vec![round], lease: Some(lease) };
         revision = store.commit(&[condition], &[put]).await.unwrap();
         assert!(revision.is_some(), "round {round}: its own change was not seen");
