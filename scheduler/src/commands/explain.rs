@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use scheduler_api::text::clean;
 use scheduler_api::view::{HotspotView, PlanView, StepAction, StepView};
-use scheduler_api::{Client, View};
+use scheduler_api::{ApiError, Client, View};
 use serde::Serialize;
 use transport::Identity;
 
@@ -56,14 +56,13 @@ fn explain(args: &ExplainArgs) -> Result<String> {
 async fn ask(client: &Client, agents: &[String]) -> Result<(View, PlanView)> {
     let mut refusals = vec![];
     for agent in agents {
-        let asked =
-            async { Ok((client.state(agent, None).await?, client.propose(agent, None).await?)) };
+        let asked = async {
+            let view = client.state(agent, None).await?;
+            Ok::<_, ApiError>((view, client.propose(agent, None).await?))
+        };
         match asked.await {
             Ok(answer) => return Ok(answer),
-            Err(error) => {
-                let error: scheduler_api::ApiError = error;
-                refusals.push(clean(&error.to_string()));
-            }
+            Err(error) => refusals.push(clean(&error.to_string())),
         }
     }
     bail!("No agent answers. {}", refusals.join(". "))

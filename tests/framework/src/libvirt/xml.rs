@@ -82,7 +82,7 @@ mod tests {
     fn env() -> Env {
         serde_json::from_str(
             "{\"kernel\": \"/k\", \"initrd\": \"/a&b\", \"newer_kernel\": \"/n\", \
-             \"plain_initrd\": \"/p\", \"qemu\": {\"7.2\": {\"bin\": \"/q\", \"data\": \"/d\"}}}",
+             \"plain_initrd\": \"/p\", \"etcd\": \"/e\", \"qemu\": {\"7.2\": {\"bin\": \"/q\", \"data\": \"/d\"}}}",
         )
         .unwrap()
     }
