@@ -10,14 +10,15 @@ use clap::Parser;
 fn main() -> ExitCode {
     match args::Cli::parse().command {
         args::Command::Simulate(args) => commands::simulate::run(&args),
-        args::Command::Agent(args) => told(commands::agent::run(&args)),
-        args::Command::Explain(args) => commands::explain::run(&args),
-        args::Command::Web(args) => commands::web::run(args),
+        args::Command::Agent(args) => told(commands::agent::run(&args), 2),
+        args::Command::Explain(args) => told(commands::explain::run(&args), 1),
+        args::Command::Web(args) => told(commands::web::run(args), 1),
     }
 }
 
-fn told(ran: anyhow::Result<()>) -> ExitCode {
+/// Says why it failed, and ends with this code then.
+fn told(ran: anyhow::Result<()>, code: u8) -> ExitCode {
     let Err(error) = ran else { return ExitCode::SUCCESS };
     eprintln!("error: {error:#}");
-    ExitCode::from(2)
+    ExitCode::from(code)
 }

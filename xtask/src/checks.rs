@@ -22,19 +22,19 @@ pub(crate) fn demo(root: &Path, arguments: &[String]) -> Result<()> {
 
 /// Builds the command for release and shows a split guest by it.
 pub(crate) fn demo_split(root: &Path) -> Result<()> {
-    demo_program(root, "demo-split")
+    demo_program(root, "demo-split", &["migrate-cli"])
 }
 
 /// Builds the commands for release and shows the scheduler by them.
 pub(crate) fn demo_scheduler(root: &Path) -> Result<()> {
-    demo_program(root, "demo-scheduler")
+    demo_program(root, "demo-scheduler", &["migrate-cli", "scheduler"])
 }
 
-/// Builds the commands, and a program that shows something by them, and runs it.
-fn demo_program(root: &Path, name: &str) -> Result<()> {
+/// Builds commands by their packages, and a program that shows something by them, and runs it.
+fn demo_program(root: &Path, name: &str, commands: &[&str]) -> Result<()> {
     let environment = step("setup", || setup::setup(root))?;
-    let build = ["build", "--release", "-p", "migrate-cli", "-p", "scheduler", "-p", "e2e"];
-    step("build", || run(cargo(root).args(build)))?;
+    let packages = commands.iter().chain(&["e2e"]).flat_map(|package| ["-p", package]);
+    step("build", || run(cargo(root).args(["build", "--release"]).args(packages.clone())))?;
     let built = root.join("target/release");
     let mut command = Command::new(built.join(name));
     command.env("GODWIT_MIGRATE", built.join("migrate"));

@@ -5,12 +5,14 @@
 //! flushed, writes to pages that it holds are not marked again. A page that is sent in between arrives out of date. By
 //! single pages, for blocks of other lengths, it is right. QEMU mended this with its commit 03bfc2188f.
 
+use migrate_core::layout::PAGE_BYTES;
+
 use super::DeviceStateError;
 use super::postcopy::ramblocks;
 use crate::qmp::Client;
 
 /// The length that a block's has to be a multiple of for the wrong way: 64 pages.
-const WORD_BYTES: u64 = 64 << 12;
+const WORD_BYTES: u64 = 64 * PAGE_BYTES as u64;
 
 /// Why the guest may arrive with memory that is out of date if this QEMU sends it, with the remedy; nothing if it will not.
 ///

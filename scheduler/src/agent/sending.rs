@@ -111,9 +111,10 @@ pub async fn begin(
     let world = shared.world();
     let config = shared.config();
     let from = shared.host.clone();
-    let not_found = |what: String| ApiError::not_found(what);
-    let vm = world.vm(guest).ok_or_else(|| not_found(format!("No guest is called {guest}")))?;
-    let host = world.host(to).ok_or_else(|| not_found(format!("No host is called {to}")))?;
+    let no_guest = || ApiError::not_found(format!("No guest is called {guest}"));
+    let vm = world.vm(guest).ok_or_else(no_guest)?;
+    let no_host = || ApiError::not_found(format!("No host is called {to}"));
+    let host = world.host(to).ok_or_else(no_host)?;
     let placement = crate::model::Placement::new(&world.cluster);
     placement.may_go(vm, host).map_err(|obstacle| {
         ApiError::conflict(format!("{guest} does not go to {to}: {obstacle}"))

@@ -1,7 +1,7 @@
 //! `godwit-scheduler explain`.
 
 use std::fmt::Write as _;
-use std::process::ExitCode;
+use std::io::Write as _;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result, bail};
@@ -25,31 +25,16 @@ struct Explained {
 }
 
 /// Runs it.
-pub(crate) fn run(args: &ExplainArgs) -> ExitCode {
-    match explain(args) {
-        Ok(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(1)
-        }
-    }
-}
-
-fn explain(args: &ExplainArgs) -> Result<String> {
+pub(crate) fn run(args: &ExplainArgs) -> Result<()> {
     let identity = Arc::new(Identity::load(&args.identity)?);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("No threads or descriptors")?;
-    let (view, plan) = runtime.block_on(ask(&Client::new(identity), &args.agent))?;
+    let client = Client::new(identity);
+    let (view, plan) = super::runtime()?.block_on(ask(&client, &args.agent))?;
     let explained = Explained::of(view, plan);
-    if args.json {
-        return Ok(serde_json::to_string_pretty(&explained)? + "\n");
-    }
-    Ok(explained.to_string())
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&explained)? + "\n",
+        false => explained.to_string(),
+    };
+    std::io::stdout().write_all(text.as_bytes()).context("Cannot write")
 }
 
 /// The first agent that answers.

@@ -1,7 +1,6 @@
 //! `godwit-scheduler web`.
 
 use std::io::Write as _;
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -13,23 +12,9 @@ use transport::Identity;
 use crate::args::WebArgs;
 
 /// Runs it.
-pub(crate) fn run(args: WebArgs) -> ExitCode {
-    match web(args) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(1)
-        }
-    }
-}
-
-fn web(args: WebArgs) -> Result<()> {
+pub(crate) fn run(args: WebArgs) -> Result<()> {
     let identity = Arc::new(Identity::load(&args.identity)?);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("No threads or descriptors")?;
-    runtime.block_on(async {
+    super::runtime()?.block_on(async {
         let web = Web::bind(args.listen, Client::new(identity), args.agent).await?;
         let mut interrupt = signal(SignalKind::interrupt()).context("Cannot watch for Ctrl-C")?;
         let mut terminate = signal(SignalKind::terminate()).context("Cannot watch for SIGTERM")?;

@@ -16,11 +16,8 @@ use scheduler_api::control::MoveRequest;
 use scheduler_api::view::MoveStage;
 use scheduler_api::{ApiError, View};
 
-/// A hotspot is found within this time on a machine that has something else to do. What it takes is printed.
-const FOUND_WITHIN: Duration = Duration::from_secs(60);
-
-/// For so long nothing moves after a spike: hotspots are found within this time.
-const QUIET_FOR: Duration = Duration::from_secs(20);
+/// A hotspot is to be found within this time (Sandpiper's figure).
+const FOUND_WITHIN: Duration = Duration::from_secs(20);
 
 /// A guest moves within this time on a machine that has something else to do.
 const MOVED_WITHIN: Duration = Duration::from_secs(60);
@@ -102,7 +99,7 @@ fn transient_spike(fleet: &Fleet) -> Result<()> {
     let before = fleet.places()?;
     let spike = Duration::from_secs_f64(INTERVAL_S);
     fleet.with("vm4", |vm| load::spike(vm, 100, spike))?;
-    let until = Instant::now() + QUIET_FOR;
+    let until = Instant::now() + FOUND_WITHIN;
     while Instant::now() < until {
         let view = fleet.view(1)?;
         ensure!(is_quiet(&view), "Something moves: {:?}", view.moves);
@@ -149,19 +146,15 @@ fn begin_move(fleet: &Fleet, guest: &str, from: usize, to: usize) -> Result<()> 
     let mut refusal = String::new();
     let begun = wait::until("the move may begin", MOVED_WITHIN, || {
         let request = request.clone();
-        let begun = fleet.ask(from, |client, addr| async move {
+        let refused = fleet.ask(from, |client, addr| async move {
             match client.begin_move(&addr, None, &request).await {
                 Err(ApiError::Conflict { what }) => Ok(Some(what)),
                 begun => begun.map(|_| None),
             }
         })?;
-        Ok(match begun {
-            Some(why) => {
-                refusal = why;
-                None
-            }
-            None => Some(()),
-        })
+        let begun = refused.is_none().then_some(());
+        refusal = refused.unwrap_or_default();
+        Ok(begun)
     });
     begun.context(refusal)
 }

@@ -11,7 +11,7 @@ use scheduler_api::amounts::Resource;
 use scheduler_api::control::ResizeRequest;
 use scheduler_api::view::HotspotView;
 
-use super::{FOUND_WITHIN, MOVED_WITHIN, is_quiet};
+use super::{MOVED_WITHIN, is_quiet};
 
 /// Rules for hosts on which guests that swap may take all processors.
 pub(crate) const RULES: &str =
@@ -89,7 +89,7 @@ pub(crate) fn grows(fleet: &Fleet) -> Result<()> {
     let began_s = now_s()?;
     fleet.with("vm1", |vm| load::memory(vm, HELD_MIB))?;
     let (_, view) =
-        fleet.wait(0, "vm1 swaps no more", FOUND_WITHIN, |view| is_over(view, "vm1", "a"))?;
+        fleet.wait(0, "vm1 swaps no more", MOVED_WITHIN, |view| is_over(view, "vm1", "a"))?;
     println!("too little memory: {}", told(&view, "vm1", "a", began_s)?);
     ensure!(
         fleet.places()? == before,
