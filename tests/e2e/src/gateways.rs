@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use framework::{Backend, Engine, QemuKind, Vm, VmSpec};
+use framework::{Backend, Engine, QemuKind, Qmp, Vm, VmSpec, wait};
 use serde_json::{Value, json};
 
 use crate::{PATIENCE, Rig, check_alive};
@@ -136,4 +136,28 @@ impl Gateways {
 #[must_use]
 pub fn uri(path: &Path) -> Value {
     json!({ "uri": format!("unix:{}", path.display()) })
+}
+
+/// Waits until the QEMU that a guest left has paused its post-copy.
+///
+/// # Errors
+/// It did not.
+pub fn wait_paused(vm: &mut Vm) -> Result<()> {
+    wait::until("the source to pause", PATIENCE, || {
+        Ok((vm.qmp().migration()?["status"] == "postcopy-paused").then_some(()))
+    })
+}
+
+/// Connects the QEMUs of a paused post-copy again: the guest's by another monitor, which is asked out of band, since QEMU
+/// itself may wait for the guest's memory, and answers nothing else meanwhile.
+///
+/// # Errors
+/// What went wrong.
+pub fn recover(vm: &mut Vm, there: &mut Qmp, into: &Path, out: &Path) -> Result<()> {
+    wait::until("the destination to pause", PATIENCE, || {
+        Ok(there.execute_oob("migrate-recover", uri(into)).ok())
+    })?;
+    let mut again = uri(out);
+    again["resume"] = true.into();
+    vm.qmp().execute("migrate", again).map(drop)
 }

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::gateways::{Gateways, small, uri};
+use e2e::gateways::{Gateways, recover, small, wait_paused};
 use e2e::waits::{self, Waits};
 use e2e::{BEATS_WITHIN, PATIENCE, Rig, check_alive, in_turn, with_larger_pages};
 use framework::{NetnsPair, QemuKind, Qmp, Vm, VmSpec, wait};
@@ -104,21 +104,12 @@ fn recovered(kind: QemuKind) -> Result<()> {
         gateways.until(&mut vm, &["postcopy-active"])?;
         let Gateways { source, destination, out, into } = gateways;
         destination.kill()?;
-        wait::until("the source to pause", PATIENCE, || {
-            let now = vm.qmp().execute("query-migrate", json!({}))?;
-            Ok((now["status"] == "postcopy-paused").then_some(()))
-        })?;
+        wait_paused(&mut vm)?;
         println!("{}", source.kill()?.stderr);
         let gateways = start()?;
-        // The guest's memory is awaited by QEMU itself, perhaps.
-        wait::until("the destination to pause", PATIENCE, || {
-            Ok(monitor.execute_oob("migrate-recover", uri(&into)).ok())
-        })?;
         let limits = json!({ "max-postcopy-bandwidth": 0 });
         vm.qmp().execute("migrate-set-parameters", limits)?;
-        let mut again = uri(&out);
-        again["resume"] = true.into();
-        vm.qmp().execute("migrate", again)?;
+        recover(&mut vm, &mut monitor, &into, &out)?;
         gateways.until(&mut vm, &["completed"])?;
         gateways.until(&mut next, &["completed"])?;
         check_alive(&mut vm, &mut next).with_context(|| gateways.said())?;

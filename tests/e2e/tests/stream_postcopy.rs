@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::gateways::{small, uri};
+use e2e::gateways::{recover, small, wait_paused};
 use e2e::stage::{End, Stage, Victim, runs};
 use e2e::streams::{LISTEN, check_report, stream};
 use e2e::watched::Watched;
@@ -171,9 +171,7 @@ fn recovered(kind: QemuKind) -> Result<()> {
         net.cut()?;
         let sent = send.wait(PATIENCE)?;
         ensure!(sent.code == Some(3), "{sent:?}");
-        wait::until("the source to pause", PATIENCE, || {
-            Ok((vm.qmp().migration()?["status"] == "postcopy-paused").then_some(()))
-        })?;
+        wait_paused(&mut vm)?;
         ensure!(vm.qmp().run_state()? != "running", "It runs at the source");
         net.mend()?;
         let (qmp, journal) = (vm.qmp_engine().display().to_string(), rig.journal("source"));
@@ -182,13 +180,7 @@ fn recovered(kind: QemuKind) -> Result<()> {
         let told = resolve()?;
         ensure!(told.code == Some(3) && told.stderr.contains("migrate-recover"), "{told:?}");
         let socket = folder.path().join("again");
-        // QEMU itself may wait for the guest's memory, and answers nothing else meanwhile.
-        wait::until("the destination to pause", PATIENCE, || {
-            Ok(monitor.execute_oob("migrate-recover", uri(&socket)).ok())
-        })?;
-        let mut again = uri(&socket);
-        again["resume"] = true.into();
-        vm.qmp().execute("migrate", again)?;
+        recover(&mut vm, &mut monitor, &socket, &socket)?;
         vm.qmp().wait_migration(&["completed"], PATIENCE)?;
         next.qmp().wait_migration(&["completed"], PATIENCE)?;
         receive.wait_stderr("the guest runs here", PATIENCE)?;
