@@ -3,6 +3,10 @@
 //! Tests with guests (`framework`, `e2e`): the tests of a program run one at a time, and as many programs side by side as
 //! there are cores, four at most. Guests boot and tests wait most of the time. Those that measure how busy processors are
 //! run alone after them. What a program says is shown when it has ended. All others run as cargo likes.
+//!
+//! Cargo is always asked for the whole workspace, and told by the names of programs what of it to build or run: another
+//! choice of packages needs other features of what they depend on, and each such choice would compile all of that anew
+//! and keep it. So test programs with guests have names that no other has.
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -16,8 +20,12 @@ use anyhow::{Context as _, Result, bail};
 use crate::run::{cargo, run, shown, step};
 use crate::setup::{self, Environment};
 
-/// Packages whose tests start guests.
-const GUEST_PACKAGES: [&str; 2] = ["framework", "e2e"];
+/// Packages whose test programs start guests.
+const WITH_GUESTS: [&str; 2] = ["tests/framework", "tests/e2e"];
+
+/// Packages with test programs that start none.
+const WITHOUT_GUESTS: [&str; 5] =
+    ["migrate-core", "transport", "qemu-glue", "qemu-glue/preload", "scheduler"];
 
 /// Test programs that take minutes: they begin first, so that no long one is left for the end.
 const LONG: [&str; 13] = [
@@ -89,14 +97,14 @@ fn tests(command: &mut Command, tally: &mut Tally) -> Result<bool> {
     Ok(child.wait().context("Cannot wait for the tests")?.success())
 }
 
-/// A test program with guests: its package and name.
+/// A test program: the folder of its package, and its name.
 type Program = (&'static str, String);
 
-/// All of them, those first that take long.
-fn programs(root: &Path) -> Result<VecDeque<Program>> {
+/// The test programs of these folders, those first that take long.
+fn programs(root: &Path, packages: &[&'static str]) -> Result<VecDeque<Program>> {
     let mut found = vec![];
-    for package in GUEST_PACKAGES {
-        let folder = root.join("tests").join(package).join("tests");
+    for package in packages {
+        let folder = root.join(package).join("tests");
         let files = std::fs::read_dir(&folder);
         for file in files.with_context(|| format!("No {}", folder.display()))? {
             let path = file.context("A folder cannot be read")?.path();
@@ -104,7 +112,7 @@ fn programs(root: &Path) -> Result<VecDeque<Program>> {
             if (is_file || path.join("main.rs").exists())
                 && let Some(name) = path.file_stem()
             {
-                found.push((package, name.to_string_lossy().into_owned()));
+                found.push((*package, name.to_string_lossy().into_owned()));
             }
         }
     }
@@ -122,13 +130,9 @@ fn guest_tests(
     filters: &[String],
     tally: &mut Tally,
 ) -> Result<bool> {
-    let mut build = prepared();
-    for package in GUEST_PACKAGES {
-        build.args(["-p", package]);
-    }
-    run(build.args(["--tests", "--no-run"]))?;
-    let (alone, together): (VecDeque<Program>, VecDeque<Program>) =
-        programs(root)?.into_iter().partition(|(_, name)| ALONE.contains(&name.as_str()));
+    let (alone, together): (VecDeque<Program>, VecDeque<Program>) = programs(root, &WITH_GUESTS)?
+        .into_iter()
+        .partition(|(_, name)| ALONE.contains(&name.as_str()));
     let told = Mutex::new((tally, true));
     let lock = "another program's thread panicked";
     let work = |left: &Mutex<VecDeque<Program>>| -> Result<()> {
@@ -136,7 +140,7 @@ fn guest_tests(
             let next = left.lock().ok().context(lock)?.pop_front();
             let Some((package, name)) = next else { return Ok(()) };
             let mut command = prepared();
-            command.args(["-p", package, "--test", &name, "--", "--test-threads=1"]).args(filters);
+            command.args(["--test", &name, "--", "--test-threads=1"]).args(filters);
             // Errors say what went wrong; where in a test they were made is some thirty lines each.
             command.env("RUST_LIB_BACKTRACE", "0");
             let began = Instant::now();
@@ -170,17 +174,17 @@ fn show(name: &str, ended: &Output, began: Instant, tally: &mut Tally) {
     }
 }
 
-/// Builds the commands as tests use them, each with the variable that names it: `migrate`, the same with failpoints, and
-/// `godwit-scheduler`.
-fn build_commands(root: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
+/// Builds all that tests use, and names the commands by the variables that tests know them by: `migrate`, the same with
+/// failpoints, and `godwit-scheduler`.
+fn build(root: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
     let built = root.join("target/debug/migrate");
     let failpoints = root.join("target/failpoints/debug/migrate");
-    // One after the other in the same place: their dependencies are compiled once.
-    run(cargo(root).args(["build", "-p", "migrate-cli", "--features", "failpoints"]))?;
+    // A test program beside it, no matter which: with one, cargo chooses the features that all tests need.
+    let what = ["--bin", "migrate", "--test", "inventory", "--features", "migrate-cli/failpoints"];
+    run(cargo(root).args(["build", "--workspace"]).args(what))?;
     std::fs::create_dir_all(root.join("target/failpoints/debug")).context("No folder for it")?;
     std::fs::copy(&built, &failpoints).context("Cannot set the command aside")?;
-    let packages = ["migrate-cli", "scheduler", "qemu-glue-preload"];
-    run(cargo(root).arg("build").args(packages.iter().flat_map(|package| ["-p", package])))?;
+    run(cargo(root).args(["build", "--workspace", "--lib", "--bins", "--tests"]))?;
     Ok(vec![
         (built, "GODWIT_MIGRATE"),
         (failpoints, "GODWIT_MIGRATE_FAILPOINTS"),
@@ -191,7 +195,7 @@ fn build_commands(root: &Path) -> Result<Vec<(PathBuf, &'static str)>> {
 /// Everything, or what the arguments name (passed on to the test programs).
 pub(crate) fn test(root: &Path, filters: &[String]) -> Result<()> {
     let environment = step("setup", || setup::setup(root))?;
-    let commands = step("build the commands", || build_commands(root))?;
+    let commands = step("build", || build(root))?;
     test_with(root, &environment, &commands, filters)
 }
 
@@ -204,7 +208,7 @@ fn test_with(
     let mut tally = Tally::default();
     let prepared = || {
         let mut command = cargo(root);
-        command.args(["test", "--no-fail-fast"]);
+        command.args(["test", "--workspace", "--no-fail-fast"]);
         environment.pass_to(&mut command);
         for (path, name) in commands {
             command.env(name, path);
@@ -212,23 +216,19 @@ fn test_with(
         command
     };
     let mut plain = prepared();
-    plain.arg("--workspace");
-    let mut units = prepared();
-    for package in GUEST_PACKAGES {
-        plain.args(["--exclude", package]);
-        units.args(["-p", package]);
+    plain.args(["--lib", "--bins"]);
+    for (_, name) in programs(root, &WITHOUT_GUESTS)? {
+        plain.args(["--test", &name]);
     }
-    units.args(["--lib", "--bins", "--"]).args(filters);
     plain.arg("--").args(filters);
     let plain_ok = step("tests without guests", || tests(&mut plain, &mut tally))?;
-    let units_ok = step("tests of what guests are tested with", || tests(&mut units, &mut tally))?;
     let guests_ok =
         step("tests with guests", || guest_tests(root, &prepared, filters, &mut tally))?;
     if tally.ignored > 0 {
         println!("{} ignored", tally.ignored);
     }
     println!("{} passed, {} failed", tally.passed, tally.failed);
-    if !plain_ok || !units_ok || !guests_ok {
+    if !plain_ok || !guests_ok {
         bail!("Tests failed or could not be run; see above");
     }
     Ok(())
@@ -237,6 +237,41 @@ fn test_with(
 #[cfg(test)]
 mod tests_of_tests {
     use super::*;
+    use crate::run::repository;
+
+    /// Adds the folders of packages with test programs at and below `folder`, by their paths from `root`.
+    fn add_packages(root: &Path, folder: &Path, found: &mut Vec<String>) {
+        if folder.join("Cargo.toml").exists() && folder.join("tests").exists() {
+            found.push(folder.strip_prefix(root).unwrap().to_str().unwrap().to_owned());
+        }
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if path.is_dir() && !name.starts_with('.') && name != "target" {
+                add_packages(root, &path, found);
+            }
+        }
+    }
+
+    #[test]
+    fn no_test_program_is_left_out() {
+        let root = repository().unwrap();
+        let mut found = vec![];
+        add_packages(&root, &root, &mut found);
+        found.retain(|package| !package.is_empty());
+        found.sort();
+        let mut known = [&WITH_GUESTS[..], &WITHOUT_GUESTS].concat();
+        known.sort_unstable();
+        assert_eq!(found, known, "xtask/src/tests.rs names the packages with test programs");
+        let all = programs(&root, &known).unwrap();
+        for name in LONG.iter().chain(&ALONE) {
+            assert!(all.iter().any(|(_, known)| known == name), "there is no test program {name}");
+        }
+        // Two of a name run together.
+        for (_, name) in programs(&root, &WITH_GUESTS).unwrap() {
+            assert_eq!(all.iter().filter(|(_, other)| *other == name).count(), 1, "{name}");
+        }
+    }
 
     #[test]
     fn adds_up_results() {
