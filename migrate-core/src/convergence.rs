@@ -22,6 +22,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::layout::PAGE_BYTES;
+use crate::writes::expected_pages;
 
 /// Another round must improve the predicted downtime to below this share to be worth it.
 const WORTHWHILE: f64 = 0.9;
@@ -209,8 +210,7 @@ impl Convergence {
         let now_ms = overhead_ms + drain_s * 1e3;
         let interval_s = seen.interval.as_secs_f64().max(1e-3);
         let dirty_per_s = seen.dirtied_pages as f64 / interval_s;
-        let next_pages = dirty_per_s * drain_s.min(interval_s)
-            + dirty_per_s * 0.5 * (drain_s - interval_s).max(0.0);
+        let next_pages = expected_pages(dirty_per_s, interval_s, drain_s);
         let next_ms = overhead_ms + next_pages * per_page / goodput * 1e3;
         let best_ms = self.note_best(now_ms, now);
         self.last = Some(Prediction { now_ms, next_ms, best_ms });

@@ -17,6 +17,7 @@
 //! | [`page_cache`], [`xbzrle`] | changed bytes of a page as QEMU tells them, found by copies |
 //! | [`second_look`] | which pages direct I/O may have changed behind the tracking's back |
 //! | [`convergence`] | predictions of downtime and when to stop the guest |
+//! | [`forecast`] | what a migration will take, from a sample of the guest's pages |
 //! | [`precopy`] | rounds, from arming to the last page, as a state machine |
 //! | [`writes`] | how many pages the guest writes within a time, from scans at any distance |
 //! | [`mode`] | whether pre-copy will end, or the guest goes first and its last pages follow |
@@ -38,6 +39,7 @@ pub mod delta;
 pub mod duplicates;
 pub mod encode;
 pub mod error;
+pub mod forecast;
 pub mod fuzz;
 pub mod handover;
 pub mod layout;

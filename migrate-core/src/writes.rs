@@ -34,6 +34,12 @@ pub struct Written {
     pub seconds: f64,
 }
 
+/// Different pages that are probably written within `seconds` at a rate that was seen for `seen_s` seconds: beyond these
+/// every second page is one that was written before.
+pub(crate) fn expected_pages(pages_per_s: f64, seen_s: f64, seconds: f64) -> f64 {
+    pages_per_s * (seconds.min(seen_s) + 0.5 * (seconds - seen_s).max(0.0))
+}
+
 /// What the guest writes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Writes {

@@ -258,6 +258,8 @@ async fn a_second_writer_of_the_memory_is_noticed() {
         let machine = format!("{MACHINE},memory-backend=ram0");
         let arguments = ["-m", "256", "-machine", &machine, "-object", &memory, "-S"];
         let second = Qemu::start(&program, folder.path(), "second", &arguments);
+        // It greets when it has its memory.
+        drop(second.client().await);
         let found = inventory(&qemu.client().await).await.unwrap();
         let expected = format!("by process {}", second.pid());
         assert!(blockers(&found).contains(&expected), "{}", blockers(&found));

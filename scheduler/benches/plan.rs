@@ -60,7 +60,7 @@ fn cluster(hosts: usize, vms: usize) -> Cluster {
                 swap_writes_per_s: 0.0,
             },
             dirty_mib_per_s: 50.0 * spread(number, 13),
-            predicted: None,
+            sampled: None,
             priority: 0,
             is_migrating: false,
             last_move: None,

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use self::placement::Placement;
 pub use self::rules::{Obstacle, Rules};
 pub use self::traffic::Traffic;
-use crate::cost::MigrationCost;
+use crate::cost::Sampled;
 
 /// What a host has of something of which it is not known how much that is: nobody is kept away by it, and it never has too
 /// little of it.
@@ -93,8 +93,8 @@ pub struct Vm {
     pub gray_box: Option<GrayBox>,
     /// Memory that it writes, in MiB/s, each page counted once a second.
     pub dirty_mib_per_s: f64,
-    /// What the engine predicts of a migration, where it was asked.
-    pub predicted: Option<MigrationCost>,
+    /// What its memory would take to move, where a sample was taken: this counts, then, and not the figure above.
+    pub sampled: Option<Sampled>,
     /// Guests of higher priority are moved and squeezed later.
     pub priority: u8,
     /// Whether it is on its way already.
@@ -159,6 +159,7 @@ impl Cluster {
                 return Err(format!("Guest {name} runs on a host that is not known"));
             }
             let mut figures = vec![vm.steal, vm.dirty_mib_per_s, vm.memory.allocated_mib];
+            figures.extend(vm.sampled.iter().flat_map(Sampled::figures));
             figures.extend(Resource::ALL.map(|resource| vm.usage[resource]));
             figures.extend(Resource::ALL.map(|resource| vm.peak[resource]));
             if figures.iter().any(|figure| !figure.is_finite() || *figure < 0.0) {

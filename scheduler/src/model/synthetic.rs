@@ -32,7 +32,7 @@ pub(crate) fn cluster(hosts: usize, vms: usize) -> Cluster {
         },
         gray_box: None,
         dirty_mib_per_s: 5.0,
-        predicted: None,
+        sampled: None,
         priority: 0,
         is_migrating: false,
         last_move: None,

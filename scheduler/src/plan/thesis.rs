@@ -53,7 +53,7 @@ fn add(cluster: &mut Cluster, host: usize, memory_mib: f64, cpu_cores: f64, sess
         },
         gray_box: None,
         dirty_mib_per_s: 1.0,
-        predicted: None,
+        sampled: None,
         priority: 0,
         is_migrating: false,
         last_move: None,

@@ -53,7 +53,7 @@ pub struct Settings {
     pub clock_off_s: f64,
     /// No guest is given less memory than this, MiB.
     pub reserve_mib: f64,
-    /// Memory that a guest is taken to write where it was not measured, MiB/s.
+    /// Memory that a guest is taken to write where no sample was taken, MiB/s.
     pub dirty_mib_per_s: f64,
 }
 
@@ -363,8 +363,8 @@ fn vm(name: String, claim: &Claim<'_>, is_migrating: bool, settings: &Settings) 
             swap_writes_per_s: memory.swap_writes_per_s,
         },
         gray_box: guest.gray_box,
-        dirty_mib_per_s: guest.dirty_mib_per_s.unwrap_or(settings.dirty_mib_per_s),
-        predicted: None,
+        dirty_mib_per_s: settings.dirty_mib_per_s,
+        sampled: guest.sampled,
         priority: 0,
         is_migrating,
         last_move: None,

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use migrate_core::layout::PAGE_BYTES;
 use qemu_glue::procfs::Identity;
 use qemu_glue::qmp::{Client, QmpError};
 
@@ -22,6 +23,7 @@ use super::parse::qmp::BalloonStats;
 use super::rates::Counter;
 use super::report::{GuestMemory, GuestReport, GuestState, MemorySource, NAME_BYTES_MAX, cut};
 use super::{parse, read};
+use crate::cost::Sampled;
 
 const MIB: f64 = 1_048_576.0;
 
@@ -85,6 +87,8 @@ pub struct Moment {
     pub page_bytes: f64,
     /// Whether there is time to look for kernels.
     pub may_find: bool,
+    /// Whether there is time for a sample of memory.
+    pub may_sample: bool,
     /// Whether the monitor may be asked now.
     pub may_ask: bool,
     /// Bytes through the interfaces of this program's network namespace.
@@ -162,6 +166,12 @@ impl GuestProbe {
         self.attached.as_ref().is_some_and(|attached| attached.look.is_due(at_s))
     }
 
+    /// Whether it is time for a sample of its memory.
+    #[must_use]
+    pub fn is_sample_due(&self, at_s: f64) -> bool {
+        self.attached.as_ref().is_some_and(|attached| attached.look.is_sample_due(at_s))
+    }
+
     /// Reads. None if there is no QEMU, or nothing is known of it yet; `troubles` has why.
     pub async fn read(
         &mut self,
@@ -187,6 +197,8 @@ impl GuestProbe {
         }
         let attached = self.attached.as_mut()?;
         attached.is_held = is_held;
+        let may_sample = moment.may_sample && attached.is_at_home(moment);
+        attached.look.sample(may_sample, moment.at_s).await;
         let report = attached.report(moment);
         if let Err(why) = &report {
             // A processor was unplugged, or the process ended: everything is asked again next time.
@@ -249,6 +261,12 @@ impl Attached {
         Ok(())
     }
 
+    /// Whether it runs, and all of it here, for all that is known.
+    fn is_at_home(&self, moment: &Moment) -> bool {
+        let is_running = self.asked.state == GuestState::Running;
+        is_running && moment.may_ask && !self.is_held && !self.asked.is_migrating
+    }
+
     fn report(&mut self, moment: &Moment) -> Result<GuestReport, String> {
         let pid = self.identity.pid();
         let ticks = read::figure(format!("/proc/{pid}/stat"), parse::process_ticks)?;
@@ -257,6 +275,7 @@ impl Attached {
         let steal = self.steal(pid, moment)?;
         let is_at_limit =
             self.parts.limit_cores.is_some_and(|cores| cpu_cores >= cores * LIMIT_SHARE);
+        let memory = self.memory(pid, moment)?;
         Ok(GuestReport {
             name: self.name.clone(),
             uuid: self.uuid.clone(),
@@ -266,7 +285,8 @@ impl Attached {
             vcpus: self.parts.vcpus,
             cpu_cores,
             steal: if is_at_limit { 0.0 } else { steal },
-            memory: self.memory(pid, moment)?,
+            sampled: self.sampled(memory.used_mib),
+            memory,
             network_mbit: self.network_mbit(pid, moment)?,
             disk_mib: self.disk_mib,
             addresses: self.parts.addresses.clone(),
@@ -306,6 +326,18 @@ impl Attached {
             all_mbit += counter.rate(at_s, *bytes as f64).unwrap_or(0.0) * MBIT_PER_BYTE;
         }
         Ok(all_mbit)
+    }
+
+    /// What the last sample says of a guest that uses so much.
+    fn sampled(&self, used_mib: f64) -> Option<Sampled> {
+        let load = self.look.sampled()?.load(used_mib * MIB / PAGE_BYTES as f64)?;
+        let mib = |pages: f64| pages * PAGE_BYTES as f64 / MIB;
+        Some(Sampled {
+            first_wire_mib: load.first_bytes / MIB,
+            written_mib: mib(load.written.pages),
+            written_within_s: load.written.seconds,
+            again: load.bytes_a_written_page / PAGE_BYTES as f64,
+        })
     }
 
     fn memory(&mut self, pid: i32, moment: &Moment) -> Result<GuestMemory, String> {

@@ -9,9 +9,12 @@ use std::sync::Arc;
 use fctrans::kernel::Kernel;
 use fctrans::memory::LiveMemory;
 use fctrans::summary::{Figures, Summary};
+use migrate_core::forecast::Sample;
 use qemu_glue::qmp::Client;
 use qemu_glue::ram::{GuestRam, ProcessRam};
 use qemu_glue::vm;
+
+use super::sample::Sampler;
 
 /// How long is waited after nothing was found, at first and at most, seconds.
 const RETRY_FIRST_S: f64 = 30.0;
@@ -25,6 +28,7 @@ struct Found {
     figures: Figures,
     total_bytes: u64,
     swapped_out_pages: u64,
+    sampler: Sampler,
 }
 
 /// A look into one guest.
@@ -80,6 +84,26 @@ impl Look {
         }
     }
 
+    /// Whether it is time for a sample of its pages.
+    #[must_use]
+    pub(super) fn is_sample_due(&self, at_s: f64) -> bool {
+        self.found.as_ref().is_some_and(|found| found.sampler.is_due(at_s))
+    }
+
+    /// Takes what the last sample showed, and begins the next one if it `may`.
+    pub(super) async fn sample(&mut self, may: bool, at_s: f64) {
+        let Some(found) = &mut self.found else { return };
+        found.sampler.collect().await;
+        if may && found.sampler.is_due(at_s) {
+            found.sampler.begin(&found.kernel, &found.memory, at_s);
+        }
+    }
+
+    /// What the last sample showed.
+    pub(super) fn sampled(&self) -> Option<&Sample> {
+        self.found.as_ref()?.sampler.seen()
+    }
+
     fn lost(&mut self, why: String) -> Option<Summary> {
         *self = Self { why_not: Some(why), ..Self::default() };
         None
@@ -116,7 +140,8 @@ async fn find(client: &Client) -> Result<Found, String> {
         let summary = figures.read(&kernel, &memory).map_err(told)?;
         let swapped_out_pages = summary.swapped_out_pages.unwrap_or(0);
         let total_bytes = summary.total_bytes;
-        Ok(Found { memory, kernel, figures, total_bytes, swapped_out_pages })
+        let sampler = Sampler::default();
+        Ok(Found { memory, kernel, figures, total_bytes, swapped_out_pages, sampler })
     });
     search.await.map_err(told)?
 }

@@ -19,6 +19,7 @@
 //! | [`guest`] | a guest's process, processors, interfaces and disks | yes |
 //! | `monitor` | what QEMU says of it | yes |
 //! | [`memory`] | a guest's memory, without its help | yes |
+//! | `sample` | what a guest's memory would take to move | yes |
 //! | [`graybox`] | applications' figures out of logs | yes |
 //! | [`traffic`] | what guests send to whom | yes |
 //! | [`profiler`] | all of it, at an interval | yes |
@@ -42,6 +43,7 @@ pub mod profiler;
 pub mod rates;
 pub mod read;
 pub mod report;
+mod sample;
 pub mod traffic;
 
 pub use self::assemble::{Assembled, Received, assemble};

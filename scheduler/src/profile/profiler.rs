@@ -1,7 +1,7 @@
 //! All figures of a host and its guests, at an interval.
 //!
 //! Cost: a guest takes some reads of small files and five to seven questions over its monitor for each reading; one
-//! program (nft) is started for all. Kernels are looked for in a few guests at a time.
+//! program (nft) is started for all. Kernels are looked for, and memory is sampled, in a few guests at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -21,6 +21,9 @@ use crate::detect::SettingsError;
 
 /// Guests whose kernels are looked for in one reading.
 const LOOKS_MAX: usize = 4;
+
+/// Guests of whose memory a sample is begun in one reading.
+const SAMPLES_MAX: usize = 2;
 
 /// Settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -200,6 +203,7 @@ impl Profiler {
             ticks_per_s: rustix::param::clock_ticks_per_second() as f64,
             page_bytes: rustix::param::page_size() as f64,
             may_find: false,
+            may_sample: false,
             may_ask: true,
             // What is wrong with it is told with the host's own figures.
             interfaces: read::figure(host::INTERFACES, |text| Some(parse::interfaces(text)))
@@ -237,13 +241,16 @@ impl Profiler {
         moment: &Moment,
         troubles: &mut Vec<String>,
     ) -> Vec<(Vec<String>, GuestReport)> {
-        let mut looks = if self.settings.introspection { LOOKS_MAX } else { 0 };
+        let introspects = self.settings.introspection;
+        let (mut looks, mut samples) = if introspects { (LOOKS_MAX, SAMPLES_MAX) } else { (0, 0) };
         let mut readings = JoinSet::new();
         for mut probe in std::mem::take(&mut self.guests) {
             let may_find = looks > 0 && probe.is_look_due(moment.at_s);
             looks -= usize::from(may_find);
+            let may_sample = samples > 0 && probe.is_sample_due(moment.at_s);
+            samples -= usize::from(may_sample);
             let may_ask = !self.left_alone.contains(probe.socket());
-            let moment = Moment { may_find, may_ask, ..moment.clone() };
+            let moment = Moment { may_find, may_sample, may_ask, ..moment.clone() };
             readings.spawn(async move {
                 let mut troubles = vec![];
                 let report = probe.read(&moment, &mut troubles).await;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::parse::qmp::is_ethernet_address;
+use crate::cost::Sampled;
 use crate::model::{Amounts, GrayBox, Resource};
 
 /// Version of the form.
@@ -113,9 +114,9 @@ pub struct GuestReport {
     /// What its application says, if it does.
     #[serde(default)]
     pub gray_box: Option<GrayBox>,
-    /// Memory that it writes, MiB/s, where it was measured.
+    /// What its memory would take to move, where a sample was taken.
     #[serde(default)]
-    pub dirty_mib_per_s: Option<f64>,
+    pub sampled: Option<Sampled>,
 }
 
 /// A host and its guests.
@@ -285,8 +286,8 @@ impl GuestReport {
         let rest = [self.cpu_cores, self.steal, self.network_mbit, self.disk_mib];
         let sent = self.sent.iter().map(|sent| sent.mbit);
         let said = self.gray_box.iter().flat_map(said);
-        let all =
-            memory.into_iter().chain(rest).chain(sent).chain(self.dirty_mib_per_s).chain(said);
+        let sampled = self.sampled.iter().flat_map(Sampled::figures);
+        let all = memory.into_iter().chain(rest).chain(sent).chain(sampled).chain(said);
         first_impossible(all).map(|figure| format!("a figure of {figure}"))
     }
 }

@@ -47,7 +47,7 @@ impl Snapshot {
             },
             gray_box: None,
             dirty_mib_per_s: 0.0,
-            predicted: None,
+            sampled: None,
             priority: guest.priority,
             is_migrating: false,
             last_move: None,

@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use framework::cluster::guest;
-use framework::{Cluster, Engine, Env, HostPlan, Pki, QemuKind, Vm, VmSpec, machine};
+use framework::{Cluster, Engine, Env, HostPlan, Pki, QemuKind, Vm, VmSpec, machine, wait};
+use scheduler_api::control::MoveRequest;
 use scheduler_api::{ApiError, Client, View};
 use transport::Identity;
 
@@ -282,6 +283,29 @@ impl Fleet {
         let words = ["explain", "--agent", &address, "--identity", &identity];
         let explain = self.cluster.host(host).run(&self.env.scheduler()?, &words)?;
         Ok(explain.wait(Duration::from_secs(30))?.success()?.stdout)
+    }
+
+    /// Asks a host's agent to move a guest to another host, again for so long as that has to wait for other migrations.
+    ///
+    /// # Errors
+    /// What went wrong, or why it may not begin.
+    pub fn begin_move(&self, guest: &str, from: usize, to: usize, within: Duration) -> Result<()> {
+        let to = self.cluster.host(to).plan().name.clone();
+        let request = MoveRequest { guest: guest.into(), to: Some(to), reason: String::new() };
+        let mut refusal = String::new();
+        let begun = wait::until("the move may begin", within, || {
+            let request = request.clone();
+            let refused = self.ask(from, |client, addr| async move {
+                match client.begin_move(&addr, None, &request).await {
+                    Err(ApiError::Conflict { what }) => Ok(Some(what)),
+                    begun => begun.map(|_| None),
+                }
+            })?;
+            let begun = refused.is_none().then_some(());
+            refusal = refused.unwrap_or_default();
+            Ok(begun)
+        });
+        begun.context(refusal)
     }
 
     /// What an agent sees.

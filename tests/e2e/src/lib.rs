@@ -2,6 +2,7 @@
 
 pub mod fleet;
 pub mod gateways;
+pub mod members;
 pub mod reading;
 pub mod split;
 pub mod stage;

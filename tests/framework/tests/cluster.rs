@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use framework::cpu;
 use framework::process::{Process, bound_in};
-use framework::{Cluster, HostPlan};
+use framework::{Cluster, HostPlan, wait};
+
+/// The machine may have something else to do for a while.
+const UNLIMITED_WITHIN: Duration = Duration::from_secs(120);
 
 /// Cores that a busy program gets in a host, over a second.
 fn cores(cluster: &Cluster, host: usize) -> Result<f64> {
@@ -36,8 +39,11 @@ fn hosts_have_what_they_are_given_and_leave_nothing() -> Result<()> {
     // Linux gives no more, and less only if the whole machine is short of time.
     ensure!((0.1..0.23).contains(&limited), "{limited}");
     cluster.host(0).unlimit()?;
-    let free = cores(&cluster, 0)?;
-    ensure!(free > 0.25, "Nothing limits it any more, and it has {free}");
+    wait::until("a host without limit to have more", UNLIMITED_WITHIN, || {
+        let free = cores(&cluster, 0)?;
+        println!("without limit: {free:.3}");
+        Ok((free > 0.25).then_some(()))
+    })?;
     let left: Vec<PathBuf> = cluster
         .hosts()
         .iter()

@@ -1,20 +1,18 @@
 //! The scheduler for real: hosts in namespaces with processors of their own, agents on them, and guests that work.
 
-mod members;
 mod memory;
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::fleet::{Fleet, INTERVAL_S};
+use e2e::members::Members;
 use e2e::turn;
 use framework::cluster::guest_address;
-use framework::{HostPlan, load, wait};
-use members::Members;
+use framework::{HostPlan, load};
+use scheduler_api::View;
 use scheduler_api::amounts::Resource;
-use scheduler_api::control::MoveRequest;
 use scheduler_api::view::MoveStage;
-use scheduler_api::{ApiError, View};
 
 /// A hotspot is to be found within this time (Sandpiper's figure).
 const FOUND_WITHIN: Duration = Duration::from_secs(20);
@@ -139,26 +137,6 @@ fn talking_pair(fleet: &Fleet) -> Result<()> {
     talk(0)
 }
 
-/// Asks a host's agent to move a guest, again as long as that has to wait for another migration.
-fn begin_move(fleet: &Fleet, guest: &str, from: usize, to: usize) -> Result<()> {
-    let to = fleet.cluster().host(to).plan().name.clone();
-    let request = MoveRequest { guest: guest.into(), to: Some(to), reason: String::new() };
-    let mut refusal = String::new();
-    let begun = wait::until("the move may begin", MOVED_WITHIN, || {
-        let request = request.clone();
-        let refused = fleet.ask(from, |client, addr| async move {
-            match client.begin_move(&addr, None, &request).await {
-                Err(ApiError::Conflict { what }) => Ok(Some(what)),
-                begun => begun.map(|_| None),
-            }
-        })?;
-        let begun = refused.is_none().then_some(());
-        refusal = refused.unwrap_or_default();
-        Ok(begun)
-    });
-    begun.context(refusal)
-}
-
 /// All guests leave a host that is to be emptied; none comes.
 fn drain(fleet: &Fleet, host: usize) -> Result<()> {
     let name = fleet.cluster().host(host).plan().name.clone();
@@ -195,9 +173,22 @@ fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empt
 #[test]
 fn guests_that_swap_get_memory_or_another_host() -> Result<()> {
     let _turn = turn();
-    let mut fleet = Fleet::create(&hosts())?;
-    let (store, disks) = (embedded(&fleet), fleet.shared(""));
-    fleet.configure(&store, memory::RULES);
+    let fleet = Fleet::create(&hosts())?;
+    let store = embedded(&fleet);
+    memory_hotspots(fleet, &store)
+}
+
+#[test]
+fn so_do_they_with_etcd() -> Result<()> {
+    let _turn = turn();
+    let fleet = Fleet::create(&hosts())?;
+    let members = Members::start(&fleet.cluster())?;
+    memory_hotspots(fleet, &members.store())
+}
+
+fn memory_hotspots(mut fleet: Fleet, store: &str) -> Result<()> {
+    let disks = fleet.shared("");
+    fleet.configure(store, memory::RULES);
     fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)], |number, spec| {
         memory::guest(&disks, number, spec)
     })?;
@@ -219,11 +210,12 @@ fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     members.kill(1)?;
     cpu_hotspot(&fleet)?;
     members.restart(1, &fleet.cluster())?;
+    talking_pair(&fleet)?;
     // The agent that moves a guest dies in the middle of it, and is started again.
     let places = fleet.places()?;
     let mover = places["vm4"];
     let to = (mover + 1) % 3;
-    begin_move(&fleet, "vm4", mover, to)?;
+    fleet.begin_move("vm4", mover, to, MOVED_WITHIN)?;
     fleet.wait(mover, "the engine runs", MOVED_WITHIN, |view| {
         view.moves.iter().any(|one| one.guest == "vm4" && one.stage != MoveStage::Preparing)
     })?;
@@ -243,7 +235,7 @@ fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     // The destination's agent dies while a guest comes.
     let from = after["vm5"];
     let to = (from + 1) % 3;
-    begin_move(&fleet, "vm5", from, to)?;
+    fleet.begin_move("vm5", from, to, MOVED_WITHIN)?;
     fleet.kill_agent(to)?;
     fleet.start_agent(to)?;
     fleet.wait(from, "the move has ended", MOVED_WITHIN * 2, |view| {

@@ -16,7 +16,7 @@ const UP_WITHIN: Duration = Duration::from_secs(60);
 
 /// The members; dropping them kills them.
 #[derive(Debug)]
-pub(crate) struct Members {
+pub struct Members {
     processes: Vec<Option<Engine>>,
     urls: Vec<(String, String)>,
     env: Env,
@@ -24,7 +24,10 @@ pub(crate) struct Members {
 
 impl Members {
     /// One on each host of a cluster.
-    pub(crate) fn start(cluster: &Cluster) -> Result<Self> {
+    ///
+    /// # Errors
+    /// One does not start.
+    pub fn start(cluster: &Cluster) -> Result<Self> {
         let url = |host: &framework::ClusterHost, port| format!("http://{}:{port}", host.address());
         let urls = cluster.hosts().iter().map(|host| (url(host, CLIENTS), url(host, PEERS)));
         let mut members = Self { processes: vec![], urls: urls.collect(), env: Env::load()? };
@@ -62,18 +65,25 @@ impl Members {
     }
 
     /// The table `store` for agents.
-    pub(crate) fn store(&self) -> String {
+    #[must_use]
+    pub fn store(&self) -> String {
         let endpoints: Vec<&str> = self.urls.iter().map(|(clients, _)| clients.as_str()).collect();
         format!("kind = \"etcd\"\nendpoints = {endpoints:?}")
     }
 
     /// A member dies.
-    pub(crate) fn kill(&mut self, number: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// It is dead already.
+    pub fn kill(&mut self, number: usize) -> Result<()> {
         self.processes[number].take().context("It is dead already").map(drop)
     }
 
     /// It comes back.
-    pub(crate) fn restart(&mut self, number: usize, cluster: &Cluster) -> Result<()> {
+    ///
+    /// # Errors
+    /// It does not start.
+    pub fn restart(&mut self, number: usize, cluster: &Cluster) -> Result<()> {
         let mut member = self.member(number, cluster)?;
         member.wait_stderr(READY, UP_WITHIN)?;
         self.processes[number] = Some(member);

@@ -1,0 +1,118 @@
+//! Agents and members of etcd that die while a guest moves, at moments spread over all of a move: the guest always runs, in
+//! one place, nothing stays claimed, and guests move on afterwards.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::fleet::Fleet;
+use e2e::members::Members;
+use e2e::turn;
+use framework::HostPlan;
+use scheduler_api::View;
+
+/// A move ends within this time on a machine that has something else to do, whoever died.
+const ENDS_WITHIN: Duration = Duration::from_secs(150);
+
+/// Nothing is a hotspot.
+const RULES: &str = "[limits]\nback_after_s = 0.0\nstay_s = 0.0\n\
+                     [detect.threshold]\ncpu = 1.0\nmemory = 1.0\nnetwork = 1.0\nsteal = 1.0\n\
+                     [policy]\ndry-run = true\n";
+
+/// Moves in which somebody dies, each so much later than in the one before; an undisturbed one takes some 5 s.
+const MOVES: u32 = 12;
+const STEP: Duration = Duration::from_millis(400);
+
+/// How long the dead stay dead: longer than an agent's lease (6 s), and shorter.
+const AWAY: [Duration; 2] = [Duration::from_secs(9), Duration::from_secs(1)];
+
+/// Who dies.
+#[derive(Debug, Clone, Copy)]
+enum Victim {
+    /// The agent of the host that the guest leaves.
+    Source,
+    /// The agent of the host that it goes to.
+    Destination,
+    /// A member of etcd.
+    Member,
+    /// Both agents.
+    Both,
+}
+
+fn has_ended(view: &View) -> bool {
+    let hosts = &view.hosts;
+    hosts.len() == 3
+        && view.moves.iter().all(|one| one.ended_s.is_some())
+        && hosts.iter().all(|host| host.api.is_some() && !host.is_migrating && !host.is_stale)
+}
+
+/// The host where a guest is in the end.
+fn settle(fleet: &Fleet, guest: &str, observer: usize) -> Result<usize> {
+    fleet.wait(observer, "nothing is under way", ENDS_WITHIN, has_ended)?;
+    let place = *fleet.places()?.get(guest).context("The guest")?;
+    let name = fleet.cluster().host(place).plan().name.clone();
+    fleet.wait(observer, "the cluster sees the guest there", ENDS_WITHIN, |view| {
+        view.guests.iter().any(|one| one.name == guest && one.host == name)
+    })?;
+    Ok(place)
+}
+
+fn agents(victim: Victim, from: usize, to: usize) -> Vec<usize> {
+    match victim {
+        Victim::Source => vec![from],
+        Victim::Destination => vec![to],
+        Victim::Member => vec![],
+        Victim::Both => vec![from, to],
+    }
+}
+
+#[test]
+fn whoever_dies_at_whatever_moment_of_a_move() -> Result<()> {
+    const VICTIMS: [Victim; 4] =
+        [Victim::Source, Victim::Destination, Victim::Both, Victim::Member];
+    let _turn = turn();
+    let plan = |name: &&str| HostPlan { bits_per_s: 40_000_000, ..HostPlan::new(name, 0.7, 1000) };
+    let mut fleet = Fleet::create(&["a", "b", "c"].iter().map(plan).collect::<Vec<_>>())?;
+    let mut members = Members::start(&fleet.cluster())?;
+    fleet.configure(&members.store(), RULES);
+    fleet.boot(&[(1, 0), (2, 1)], |_, spec| Ok(spec))?;
+    fleet.start_agents()?;
+    let mut there = 0;
+    for number in 0..MOVES {
+        let victim = VICTIMS[number as usize % VICTIMS.len()];
+        let away = AWAY[number as usize / VICTIMS.len() % AWAY.len()];
+        let from = *fleet.places()?.get("vm1").context("vm1")?;
+        let (to, third) = ((from + 1) % 3, (from + 2) % 3);
+        fleet.begin_move("vm1", from, to, ENDS_WITHIN)?;
+        std::thread::sleep(STEP * number);
+        for agent in agents(victim, from, to) {
+            fleet.kill_agent(agent)?;
+        }
+        if matches!(victim, Victim::Member) {
+            members.kill(third)?;
+        }
+        std::thread::sleep(away);
+        for agent in agents(victim, from, to) {
+            fleet.start_agent(agent)?;
+        }
+        if matches!(victim, Victim::Member) {
+            members.restart(third, &fleet.cluster())?;
+        }
+        let place = settle(&fleet, "vm1", third)?;
+        ensure!(
+            place == from || place == to,
+            "It was to go from {from} to {to}, and is at {place}"
+        );
+        println!(
+            "{victim:?} after {:?}: it {}",
+            STEP * number,
+            if place == to { "moved" } else { "stayed" }
+        );
+        there += u32::from(place == to);
+    }
+    // Agents that are started again go on with what they had begun; some moves never began.
+    ensure!(there >= MOVES / 2, "Only {there} of {MOVES} came to their end");
+    let from = *fleet.places()?.get("vm1").context("vm1")?;
+    fleet.begin_move("vm1", from, (from + 1) % 3, ENDS_WITHIN)?;
+    ensure!(settle(&fleet, "vm1", (from + 2) % 3)? == (from + 1) % 3, "It does not move any more");
+    fleet.assert_guests_are_well()
+}
