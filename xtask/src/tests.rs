@@ -28,7 +28,7 @@ const WITHOUT_GUESTS: [&str; 5] =
     ["migrate-core", "transport", "qemu-glue", "qemu-glue/preload", "scheduler"];
 
 /// Test programs that take minutes: they begin first, so that no long one is left for the end.
-const LONG: [&str; 13] = [
+const LONG: [&str; 14] = [
     "moves",
     "faults",
     "split",
@@ -42,6 +42,7 @@ const LONG: [&str; 13] = [
     "split_guests",
     "gateway_reconnect",
     "libvirt",
+    "scheduler_kills",
 ];
 
 /// Test programs in which it matters what else the machine does.

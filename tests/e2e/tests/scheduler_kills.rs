@@ -1,14 +1,15 @@
 //! Agents and members of etcd that die while a guest moves, at moments spread over all of a move: the guest always runs, in
 //! one place, nothing stays claimed, and guests move on afterwards.
 
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
-use e2e::fleet::Fleet;
+use e2e::fleet::{Fleet, INTERVAL_S};
 use e2e::members::Members;
 use e2e::turn;
 use framework::HostPlan;
 use scheduler_api::View;
+use scheduler_api::view::MoveStage;
 
 /// A move ends within this time on a machine that has something else to do, whoever died.
 const ENDS_WITHIN: Duration = Duration::from_secs(150);
@@ -18,9 +19,8 @@ const RULES: &str = "[limits]\nback_after_s = 0.0\nstay_s = 0.0\n\
                      [detect.threshold]\ncpu = 1.0\nmemory = 1.0\nnetwork = 1.0\nsteal = 1.0\n\
                      [policy]\ndry-run = true\n";
 
-/// Moves in which somebody dies, each so much later than in the one before; an undisturbed one takes some 5 s.
+/// Moves in which somebody dies, the first time as it begins and the last time as an undisturbed one has ended.
 const MOVES: u32 = 12;
-const STEP: Duration = Duration::from_millis(400);
 
 /// How long the dead stay dead: longer than an agent's lease (6 s), and shorter.
 const AWAY: [Duration; 2] = [Duration::from_secs(9), Duration::from_secs(1)];
@@ -47,6 +47,9 @@ fn has_ended(view: &View) -> bool {
 
 /// The host where a guest is in the end.
 fn settle(fleet: &Fleet, guest: &str, observer: usize) -> Result<usize> {
+    // What agents know of each other is some seconds old.
+    fleet.wait(observer, "nothing is under way", ENDS_WITHIN, has_ended)?;
+    std::thread::sleep(Duration::from_secs_f64(2.0 * INTERVAL_S));
     fleet.wait(observer, "nothing is under way", ENDS_WITHIN, has_ended)?;
     let place = *fleet.places()?.get(guest).context("The guest")?;
     let name = fleet.cluster().host(place).plan().name.clone();
@@ -54,6 +57,22 @@ fn settle(fleet: &Fleet, guest: &str, observer: usize) -> Result<usize> {
         view.guests.iter().any(|one| one.name == guest && one.host == name)
     })?;
     Ok(place)
+}
+
+/// Moves the guest, and returns how long that took.
+fn undisturbed(fleet: &Fleet) -> Result<Duration> {
+    let from = *fleet.places()?.get("vm1").context("vm1")?;
+    let (to, third) = ((from + 1) % 3, (from + 2) % 3);
+    let (began, began_s) = (Instant::now(), SystemTime::now().duration_since(UNIX_EPOCH)?);
+    fleet.begin_move("vm1", from, to, ENDS_WITHIN)?;
+    fleet.wait(from, "the guest has moved", ENDS_WITHIN, |view| {
+        let mut new = view.moves.iter().filter(|one| one.began_s >= began_s.as_secs_f64());
+        new.any(|one| one.stage == MoveStage::Completed) && has_ended(view)
+    })?;
+    let lasted = began.elapsed();
+    println!("a move takes {lasted:?}");
+    ensure!(settle(fleet, "vm1", third)? == to, "It has not moved");
+    Ok(lasted)
 }
 
 fn agents(victim: Victim, from: usize, to: usize) -> Vec<usize> {
@@ -76,6 +95,7 @@ fn whoever_dies_at_whatever_moment_of_a_move() -> Result<()> {
     fleet.configure(&members.store(), RULES);
     fleet.boot(&[(1, 0), (2, 1)], |_, spec| Ok(spec))?;
     fleet.start_agents()?;
+    let step = undisturbed(&fleet)? / (MOVES - 1);
     let mut there = 0;
     for number in 0..MOVES {
         let victim = VICTIMS[number as usize % VICTIMS.len()];
@@ -83,7 +103,7 @@ fn whoever_dies_at_whatever_moment_of_a_move() -> Result<()> {
         let from = *fleet.places()?.get("vm1").context("vm1")?;
         let (to, third) = ((from + 1) % 3, (from + 2) % 3);
         fleet.begin_move("vm1", from, to, ENDS_WITHIN)?;
-        std::thread::sleep(STEP * number);
+        std::thread::sleep(step * number);
         for agent in agents(victim, from, to) {
             fleet.kill_agent(agent)?;
         }
@@ -104,15 +124,13 @@ fn whoever_dies_at_whatever_moment_of_a_move() -> Result<()> {
         );
         println!(
             "{victim:?} after {:?}: it {}",
-            STEP * number,
+            step * number,
             if place == to { "moved" } else { "stayed" }
         );
         there += u32::from(place == to);
     }
     // Agents that are started again go on with what they had begun; some moves never began.
     ensure!(there >= MOVES / 2, "Only {there} of {MOVES} came to their end");
-    let from = *fleet.places()?.get("vm1").context("vm1")?;
-    fleet.begin_move("vm1", from, (from + 1) % 3, ENDS_WITHIN)?;
-    ensure!(settle(&fleet, "vm1", (from + 2) % 3)? == (from + 1) % 3, "It does not move any more");
+    undisturbed(&fleet)?;
     fleet.assert_guests_are_well()
 }
