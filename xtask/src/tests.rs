@@ -4,6 +4,10 @@
 //! there are cores, four at most. Guests boot and tests wait most of the time. Those that measure how busy processors are
 //! run alone after them. What a program says is shown when it has ended. All others run as cargo likes.
 //!
+//! A test with guests that failed is run once more when nothing else runs, if they are few: on a machine that boots and
+//! moves guests with every core busy, one may miss its time. It passes if it does so then, and the end says which tests
+//! needed that, so that one that keeps doing so is seen; what it said the first time is shown.
+//!
 //! Cargo is always asked for the whole workspace, and told by the names of programs what of it to build or run: another
 //! choice of packages needs other features of what they depend on, and each such choice would compile all of that anew
 //! and keep it. So test programs with guests have names that no other has.
@@ -51,6 +55,12 @@ const ALONE: [&str; 2] = ["scheduler", "scheduler_cluster"];
 /// Most programs with guests side by side: each takes gigabytes.
 const SIDE_BY_SIDE_MAX: usize = 4;
 
+/// Most tests that are run once more: if more fail, it is not for want of time.
+const SECOND_LOOKS_MAX: usize = 3;
+
+/// A thread of these that panicked.
+const PANICKED: &str = "another program's thread panicked";
+
 /// Sums over all test programs.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Tally {
@@ -60,6 +70,12 @@ struct Tally {
 }
 
 impl Tally {
+    fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+    }
+
     /// Adds a line `test result: ok. 5 passed; 0 failed; 1 ignored; ...`; other lines change nothing.
     fn add_line(&mut self, line: &str) {
         let Some((_, rest)) =
@@ -124,7 +140,62 @@ fn programs(root: &Path, packages: &[&'static str]) -> Result<VecDeque<Program>>
     Ok(found.into())
 }
 
-/// Runs all programs with guests, some side by side; false if one failed.
+/// A test that failed.
+#[derive(Debug, PartialEq, Eq)]
+struct Failed {
+    program: Program,
+    test: String,
+}
+
+/// What programs with guests came to.
+#[derive(Debug, Default)]
+struct Outcome {
+    tally: Tally,
+    failed: Vec<Failed>,
+    /// A program ended in a way that names no test.
+    is_broken: bool,
+}
+
+impl Outcome {
+    /// Adds a program that has ended, by what it wrote.
+    fn add(&mut self, program: &Program, is_success: bool, said: &str) {
+        said.lines().for_each(|line| self.tally.add_line(line));
+        if !is_success {
+            let failures = failures(said);
+            self.is_broken |= failures.is_empty();
+            self.failed
+                .extend(failures.into_iter().map(|test| Failed { program: program.clone(), test }));
+        }
+    }
+}
+
+/// The names that a test program lists at its end, after its last `failures:`.
+fn failures(said: &str) -> Vec<String> {
+    let Some((_, list)) = said.rsplit_once("\nfailures:\n") else { return vec![] };
+    list.lines().map_while(|line| line.strip_prefix("    ")).map(str::to_owned).collect()
+}
+
+/// Runs one program with guests and shows what it said.
+fn guest_program(
+    mut command: Command,
+    program: &Program,
+    filters: &[String],
+    outcome: &Mutex<Outcome>,
+) -> Result<()> {
+    let (package, name) = program;
+    command.args(["--test", name, "--", "--test-threads=1"]).args(filters);
+    // Errors say what went wrong; where in a test they were made is some thirty lines each.
+    command.env("RUST_LIB_BACKTRACE", "0");
+    let began = Instant::now();
+    let ended = command.output();
+    let ended = ended.with_context(|| format!("Cannot start `{}`", shown(&command)))?;
+    let mut outcome = outcome.lock().ok().context(PANICKED)?;
+    show(&format!("{package} {name}"), &ended, began);
+    outcome.add(program, ended.status.success(), &String::from_utf8_lossy(&ended.stdout));
+    Ok(())
+}
+
+/// Runs all programs with guests, some side by side, and some tests that failed once more; false if one failed.
 fn guest_tests(
     root: &Path,
     prepared: &(impl Fn() -> Command + Sync),
@@ -134,22 +205,12 @@ fn guest_tests(
     let (alone, together): (VecDeque<Program>, VecDeque<Program>) = programs(root, &WITH_GUESTS)?
         .into_iter()
         .partition(|(_, name)| ALONE.contains(&name.as_str()));
-    let told = Mutex::new((tally, true));
-    let lock = "another program's thread panicked";
+    let outcome = Mutex::new(Outcome::default());
     let work = |left: &Mutex<VecDeque<Program>>| -> Result<()> {
         loop {
-            let next = left.lock().ok().context(lock)?.pop_front();
-            let Some((package, name)) = next else { return Ok(()) };
-            let mut command = prepared();
-            command.args(["--test", &name, "--", "--test-threads=1"]).args(filters);
-            // Errors say what went wrong; where in a test they were made is some thirty lines each.
-            command.env("RUST_LIB_BACKTRACE", "0");
-            let began = Instant::now();
-            let ended = command.output();
-            let ended = ended.with_context(|| format!("Cannot start `{}`", shown(&command)))?;
-            let mut told = told.lock().ok().context(lock)?;
-            told.1 &= ended.status.success();
-            show(&format!("{package} {name}"), &ended, began, told.0);
+            let next = left.lock().ok().context(PANICKED)?.pop_front();
+            let Some(program) = next else { return Ok(()) };
+            guest_program(prepared(), &program, filters, &outcome)?;
         }
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -157,19 +218,49 @@ fn guest_tests(
         let left = Mutex::new(programs);
         std::thread::scope(|scope| {
             let all: Vec<_> = (0..workers).map(|_| scope.spawn(|| work(&left))).collect();
-            all.into_iter().try_for_each(|one| one.join().ok().context(lock)?)
+            all.into_iter().try_for_each(|one| one.join().ok().context(PANICKED)?)
         })?;
     }
-    Ok(told.into_inner().ok().context(lock)?.1)
+    let mut outcome = outcome.into_inner().ok().context(PANICKED)?;
+    tally.add(&outcome.tally);
+    if outcome.is_broken || outcome.failed.len() > SECOND_LOOKS_MAX {
+        return Ok(false);
+    }
+    let looked_at = std::mem::take(&mut outcome.failed);
+    Ok(second_look(prepared, &looked_at, tally)? == looked_at.len())
 }
 
-/// Shows what a program said, and counts.
-fn show(name: &str, ended: &Output, began: Instant, tally: &mut Tally) {
+/// Runs tests that failed once more, each alone, and says which pass now; how many do.
+fn second_look(
+    prepared: &impl Fn() -> Command,
+    failed: &[Failed],
+    tally: &mut Tally,
+) -> Result<usize> {
+    let mut passed = vec![];
+    for Failed { program, test } in failed {
+        println!("== once more, alone: {test}");
+        let outcome = Mutex::new(Outcome::default());
+        let only = [test.clone(), "--exact".to_owned()];
+        guest_program(prepared(), program, &only, &outcome)?;
+        let outcome = outcome.into_inner().ok().context(PANICKED)?;
+        if outcome.tally == (Tally { passed: 1, failed: 0, ignored: 0 }) && !outcome.is_broken {
+            passed.push(test.as_str());
+        }
+    }
+    if !passed.is_empty() {
+        println!("failed beside others and passed alone: {}", passed.join(", "));
+    }
+    let count = passed.len();
+    tally.failed -= count as u64;
+    tally.passed += count as u64;
+    Ok(count)
+}
+
+/// Shows what a program said.
+fn show(name: &str, ended: &Output, began: Instant) {
     let word = if ended.status.success() { "done" } else { "FAILED" };
     println!("== {name}: {word} after {:.1} s", began.elapsed().as_secs_f64());
-    let said = String::from_utf8_lossy(&ended.stdout);
-    said.lines().for_each(|line| tally.add_line(line));
-    println!("{said}");
+    println!("{}", String::from_utf8_lossy(&ended.stdout));
     if !ended.status.success() {
         println!("{}", String::from_utf8_lossy(&ended.stderr));
     }
@@ -272,6 +363,20 @@ mod tests_of_tests {
         for (_, name) in programs(&root, &WITH_GUESTS).unwrap() {
             assert_eq!(all.iter().filter(|(_, other)| *other == name).count(), 1, "{name}");
         }
+    }
+
+    #[test]
+    fn failed_tests_are_told_from_programs_that_broke() {
+        let program: Program = ("tests/e2e", "moves".to_owned());
+        let mut outcome = Outcome::default();
+        let said = "running 3 tests\ntest a ... FAILED\n\nfailures:\n\n---- a stdout ----\n    said\n\nfailures:\n    a\n    \
+                    b::c\n\ntest result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured\n";
+        outcome.add(&program, false, said);
+        let failed: Vec<_> = outcome.failed.iter().map(|failed| failed.test.as_str()).collect();
+        assert_eq!((failed, outcome.is_broken), (vec!["a", "b::c"], false));
+        assert_eq!(outcome.tally, Tally { passed: 1, failed: 2, ignored: 0 });
+        outcome.add(&program, false, "running 1 test\ntest a ... ");
+        assert!(outcome.is_broken, "It was killed in a test");
     }
 
     #[test]

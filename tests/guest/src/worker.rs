@@ -288,12 +288,13 @@ impl Worker {
     fn run(&mut self) -> ! {
         let shared = Arc::clone(&self.shared);
         loop {
+            // Looked at before what is to be spoilt: a check finds all that was asked for before it.
+            let wanted = shared.checks_wanted.load(Ordering::Acquire);
             let spoilt = shared.corrupt.swap(NONE, Ordering::Relaxed);
             if let Some(page) = self.used.pages.get_mut(spoilt as usize) {
                 page.0[PAGE_BYTES - 1] ^= 0x40;
             }
-            if shared.checks_wanted.load(Ordering::Relaxed) > shared.checks.load(Ordering::Relaxed)
-            {
+            if wanted > shared.checks.load(Ordering::Relaxed) {
                 self.check();
                 continue;
             }
@@ -372,7 +373,7 @@ fn answer(shared: &Shared, sizes: &Sizes, words: &[&str]) -> Result<String> {
             ensure!(page < sizes.used, "No page {page} was filled");
             shared.corrupt.store(page, Ordering::Relaxed);
         }
-        ["check"] => drop(shared.checks_wanted.fetch_add(1, Ordering::Relaxed)),
+        ["check"] => drop(shared.checks_wanted.fetch_add(1, Ordering::Release)),
         _ => bail!("Unknown command; there are report, phase NAME, check, corrupt PAGE"),
     }
     Ok(shared.report())

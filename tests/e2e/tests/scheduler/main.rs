@@ -1,5 +1,6 @@
 //! The scheduler for real: hosts in namespaces with processors of their own, agents on them, and guests that work.
 
+mod decides;
 mod memory;
 
 use std::time::{Duration, Instant};
@@ -195,6 +196,18 @@ fn memory_hotspots(mut fleet: Fleet, store: &str) -> Result<()> {
     fleet.start_agents()?;
     memory::grows(&fleet)?;
     memory::makes_room(&mut fleet)?;
+    fleet.assert_guests_are_well()
+}
+
+#[test]
+fn an_agent_may_die_while_it_decides() -> Result<()> {
+    let _turn = turn();
+    let mut fleet = Fleet::create(&hosts())?;
+    let members = Members::start(&fleet.cluster())?;
+    fleet.configure(&members.store(), decides::RULES);
+    fleet.boot(&[(1, 0), (2, 0), (3, 1), (4, 2)], |_, spec| Ok(spec))?;
+    fleet.start_agents()?;
+    decides::and_dies(&mut fleet)?;
     fleet.assert_guests_are_well()
 }
 
