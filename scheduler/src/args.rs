@@ -80,13 +80,16 @@ pub(crate) struct SimulateArgs {
     /// A policy to run; repeat it to compare several [default: the file's, or all there are].
     #[arg(short, long = "policy", value_name = "NAME")]
     pub(crate) policies: Vec<String>,
-    /// With how many seeds: 1, 2, and so on [default: the file's].
+    /// With how many seeds, one after the other [default: the file's].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub(crate) seeds: Option<u64>,
+    /// The first of them.
+    #[arg(long, value_name = "SEED", default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=u64::from(u32::MAX)))]
+    pub(crate) first_seed: u64,
     /// How many runs go on at once; 1 for decision times that nothing disturbs [default: one a processor].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) jobs: Option<u16>,
-    /// Tell what was decided when and why, for the first seed.
+    /// Tell what was decided when and why, with the first seed.
     #[arg(long)]
     pub(crate) explain: bool,
     /// Of that, only what was decided at this time, in seconds from the start.

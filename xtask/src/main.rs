@@ -28,7 +28,8 @@ Usage: cargo xtask TASK [ARGUMENTS]
           split a guest over two memory servers on this machine, let it work, merge it, and show it
   demo scheduler
           three hosts on this machine, guests that work too much, and agents that see to it
-  test    all tests; those with guests run one at a time. Arguments filter tests by name
+  test    all tests; arguments filter them by name, and go to the test programs: --nocapture shows
+          what a test measured
   bench   the comparison and the reports; arguments go to the bench program
   applications
           fetch and unpack Debian's programs that some of bench's scenarios run in the guest; bench

@@ -11,9 +11,6 @@ use serde::{Deserialize, Serialize};
 
 use super::timed::Timing;
 
-/// Seed of which the course over time is kept.
-pub(super) const FIRST_SEED: u64 = 1;
-
 /// A run without its single decisions.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Kept {
@@ -43,9 +40,8 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Of a run.
-    pub(super) fn of(scenario: &str, outcome: &Outcome, decide: Timing) -> Self {
-        let is_first = outcome.seed == FIRST_SEED;
+    /// Of a run; of the first one with its course over time.
+    pub(super) fn of(scenario: &str, outcome: &Outcome, decide: Timing, is_first: bool) -> Self {
         Self {
             scenario: scenario.to_owned(),
             policy: outcome.policy.clone(),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::kept::{FIRST_SEED, Kept};
+use super::kept::Kept;
 
 const WIDTH: f64 = 800.0;
 const LEFT: f64 = 110.0;
@@ -107,8 +107,9 @@ fn bars(text: &mut String, names: &[String], runs: &[Kept], bottom: f64) {
 }
 
 fn lines(text: &mut String, names: &[String], runs: &[Kept], report_s: f64, top: f64) {
-    let first =
-        |name: &String| runs.iter().find(|run| run.policy == *name && run.seed == FIRST_SEED);
+    let has_course =
+        |run: &&Kept, name: &String| run.policy == *name && !run.overloaded_hosts.is_empty();
+    let first = |name: &String| runs.iter().find(|run| has_course(run, name));
     let smooth: Vec<Vec<(f64, f64)>> = names
         .iter()
         .map(|name| first(name).map_or(vec![], |run| thin(&run.overloaded_hosts, report_s)))

@@ -1,5 +1,6 @@
 //! `godwit-scheduler simulate`.
 
+use std::ops::Range;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +11,7 @@ use scheduler::plan::{self, NAMES};
 use scheduler::simulate::{Outcome, Scenario, Verdict};
 use serde::Serialize;
 
-use super::kept::{FIRST_SEED, Kept, Store, fingerprint};
+use super::kept::{Kept, Store, fingerprint};
 use super::summary::{Summary, ratios, table};
 use super::timed::Timed;
 use super::{plot, story};
@@ -50,10 +51,11 @@ pub(crate) fn run(args: &SimulateArgs) -> ExitCode {
 fn simulate(args: &SimulateArgs) -> Result<bool> {
     let (scenario, fingerprint) = read(&args.file)?;
     let names = policies(args, &scenario)?;
-    let seeds = args.seeds.unwrap_or_else(|| scenario.seeds());
+    let count = args.seeds.unwrap_or_else(|| scenario.seeds());
+    let seeds = args.first_seed..args.first_seed + count;
     let store = Mutex::new(Store::open(args.runs.as_deref(), &fingerprint)?);
     let todo = Todo { scenario: &scenario, fingerprint: &fingerprint, store: &store };
-    let (runs, first) = todo.run(&names, seeds, jobs(args))?;
+    let (runs, first) = todo.run(&names, &seeds, jobs(args))?;
     let summary: Vec<_> = names.iter().map(|name| Summary::of(name, &runs)).collect();
     let expected = scenario.judge(&first);
     if let Some(path) = &args.svg {
@@ -75,7 +77,7 @@ fn simulate(args: &SimulateArgs) -> Result<bool> {
         };
         println!("{}", serde_json::to_string(&printed).context("Cannot write JSON")?);
     } else {
-        tell(&scenario, seeds, &summary, &expected);
+        tell(&scenario, count, &summary, &expected);
         if args.explain {
             let report_s = scenario.report_s();
             let period_s = args.at.map(|at_s| (at_s - report_s / 2.0, at_s + report_s / 2.0));
@@ -136,9 +138,14 @@ type Done = (Kept, Option<Outcome>);
 
 impl Todo<'_> {
     /// All runs: policy by policy, seed by seed.
-    fn run(&self, names: &[String], seeds: u64, jobs: usize) -> Result<(Vec<Kept>, Vec<Outcome>)> {
-        let todo: Vec<(&String, u64)> =
-            names.iter().flat_map(|name| (1..=seeds).map(move |seed| (name, seed))).collect();
+    fn run(
+        &self,
+        names: &[String],
+        seeds: &Range<u64>,
+        jobs: usize,
+    ) -> Result<(Vec<Kept>, Vec<Outcome>)> {
+        let of = |name| seeds.clone().map(move |seed| (name, seed));
+        let todo: Vec<(&String, u64)> = names.iter().flat_map(of).collect();
         let next = AtomicUsize::new(0);
         let done: Mutex<Vec<(usize, Result<Done>)>> = Mutex::default();
         std::thread::scope(|scope| {
@@ -148,7 +155,7 @@ impl Todo<'_> {
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         todo.get(at).map(|item| (at, *item))
                     } {
-                        let run = self.one(name, seed);
+                        let run = self.one(name, seed, seed == seeds.start);
                         done.lock().unwrap_or_else(PoisonError::into_inner).push((at, run));
                     }
                 });
@@ -163,16 +170,16 @@ impl Todo<'_> {
     }
 
     /// A run, or what was kept of it.
-    fn one(&self, name: &str, seed: u64) -> Result<Done> {
+    fn one(&self, name: &str, seed: u64, is_first: bool) -> Result<Done> {
         let store = || self.store.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = store().find(name, seed) {
             return Ok((known.clone(), None));
         }
         let timed = Timed::new(plan::policy(name).context("There is no such policy")?);
         let outcome = self.scenario.run(&timed, seed);
-        let run = Kept::of(self.fingerprint, &outcome, timed.timing());
+        let run = Kept::of(self.fingerprint, &outcome, timed.timing(), is_first);
         store().add(&run)?;
-        Ok((run, (seed == FIRST_SEED).then_some(outcome)))
+        Ok((run, is_first.then_some(outcome)))
     }
 }
 

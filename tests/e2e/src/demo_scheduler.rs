@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     );
     let plans = ["a", "b", "c"].map(|name| HostPlan::new(name, CORES, 1000));
     let mut fleet = Fleet::create(&plans)?;
-    let store = format!("kind = \"embedded\"\npath = {:?}", fleet.shared("store.sqlite"));
+    let store = fleet.embedded_store();
     // What guests wait for processors is no measure on a machine that does other things as well.
     fleet.configure(&store, "[detect.threshold]\nsteal = 1.0\n");
     let began = Instant::now();

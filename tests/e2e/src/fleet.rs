@@ -62,6 +62,7 @@ pub struct Fleet {
     identities: Pki,
     store: String,
     extra: String,
+    interval_s: f64,
     /// Of each host, MiB.
     memory_mib: Vec<u64>,
     cluster: Arc<Cluster>,
@@ -103,6 +104,7 @@ impl Fleet {
             identities,
             store,
             extra,
+            interval_s: INTERVAL_S,
             memory_mib,
             cluster,
             env,
@@ -136,6 +138,17 @@ impl Fleet {
     /// The table `store` of agents' configurations; further tables behind it.
     pub fn configure(&mut self, store: &str, extra: &str) {
         (self.store, self.extra) = (store.to_owned(), extra.to_owned());
+    }
+
+    /// How often agents that are started from now on look.
+    pub fn set_interval(&mut self, seconds: f64) {
+        self.interval_s = seconds;
+    }
+
+    /// The table `store` of agents that share a file.
+    #[must_use]
+    pub fn embedded_store(&self) -> String {
+        format!("kind = \"embedded\"\npath = {:?}", self.shared("store.sqlite"))
     }
 
     /// A file in a folder that all hosts see.
@@ -212,12 +225,13 @@ impl Fleet {
         fs::set_permissions(&start, fs::Permissions::from_mode(0o755))?;
         let identity = self.identities.folder().join(&host.plan().name);
         let text = format!(
-            "identity = {identity:?}\nlisten = \"{}:{PORT}\"\nstate = {:?}\nlease-s = 6.0\n\n\
+            "identity = {identity:?}\nlisten = \"{}:{PORT}\"\nstate = {:?}\nlease-s = {:?}\n\n\
              [store]\n{}\n{}\n[migrate]\nprogram = {:?}\nstart = [{start:?}, \"{{guest}}\", \"{{qmp}}\"]\n\n{}",
             host.address(),
             folder.join("state"),
+            3.0 * self.interval_s,
             self.store,
-            host.profile_toml(INTERVAL_S, self.memory_mib[number]),
+            host.profile_toml(self.interval_s, self.memory_mib[number]),
             self.env.migrate()?,
             self.extra,
         );
@@ -250,6 +264,15 @@ impl Fleet {
     /// What an agent says.
     pub fn agent_log(&self, host: usize) -> String {
         self.agents[host].as_ref().map(Engine::stderr).unwrap_or_default()
+    }
+
+    /// Processor time that an agent has used, seconds, and the most that it had in memory, bytes.
+    ///
+    /// # Errors
+    /// It does not run, or the kernel does not tell.
+    pub fn agent_used(&mut self, host: usize) -> Result<(f64, u64)> {
+        let (cpu_s, peak_bytes) = self.agents[host].as_mut().context("It has no agent")?.used();
+        Ok((cpu_s.context("No processor time")?, peak_bytes.context("No memory")?))
     }
 
     /// Asks a host's agent, as an operator.

@@ -57,10 +57,6 @@ fn is_quiet(view: &View) -> bool {
     view.moves.iter().all(|one| one.ended_s.is_some())
 }
 
-fn embedded(fleet: &Fleet) -> String {
-    format!("kind = \"embedded\"\npath = {:?}", fleet.shared("store.sqlite"))
-}
-
 /// A host with three guests that want more than it has: one leaves, and all have what they want.
 fn cpu_hotspot(fleet: &Fleet) -> Result<()> {
     let before = fleet.places()?;
@@ -158,7 +154,7 @@ fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empt
 -> Result<()> {
     let _turn = turn();
     let mut fleet = Fleet::create(&hosts())?;
-    let store = embedded(&fleet);
+    let store = fleet.embedded_store();
     fleet.configure(&store, RULES);
     fleet.boot(&[(1, 0), (2, 0), (3, 0), (4, 1), (5, 2), (6, 2)], |_, spec| Ok(spec))?;
     fleet.start_agents()?;
@@ -175,7 +171,7 @@ fn hotspots_are_found_and_gone_spikes_move_nothing_talkers_meet_and_a_drain_empt
 fn guests_that_swap_get_memory_or_another_host() -> Result<()> {
     let _turn = turn();
     let fleet = Fleet::create(&hosts())?;
-    let store = embedded(&fleet);
+    let store = fleet.embedded_store();
     memory_hotspots(fleet, &store)
 }
 
@@ -219,6 +215,7 @@ fn members_and_agents_may_die_at_any_moment() -> Result<()> {
     fleet.configure(&members.store(), RULES);
     fleet.boot(&[(1, 0), (2, 0), (3, 0), (4, 1), (5, 2)], |_, spec| Ok(spec))?;
     fleet.start_agents()?;
+    transient_spike(&fleet)?;
     // A member dies; decisions go on.
     members.kill(1)?;
     cpu_hotspot(&fleet)?;
