@@ -71,7 +71,7 @@ pub(crate) struct ExplainArgs {
     grows      changes of guests' memory; refused: steps that could not be done any more\n  \
     mean, p95  users' response times, weighted by requests\n  \
     decide     what a decision took of one core: mean, 99 of 100, longest\n\n\
-    Exits with 1 if something that the file expects did not come out, with 2 if the file is wrong. What can be written in\n\
+    Exits with 1 if something that the file expects did not come out, with 2 if the file is wrong. What can be written in \
     a file, and the model behind the figures: docs/SCHEDULER.md.")]
 pub(crate) struct SimulateArgs {
     /// The scenario (TOML). Examples: scheduler/scenarios/.
@@ -111,7 +111,7 @@ pub(crate) struct SimulateArgs {
 #[derive(Debug, Args)]
 #[command(
     after_help = "A first cluster on one machine, and one of several: docs/SCHEDULER.md.\n\n\
-    SIGHUP has it read the file again. SIGTERM and Ctrl-C end it: guests run on, and migrations under way go on; the next\n\
+    SIGHUP has it read the file again. SIGTERM and Ctrl-C end it: guests run on, and migrations under way go on; the next \
     agent picks them up."
 )]
 pub(crate) struct AgentArgs {
@@ -121,6 +121,9 @@ pub(crate) struct AgentArgs {
     /// Only say whether the file makes sense.
     #[arg(long)]
     pub(crate) check: bool,
+    /// Say what would be done and why, and do nothing but what operators ask for, whatever the file says.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Print a file with all keys, their defaults and what they mean, to begin with.
     #[arg(long, conflicts_with_all = ["config", "check"])]
     pub(crate) example: bool,

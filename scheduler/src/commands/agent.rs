@@ -1,13 +1,13 @@
 //! `godwit-scheduler agent`.
 
 use std::io::IsTerminal as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use scheduler::agent::Agent;
-use scheduler::agent::config::{Config, EXAMPLE, StoreSettings};
+use scheduler::agent::config::{Config, ConfigError, EXAMPLE, StoreSettings};
 use scheduler::agent::control::Asked;
 use scheduler::api::server;
 use scheduler::store::{AnyStore, Embedded, Etcd, StoreError, etcd};
@@ -21,6 +21,21 @@ use crate::args::AgentArgs;
 /// Pause before a store is tried again that could not be reached at the beginning.
 const STORE_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
+/// Where the configuration comes from.
+struct Source {
+    path: PathBuf,
+    /// Stronger than the file.
+    is_dry_run: bool,
+}
+
+impl Source {
+    fn read(&self) -> Result<Config, ConfigError> {
+        let mut config = Config::read(&self.path)?;
+        config.policy.dry_run |= self.is_dry_run;
+        Ok(config)
+    }
+}
+
 /// Runs the agent until it is told to end.
 ///
 /// # Errors
@@ -30,11 +45,12 @@ pub(crate) fn run(args: &AgentArgs) -> Result<()> {
         print!("{EXAMPLE}");
         return Ok(());
     }
-    let path = args.config.as_deref().context("Name the configuration: --config FILE")?;
-    let config = Config::read(path)?;
+    let path = args.config.clone().context("Name the configuration: --config FILE")?;
+    let source = Source { path, is_dry_run: args.dry_run };
+    let config = source.read()?;
     let identity = Arc::new(Identity::load(&config.identity)?);
     if args.check {
-        println!("{} makes sense; this host is {}", path.display(), identity.name());
+        println!("{} makes sense; this host is {}", source.path.display(), identity.name());
         return Ok(());
     }
     let log = tracing_subscriber::fmt()
@@ -45,13 +61,13 @@ pub(crate) fn run(args: &AgentArgs) -> Result<()> {
         );
     log.init();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let ran = runtime.block_on(serve(config, path, identity));
+    let ran = runtime.block_on(serve(config, source, identity));
     // A question to a monitor that hangs must not keep the process.
     runtime.shutdown_background();
     ran
 }
 
-async fn serve(config: Config, path: &Path, identity: Arc<Identity>) -> Result<()> {
+async fn serve(config: Config, source: Source, identity: Arc<Identity>) -> Result<()> {
     for folder in [config.state.clone(), config.state.join("journal")] {
         std::fs::create_dir_all(&folder)
             .with_context(|| format!("{} cannot be made", folder.display()))?;
@@ -62,10 +78,9 @@ async fn serve(config: Config, path: &Path, identity: Arc<Identity>) -> Result<(
     eprintln!("listening on {}", listener.local_addr()?);
     let (stop, stopped) = watch::channel(false);
     let (tell, told) = watch::channel(None);
-    let path = path.to_owned();
     let listening = config.listen;
     tokio::spawn(async move {
-        if let Err(error) = hear_signals(&stop, &tell, &path, listening).await {
+        if let Err(error) = hear_signals(&stop, &tell, &source, listening).await {
             tracing::error!(%error, "Signals cannot be heard");
         }
     });
@@ -90,7 +105,7 @@ async fn serve(config: Config, path: &Path, identity: Arc<Identity>) -> Result<(
 async fn hear_signals(
     stop: &watch::Sender<bool>,
     tell: &watch::Sender<Option<Config>>,
-    path: &Path,
+    source: &Source,
     listening: std::net::SocketAddr,
 ) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -100,7 +115,7 @@ async fn hear_signals(
         tokio::select! {
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
-            _ = hangup.recv() => match Config::read(path) {
+            _ = hangup.recv() => match source.read() {
                 Ok(config) => reload(tell, config, listening),
                 Err(error) => tracing::error!(%error, "The configuration stays as it was"),
             },
@@ -158,6 +173,22 @@ async fn try_store(settings: &StoreSettings) -> Result<Result<AnyStore, StoreErr
                 _ => None,
             };
             Ok(Etcd::connect(endpoints, tls.as_ref()).await.map(Box::new).map(AnyStore::Etcd))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dry_run_is_one_whatever_the_file_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("agent.toml");
+        std::fs::write(&path, EXAMPLE).unwrap();
+        for is_dry_run in [false, true] {
+            let config = Source { path: path.clone(), is_dry_run }.read().unwrap();
+            assert_eq!(config.policy.dry_run, is_dry_run);
         }
     }
 }

@@ -62,7 +62,6 @@ pub struct Fleet {
     identities: Pki,
     store: String,
     extra: String,
-    interval_s: f64,
     /// Of each host, MiB.
     memory_mib: Vec<u64>,
     cluster: Arc<Cluster>,
@@ -104,7 +103,6 @@ impl Fleet {
             identities,
             store,
             extra,
-            interval_s: INTERVAL_S,
             memory_mib,
             cluster,
             env,
@@ -138,11 +136,6 @@ impl Fleet {
     /// The table `store` of agents' configurations; further tables behind it.
     pub fn configure(&mut self, store: &str, extra: &str) {
         (self.store, self.extra) = (store.to_owned(), extra.to_owned());
-    }
-
-    /// How often agents that are started from now on look.
-    pub fn set_interval(&mut self, seconds: f64) {
-        self.interval_s = seconds;
     }
 
     /// The table `store` of agents that share a file.
@@ -229,9 +222,9 @@ impl Fleet {
              [store]\n{}\n{}\n[migrate]\nprogram = {:?}\nstart = [{start:?}, \"{{guest}}\", \"{{qmp}}\"]\n\n{}",
             host.address(),
             folder.join("state"),
-            3.0 * self.interval_s,
+            3.0 * INTERVAL_S,
             self.store,
-            host.profile_toml(self.interval_s, self.memory_mib[number]),
+            host.profile_toml(INTERVAL_S, self.memory_mib[number]),
             self.env.migrate()?,
             self.extra,
         );
@@ -261,18 +254,19 @@ impl Fleet {
         Ok(())
     }
 
+    /// A host vanishes, with all that runs on it ([`framework::ClusterHost::vanish`]).
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn vanish(&mut self, host: usize) -> Result<()> {
+        self.cluster.host(host).vanish()?;
+        self.agents[host] = None;
+        Ok(())
+    }
+
     /// What an agent says.
     pub fn agent_log(&self, host: usize) -> String {
         self.agents[host].as_ref().map(Engine::stderr).unwrap_or_default()
-    }
-
-    /// Processor time that an agent has used, seconds, and the most that it had in memory, bytes.
-    ///
-    /// # Errors
-    /// It does not run, or the kernel does not tell.
-    pub fn agent_used(&mut self, host: usize) -> Result<(f64, u64)> {
-        let (cpu_s, peak_bytes) = self.agents[host].as_mut().context("It has no agent")?.used();
-        Ok((cpu_s.context("No processor time")?, peak_bytes.context("No memory")?))
     }
 
     /// Asks a host's agent, as an operator.

@@ -1,5 +1,5 @@
-//! Agents and members of etcd that die while a guest moves, at moments spread over all of a move: the guest always runs, in
-//! one place, nothing stays claimed, and guests move on afterwards.
+//! Agents and members of etcd that die while a guest moves, at moments spread over all of a move, and a host that vanishes: the
+//! guest always runs, in one place, nothing stays claimed, and guests move on afterwards.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,7 +9,7 @@ use e2e::members::Members;
 use e2e::turn;
 use framework::HostPlan;
 use scheduler_api::View;
-use scheduler_api::view::MoveStage;
+use scheduler_api::view::{HostView, MoveStage};
 
 /// A move ends within this time on a machine that has something else to do, whoever died.
 const ENDS_WITHIN: Duration = Duration::from_secs(150);
@@ -36,6 +36,17 @@ enum Victim {
     Member,
     /// Both agents.
     Both,
+}
+
+/// Three hosts with agents and members, a guest on each of the first two.
+fn hosts() -> Result<(Fleet, Members)> {
+    let plan = |name: &&str| HostPlan { bits_per_s: 40_000_000, ..HostPlan::new(name, 0.7, 1000) };
+    let mut fleet = Fleet::create(&["a", "b", "c"].iter().map(plan).collect::<Vec<_>>())?;
+    let members = Members::start(&fleet.cluster())?;
+    fleet.configure(&members.store(), RULES);
+    fleet.boot(&[(1, 0), (2, 1)], |_, spec| Ok(spec))?;
+    fleet.start_agents()?;
+    Ok((fleet, members))
 }
 
 fn has_ended(view: &View) -> bool {
@@ -89,12 +100,7 @@ fn whoever_dies_at_whatever_moment_of_a_move() -> Result<()> {
     const VICTIMS: [Victim; 4] =
         [Victim::Source, Victim::Destination, Victim::Both, Victim::Member];
     let _turn = turn();
-    let plan = |name: &&str| HostPlan { bits_per_s: 40_000_000, ..HostPlan::new(name, 0.7, 1000) };
-    let mut fleet = Fleet::create(&["a", "b", "c"].iter().map(plan).collect::<Vec<_>>())?;
-    let mut members = Members::start(&fleet.cluster())?;
-    fleet.configure(&members.store(), RULES);
-    fleet.boot(&[(1, 0), (2, 1)], |_, spec| Ok(spec))?;
-    fleet.start_agents()?;
+    let (mut fleet, mut members) = hosts()?;
     let step = undisturbed(&fleet)? / (MOVES - 1);
     let mut there = 0;
     for number in 0..MOVES {
@@ -132,5 +138,46 @@ fn whoever_dies_at_whatever_moment_of_a_move() -> Result<()> {
     // Agents that are started again go on with what they had begun; some moves never began.
     ensure!(there >= MOVES / 2, "Only {there} of {MOVES} came to their end");
     undisturbed(&fleet)?;
+    fleet.assert_guests_are_well()
+}
+
+/// Its memory is on its way when the destination vanishes, with its member of etcd: the guest runs on where it is and may go
+/// elsewhere, and the host is one like others when it is back.
+#[test]
+fn a_host_vanishes_while_a_guest_comes() -> Result<()> {
+    const FROM: usize = 0;
+    const ELSEWHERE: usize = 1;
+    const GONE: usize = 2;
+    let _turn = turn();
+    let (mut fleet, mut members) = hosts()?;
+    fleet.begin_move("vm1", FROM, GONE, ENDS_WITHIN)?;
+    fleet.wait(FROM, "its memory moves", ENDS_WITHIN, |view| {
+        let mut moves = view.moves.iter().filter(|one| one.stage == MoveStage::Moving);
+        moves.any(|one| one.curve.last().is_some_and(|point| point.at_s > one.began_s))
+    })?;
+    let began = Instant::now();
+    fleet.vanish(GONE)?;
+    members.kill(GONE)?;
+    for observer in [FROM, ELSEWHERE] {
+        fleet.wait(observer, "the host is missed and the move has ended", ENDS_WITHIN, |view| {
+            let is_gone =
+                |host: &HostView| host.name == "c" && (host.api.is_none() || host.is_stale);
+            let is_missed = view.hosts.iter().all(|host| host.name != "c" || is_gone(host));
+            is_missed && view.moves.iter().all(|one| one.ended_s.is_some())
+        })?;
+    }
+    println!("missed, and the move has ended, after {:?}", began.elapsed());
+    ensure!(fleet.places()?.get("vm1") == Some(&FROM), "It runs on {:?}", fleet.places()?);
+    fleet.begin_move("vm1", FROM, ELSEWHERE, ENDS_WITHIN)?;
+    fleet.wait(FROM, "it has gone elsewhere", ENDS_WITHIN, |view| {
+        view.guests.iter().any(|guest| guest.name == "vm1" && guest.host == "b")
+            && view.moves.iter().all(|one| one.ended_s.is_some())
+    })?;
+    fleet.cluster().host(GONE).come_back()?;
+    members.restart(GONE, &fleet.cluster())?;
+    fleet.start_agent(GONE)?;
+    ensure!(settle(&fleet, "vm1", FROM)? == ELSEWHERE, "It is not where it was seen");
+    fleet.begin_move("vm1", ELSEWHERE, GONE, ENDS_WITHIN)?;
+    ensure!(settle(&fleet, "vm1", FROM)? == GONE, "It has not moved to the host that is back");
     fleet.assert_guests_are_well()
 }

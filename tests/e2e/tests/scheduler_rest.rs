@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::turn;
 use framework::process::Process;
-use framework::{Cluster, Env, HostPlan, cpu, wait};
+use framework::{Cluster, Env, HostPlan, cpu, memory, wait};
 use transport::pki;
 
 const GUESTS: u8 = 50;
@@ -17,14 +17,6 @@ const INTERVAL_S: f64 = 10.0;
 const REST: Duration = Duration::from_secs(60);
 
 const PATIENCE: Duration = Duration::from_secs(60);
-
-/// The most that a process had in memory.
-fn resident_mib(pid: u32) -> Result<f64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
-    let kib: f64 = line.trim().trim_end_matches("kB").trim().parse()?;
-    Ok(kib / 1024.0)
-}
 
 /// The agent itself: what starts it becomes it.
 fn is_agent(pid: u32) -> bool {
@@ -64,7 +56,7 @@ fn an_agent_at_rest_takes_little_with_fifty_guests() -> Result<()> {
     let (before, began) = (cpu::seconds(pid)?, Instant::now());
     std::thread::sleep(REST);
     let share = (cpu::seconds(pid)? - before) / began.elapsed().as_secs_f64();
-    let resident_mib = resident_mib(pid)?;
+    let resident_mib = memory::peak_bytes(pid)? as f64 / 1_048_576.0;
     println!("{:.2} % of a processor, {resident_mib:.1} MiB", share * 100.0);
     ensure!(share < 0.01, "{:.2} % of a processor\n{}", share * 100.0, agent.stderr());
     ensure!(resident_mib < 60.0, "{resident_mib} MiB");

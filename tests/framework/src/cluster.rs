@@ -236,6 +236,23 @@ impl ClusterHost {
         self.cgroup.limit(None)
     }
 
+    /// Its power fails: nothing comes from it any more, and everything that runs on it has ended.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn vanish(&self) -> Result<()> {
+        self.netns.ip(&["link", "set", UPLINK, "down"])?;
+        self.netns.kill_all()
+    }
+
+    /// It is on the network again, and nothing runs on it.
+    ///
+    /// # Errors
+    /// `ip` failed.
+    pub fn come_back(&self) -> Result<()> {
+        self.netns.ip(&["link", "set", UPLINK, "up"]).map(drop)
+    }
+
     /// The guest as it is started on this host: in its namespace and control group, with a tap on its bridge.
     #[must_use]
     pub fn place(&self, spec: VmSpec) -> VmSpec {

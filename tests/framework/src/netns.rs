@@ -10,7 +10,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
 use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 /// Names of our namespaces begin with this, then the id of the test's process.
@@ -74,6 +77,22 @@ impl Netns {
     /// It failed.
     pub fn run(&self, words: &[&str]) -> Result<String> {
         output("ip", &[&["netns", "exec", &self.name], words].concat())
+    }
+
+    /// Ends all processes inside in an instant; threads of others that are inside go on.
+    ///
+    /// # Errors
+    /// `ip` failed, or printed something else than numbers.
+    pub fn kill_all(&self) -> Result<()> {
+        for pid in output("ip", &["netns", "pids", &self.name])?.split_ascii_whitespace() {
+            let pid = pid.parse().with_context(|| format!("`ip netns pids` printed {pid}"))?;
+            match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+                // It may have ended by itself.
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(error) => bail!("Cannot kill process {pid}: {error}"),
+            }
+        }
+        Ok(())
     }
 
     /// Does `work` inside, in a thread of its own: the sockets that it opens belong to the namespace.
